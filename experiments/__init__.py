@@ -1,0 +1,1 @@
+"""The program that runs the study; it imports `shl`, never the other way round."""

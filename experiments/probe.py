@@ -1,0 +1,116 @@
+"""The probe's validity on a model, before anything is built on it: `make probe`."""
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from shl.axes import load_axis
+from shl.config import FOUNDATIONS
+from shl.errors import ShlError
+from shl.models import load_model
+from shl.stats import split_half
+from shl.vignettes import Evaluation, evaluate, nats_of
+
+NOISE = 2 / 7
+"""Recall at or below twice chance (1/7) makes a foundation's own reading noise."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Read the vignettes on base and under both personas, and say how far to trust them."""
+
+    axis: str = "care_auth"
+    """Whose personas are tried."""
+    model: str = "gemma-3-270m"
+    """Embedded model, hub name, or local folder."""
+
+
+def permutation_p(e: Evaluation, draws: int = 10000) -> float:
+    """Chance that shuffled labels reach the observed top-1 accuracy (one-sided)."""
+    rng = np.random.default_rng(0)
+    chosen = e.log_p.argmax(1)
+    observed = (chosen == e.intended).mean()
+    hits = sum((chosen == rng.permutation(e.intended)).mean() >= observed for _ in range(draws))
+    return (hits + 1) / (draws + 1)
+
+
+def main() -> None:
+    """The command line; bad input ends with one sentence and status 2."""
+    config = tyro.cli(ProbeConfig, description=__doc__)
+    console = Console(width=110)
+    try:
+        axis = load_axis(config.axis)
+        model = load_model(config.model)
+        base = evaluate(model)
+        plus = evaluate(model, persona=axis.positive)
+        minus = evaluate(model, persona=axis.negative)
+    except ShlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    show(console, config, base, plus, minus)
+
+
+def show(
+    console: Console, config: ProbeConfig, base: Evaluation, plus: Evaluation, minus: Evaluation
+) -> None:
+    """Print top-1, confusion, split-half, and the shift of each persona."""
+    console.print(f"{config.model}, {base.style} style, {len(base.labels)} vignettes")
+    each = [
+        float((x.argmax(1) == base.intended).mean()) for x in np.swapaxes(base.log_p_each, 0, 1)
+    ]
+    console.print(
+        f"top-1 {base.accuracy:.2f} (chance 0.14, permutation p {permutation_p(base):.4f}); "
+        f"alone {', '.join(f'{a:.2f}' for a in each)}"
+    )
+    # Base's own profile is flat by calibration, so reliability is that of the persona contrast.
+    contrast = plus.log_p - minus.log_p
+    console.print(f"split-half of the persona contrast over vignettes {split_half(contrast):.3f}")
+    table = Table(title="chosen (columns) for intended (rows)")
+    for column in ("intended", *FOUNDATIONS, "recall"):
+        table.add_column(column, justify="right")
+    for name, row in zip(FOUNDATIONS, base.confusion, strict=True):
+        recall = row[FOUNDATIONS.index(name)] / row.sum()
+        noise = " noise" if recall <= NOISE else ""
+        table.add_row(name, *map(str, row), f"{recall:.2f}{noise}")
+    console.print(table)
+    table = Table(title="shift that a persona prompt alone causes [nats]")
+    for column in (
+        "foundation",
+        "positive",
+        "negative",
+        "positive - negative",
+        "95 % interval",
+        "by stem or order",
+    ):
+        table.add_column(column, justify="right")
+    per = [
+        nats_of(x) - nats_of(y)
+        for x, y in zip(
+            np.swapaxes(plus.log_p_each, 0, 1), np.swapaxes(minus.log_p_each, 0, 1), strict=True
+        )
+    ]
+    for k, name in enumerate(FOUNDATIONS):
+        low, high = plus.shift_interval(minus, name)
+        table.add_row(
+            name,
+            f"{plus.shift(base)[name]:+.2f}",
+            f"{minus.shift(base)[name]:+.2f}",
+            f"{plus.shift(minus)[name]:+.2f}",
+            f"{low:+.2f} to {high:+.2f}",
+            " ".join(f"{x[k]:+.2f}" for x in per),
+        )
+    console.print(table)
+    expected = load_axis(config.axis).expected
+    agree = all(np.sign(x[FOUNDATIONS.index(n)]) == s for x in per for n, s in expected.items())
+    console.print(
+        "the persona contrast has the expected sign in every stem or order: "
+        f"{'yes' if agree else 'no'} ({dict(expected)})"
+    )
+
+
+if __name__ == "__main__":
+    main()

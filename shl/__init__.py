@@ -1,0 +1,57 @@
+"""Steer, heal, love: distil a steering vector into an adapter that keeps the model coherent."""
+
+from shl.axes import Axis, load_axis
+from shl.bake import baked, stack
+from shl.config import (
+    DoseConfig,
+    EvalConfig,
+    FilterConfig,
+    GenerateConfig,
+    HealConfig,
+    LoopConfig,
+    VectorConfig,
+)
+from shl.errors import ShlError
+from shl.filters import judge, keep_coherent
+from shl.generate import Completion, generate
+from shl.heal import heal
+from shl.hooks import suspended
+from shl.kl import aggregate, reverse_kl_and_nll
+from shl.loop import Round, baselines, love
+from shl.lora import Adapter
+from shl.models import load_model
+from shl.tokens import Prompt
+from shl.vector import SteeringVector, extract_vector
+from shl.vignettes import evaluate
+
+__all__ = [
+    "Adapter",
+    "Axis",
+    "Completion",
+    "DoseConfig",
+    "EvalConfig",
+    "FilterConfig",
+    "GenerateConfig",
+    "HealConfig",
+    "LoopConfig",
+    "Prompt",
+    "Round",
+    "ShlError",
+    "SteeringVector",
+    "VectorConfig",
+    "aggregate",
+    "baked",
+    "baselines",
+    "evaluate",
+    "extract_vector",
+    "generate",
+    "heal",
+    "judge",
+    "keep_coherent",
+    "load_axis",
+    "load_model",
+    "love",
+    "reverse_kl_and_nll",
+    "stack",
+    "suspended",
+]

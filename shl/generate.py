@@ -1,0 +1,229 @@
+"""Batched, cached sampling under whatever hooks are on.
+
+TransformerLens's own cache and blocks do the work; only the loop around them is ours: logits for
+the last position alone, one random stream per row, and finished rows leave the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.utilities.activation_functions import apply_softcap
+
+from shl.config import GenerateConfig
+from shl.errors import check
+from shl.hooks import ROWS, handles_on
+from shl.seeds import generator_for
+from shl.tokens import (
+    PLAIN_STOPS,
+    Prompt,
+    as_prompt,
+    decode,
+    encode,
+    end_ids,
+    is_chat,
+    length_batches,
+    pad_left,
+)
+from shl.vector import Steering
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model answered.
+
+    `tokens` are the completion's own, without prompt and turn end; `dose` is that of the
+    innermost steering that was on (0 without any); `ended` tells whether the turn's end came
+    before the token limit.
+    """
+
+    prompt: Prompt
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: tuple[int, ...]
+    dose: float = 0.0
+    ended: bool = True
+
+
+def generate(
+    model: HookedTransformer,
+    prompts: Sequence[str | Prompt],
+    *,
+    max_new_tokens: int = 64,
+    min_new_tokens: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 64,
+    top_p: float = 0.95,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> list[Completion]:
+    """Complete each prompt once; the result is in the order of the prompts.
+
+    Row i draws from its own random stream, a function of (seed, i), so its choices do not depend
+    on the batch it landed in. (Logits of other batch shapes differ in their last bits; a draw
+    that falls within that of a boundary may differ.)
+
+    Args:
+        temperature: 0 is greedy.
+        top_k: 0 keeps every token.
+        top_p: applied after `top_k`; 1 keeps all of them.
+
+    Raises:
+        ShlError: a setting out of range, a prompt that leaves no room in the context, or logits
+            that are not finite.
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> [c.dose for c in generate(tiny_gemma(), ["Hello?"], max_new_tokens=3)]
+        [0.0]
+    """
+    config = GenerateConfig(max_new_tokens, min_new_tokens, temperature, top_k, top_p, batch_size)
+    asked = [as_prompt(prompt) for prompt in prompts]
+    rows = [encode(model, prompt) for prompt in asked]
+    longest = max(map(len, rows), default=0)
+    check(
+        longest + max_new_tokens <= model.cfg.n_ctx,
+        f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of "
+        f"{model.cfg.n_ctx}.",
+    )
+    doses = _doses(model, len(rows))
+    done: dict[int, Completion] = {}
+    for indices in length_batches([len(row) for row in rows], batch_size):
+        decoded = _decode_batch(model, indices, [rows[i] for i in indices], config, seed)
+        for i, (tokens, ended) in zip(indices, decoded, strict=True):
+            text = decode(model, tokens)
+            done[i] = Completion(asked[i], text, tuple(tokens), tuple(rows[i]), doses[i], ended)
+    return [done[i] for i in range(len(rows))]
+
+
+def _doses(model: HookedTransformer, rows: int) -> list[float]:
+    steerings = [h for h in handles_on(model) if isinstance(h, Steering)]
+    dose = steerings[-1].dose if steerings else 0.0
+    if isinstance(dose, Tensor):
+        check(len(dose) == rows, f"{len(dose)} per-row doses were given for {rows} prompts.")
+        return [float(x) for x in dose]
+    return [float(dose)] * rows
+
+
+@torch.no_grad()
+def _decode_batch(
+    model: HookedTransformer,
+    indices: list[int],
+    rows: list[list[int]],
+    config: GenerateConfig,
+    seed: int,
+) -> list[tuple[list[int], bool]]:
+    batch = pad_left(model, rows)
+    device = batch.tokens.device
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, device, len(rows))
+    draws = torch.stack(
+        [
+            torch.rand(config.max_new_tokens, generator=generator_for(seed, "token", i))
+            for i in indices
+        ]
+    ).to(device)
+    ends = end_ids(model)
+    stop_ids = torch.tensor(sorted(ends), device=device)
+    active = list(range(len(rows)))
+    out: list[list[int]] = [[] for _ in rows]
+    ended = [False] * len(rows)
+    tokens, mask = batch.tokens, batch.mask
+    for step in range(config.max_new_tokens):
+        held = ROWS.set(torch.tensor([indices[i] for i in active]))
+        try:
+            logits = last_logits(model, tokens, mask, cache)
+        finally:
+            ROWS.reset(held)
+        if step < config.min_new_tokens:
+            logits[:, stop_ids] = -torch.inf
+        chosen = sample(logits, draws[active, step], config)
+        for i, token in zip(active, chosen.tolist(), strict=True):
+            out[i].append(token)
+            ended[i] = _cut_turn_end(model, out[i], ends, step + 1 >= config.min_new_tokens)
+        keep = [row for row, i in enumerate(active) if not ended[i]]
+        if not keep:
+            break
+        if len(keep) < len(active):
+            _keep_rows(cache, torch.tensor(keep, device=device))
+            active = [active[row] for row in keep]
+            chosen = chosen[keep]
+        tokens, mask = chosen[:, None], torch.ones_like(chosen[:, None])
+    return list(zip(out, ended, strict=True))
+
+
+def _cut_turn_end(
+    model: HookedTransformer, ids: list[int], ends: frozenset[int], may_end: bool
+) -> bool:
+    """Whether the turn has ended; what belongs to its end is taken off `ids`."""
+    if ids[-1] in ends:
+        ids.pop()
+        return True
+    # A stop text has three characters, so it shows within the last four tokens.
+    tail = "" if is_chat(model) or not may_end else decode(model, ids[-4:])
+    if not any(stop in tail for stop in PLAIN_STOPS):
+        return False
+    text = decode(model, ids)
+    answer = len(text[: max(map(text.rfind, PLAIN_STOPS))].rstrip())
+    while ids and len(decode(model, ids).rstrip()) > answer:
+        ids.pop()
+    return True
+
+
+def last_logits(
+    model: HookedTransformer,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    cache: TransformerLensKeyValueCache | None = None,
+) -> Float[Tensor, "batch vocab"]:
+    """Logits that follow the last position only, fp32; `[batch, pos, vocab]` never exists.
+
+    `mask` has the shape of the new tokens; the cache, if given, remembers the earlier ones.
+    """
+    residual = model(
+        tokens,
+        attention_mask=mask,
+        past_kv_cache=cache,
+        stop_at_layer=model.cfg.n_layers,
+    )
+    logits = model.unembed(model.ln_final(residual[:, -1:]))[:, 0]
+    return apply_softcap(logits, model.cfg.output_logits_soft_cap).float()
+
+
+def sample(
+    logits: Float[Tensor, "batch vocab"], draws: Float[Tensor, " batch"], config: GenerateConfig
+) -> Int[Tensor, " batch"]:
+    """One token per row, by inverting the distribution's cumulative sum at `draws` in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+        >>> config = GenerateConfig(top_k=0, top_p=1.0)
+        >>> [int(sample(logits, torch.tensor([u]), config)) for u in (0.49, 0.51, 0.81)]
+        [0, 1, 2]
+    """
+    if config.temperature == 0:
+        best = logits.max(-1)
+        check(bool(torch.isfinite(best.values).all()), "the logits are not finite.")
+        return best.indices
+    k = min(config.top_k or logits.shape[-1], logits.shape[-1])
+    top = logits.topk(k)
+    check(bool(torch.isfinite(top.values[:, 0]).all()), "the logits are not finite.")
+    p = (top.values / config.temperature).double().softmax(-1)
+    before = p.cumsum(-1) - p
+    p = torch.where(before < config.top_p, p, 0.0)
+    cumulative = p.cumsum(-1)
+    threshold = draws[:, None].double() * cumulative[:, -1:]
+    # The first token whose cumulative share exceeds the draw; zero-width ones are never first.
+    rank = (cumulative > threshold).int().argmax(-1)
+    return top.indices.gather(-1, rank[:, None])[:, 0]
+
+
+def _keep_rows(cache: TransformerLensKeyValueCache, rows: Tensor) -> None:
+    for entry in cache.entries:
+        entry.past_keys = entry.past_keys[rows]
+        entry.past_values = entry.past_values[rows]
+    cache.previous_attention_mask = cache.previous_attention_mask[rows]

@@ -1,0 +1,46 @@
+"""Tensor shapes shared by all rooms, as jaxtyping aliases.
+
+Axis names are TransformerLens's: `batch pos d_model head d_head vocab`; `tok` is a flat
+list of completion positions, `rank` the inner width of an adapter.
+"""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Resid = Float[Tensor, "batch pos d_model"]
+"""Residual stream, one vector per token."""
+Tokens = Int[Tensor, "batch pos"]
+"""Token ids, padded."""
+Mask = Int[Tensor, "batch pos"]
+"""1 where a token is real, 0 where it is padding."""
+Direction = Float[Tensor, " d_model"]
+"""One vector of the residual stream."""
+Hidden = Float[Tensor, "tok d_model"]
+"""Final, normed hidden states of chosen positions."""
+Unembed = Float[Tensor, "d_model vocab"]
+"""TransformerLens's `W_U`."""
+PerToken = Float[Tensor, " tok"]
+"""One number per completion token (nats)."""
+Targets = Int[Tensor, " tok"]
+"""The id that follows each position."""
+Down = Float[Tensor, "rank d_in"]
+"""Adapter factor A."""
+Up = Float[Tensor, "d_out rank"]
+"""Adapter factor B."""
+
+__all__ = [
+    "Bool",
+    "Direction",
+    "Down",
+    "Float",
+    "Hidden",
+    "Int",
+    "Mask",
+    "PerToken",
+    "Resid",
+    "Targets",
+    "Tensor",
+    "Tokens",
+    "Unembed",
+    "Up",
+]

@@ -1,0 +1,149 @@
+"""The one table of where things hook on a HookedTransformer: names, shapes, which norm.
+
+Where a weight-exact LoRA reads and adds (TransformerLens 3.9, Gemma-3 and Llama):
+
+=========  ==========================================  ====================================
+site       the linear's input                          the update is added at
+=========  ==========================================  ====================================
+q k v      argument of module ``blocks.i.attn``        ``attn.hook_q`` / ``k`` / ``v``
+o          ``attn.hook_z``, heads flattened            output of module ``attn``
+gate up    argument of module ``blocks.i.mlp``         ``mlp.hook_pre`` / ``hook_pre_linear``
+down       ``mlp.hook_post``                           output of module ``mlp``
+resid      ``hook_resid_post``                         ``hook_resid_post``
+=========  ==========================================  ====================================
+
+Modules without a HookPoint at the right place are hooked themselves: ``hook_attn_out`` and
+``hook_mlp_out`` fire after Gemma's post-norms and ``hook_normalized`` before the norm's learned
+scale, so the shapes fit there and the numbers are wrong. `hook_q` and `hook_k` fire before the
+q/k norms, as the update of the linear must.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+
+from shl.config import SITE_KINDS
+from shl.errors import check
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place for a low-rank update: `kind` at `layer`, from `d_in` to `d_out` features.
+
+    Example:
+        >>> Site("down", 3, 2048, 640).name
+        'blocks.3.down'
+    """
+
+    kind: str
+    layer: int
+    d_in: int
+    d_out: int
+
+    @property
+    def name(self) -> str:
+        """The key under which an adapter's factors are stored."""
+        return f"blocks.{self.layer}.{self.kind}"
+
+
+def sites_of(
+    model: HookedTransformer, kinds: Sequence[str], layers: Sequence[int]
+) -> tuple[Site, ...]:
+    """The sites of `kinds` at `layers`, in order of the forward pass.
+
+    Raises:
+        ShlError: an unknown kind, a layer that the model does not have, or a model whose MLP is
+            not gated (Gemma and Llama are).
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> [s.name for s in sites_of(tiny_gemma(), ["o", "q"], [1])]
+        ['blocks.1.q', 'blocks.1.o']
+    """
+    cfg = model.cfg
+    check(bool(cfg.gated_mlp), "the model's MLP is not gated, only Gemma and Llama shapes are.")
+    for kind in kinds:
+        check(kind in SITE_KINDS, f"site {kind!r} is unknown, the sites are {SITE_KINDS}.")
+    check_layers(model, layers)
+    heads = cfg.n_heads * cfg.d_head
+    kv_heads = (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
+    assert cfg.d_mlp is not None
+    shapes = {
+        "q": (cfg.d_model, heads),
+        "k": (cfg.d_model, kv_heads),
+        "v": (cfg.d_model, kv_heads),
+        "o": (heads, cfg.d_model),
+        "gate": (cfg.d_model, cfg.d_mlp),
+        "up": (cfg.d_model, cfg.d_mlp),
+        "down": (cfg.d_mlp, cfg.d_model),
+        "resid": (cfg.d_model, cfg.d_model),
+    }
+    return tuple(
+        Site(kind, layer, *shapes[kind])
+        for layer in sorted(set(layers))
+        for kind in SITE_KINDS
+        if kind in kinds
+    )
+
+
+def check_layers(model: HookedTransformer, layers: Sequence[int]) -> None:
+    """Raise unless every layer index exists in the model."""
+    for layer in layers:
+        check(
+            0 <= layer < model.cfg.n_layers,
+            f"layer {layer} is out of range, {model.cfg.model_name} has layers 0 to "
+            f"{model.cfg.n_layers - 1}.",
+        )
+
+
+def band(model: HookedTransformer, low: float, high: float) -> tuple[int, ...]:
+    """Layers from `low` to `high` of the depth, ends included, as shares of the layer count.
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> band(tiny_gemma(n_layers=6), 1 / 3, 2 / 3)
+        (2, 3, 4)
+    """
+    n = model.cfg.n_layers
+    return tuple(range(round(low * n), min(n - 1, round(high * n)) + 1))
+
+
+def residual_after(model: HookedTransformer, layer: int) -> nn.Module:
+    """The HookPoint of the residual stream after `layer`, `[batch, pos, d_model]`."""
+    check_layers(model, [layer])
+    return model.blocks[layer].hook_resid_post
+
+
+def linear_input(model: HookedTransformer, site: Site) -> tuple[nn.Module, str | None]:
+    """The module that shows a linear site's input: its keyword argument, or (None) its output."""
+    block = model.blocks[site.layer]
+    return {
+        "q": (block.attn, "query_input"),
+        "k": (block.attn, "key_input"),
+        "v": (block.attn, "value_input"),
+        "o": (block.attn.hook_z, None),
+        "gate": (block.mlp, "x"),
+        "up": (block.mlp, "x"),
+        "down": (block.mlp.hook_post, None),
+    }[site.kind]
+
+
+def linear_output(model: HookedTransformer, site: Site) -> nn.Module:
+    """The module whose output is a linear site's own output, before any norm."""
+    block = model.blocks[site.layer]
+    return {
+        "q": block.attn.hook_q,
+        "k": block.attn.hook_k,
+        "v": block.attn.hook_v,
+        "o": block.attn,
+        "gate": block.mlp.hook_pre,
+        "up": block.mlp.hook_pre_linear,
+        "down": block.mlp,
+    }[site.kind]
+
+
+def final_hidden(model: HookedTransformer, residual: Tensor) -> Tensor:
+    """Final norm of residual vectors `[n, d_model]`, in the dtype of `W_U`."""
+    return model.ln_final(residual[None])[0].to(model.W_U.dtype)

@@ -1,0 +1,276 @@
+"""Steering vectors: extract, save, load, apply.
+
+`v = mean(h+ - h-)` per layer, where h is the residual stream at the assistant tag (the last
+prompt token) under the positive and the negative persona: contrastive activation addition,
+Panickssery et al. 2023, arXiv:2312.06681. Raw, not normalised.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from shl.axes import Axis
+from shl.errors import ShlError, check
+from shl.hooks import Handle, row_values
+from shl.shapes import Direction
+from shl.sites import band, check_layers, residual_after
+from shl.tokens import Prompt, encode, length_batches, pad_left
+
+FORMAT = "shl-vector-1"
+Rule = Callable[[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]], Direction]
+
+
+def mean_difference(
+    positive: Float[Tensor, "n d_model"], negative: Float[Tensor, "n d_model"]
+) -> Direction:
+    """The default extraction rule, `[n, d_model]` twice to `[d_model]`.
+
+    Example:
+        >>> import torch
+        >>> mean_difference(torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
+        tensor([2., 0.])
+    """
+    return reduce(positive - negative, "n d_model -> d_model", "mean")
+
+
+class Steering(Handle):
+    """Adds `dose * v` to the residual stream after each layer of the vector.
+
+    A context manager and a handle with `.remove()`. `dose` is a number, or one per row of the
+    batch; under `generate` rows mean the prompts of the call.
+    """
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        directions: Mapping[int, Direction],
+        dose: float | Float[Tensor, " batch"],
+    ) -> None:
+        check_layers(model, list(directions))
+        for layer, v in directions.items():
+            check(
+                v.shape == (model.cfg.d_model,),
+                f"the vector of layer {layer} has shape {tuple(v.shape)}, {model.cfg.model_name} "
+                f"has d_model {model.cfg.d_model}.",
+            )
+        finite = torch.isfinite(torch.as_tensor(dose)).all()
+        check(bool(finite), f"dose is {dose!r}, it must be finite.")
+        super().__init__(model)
+        self.dose = dose
+        for layer, v in directions.items():
+            module = residual_after(model, layer)
+            v = v.to(model.W_U.device)
+            self._add(module, lambda h, v=v: self._steer(h, v))
+
+    def _steer(self, h: Tensor, v: Tensor) -> Tensor | None:
+        if isinstance(self.dose, Tensor):
+            dose = row_values(self.dose.to(h.device), len(h))
+            return h + (rearrange(dose, "batch -> batch 1 1") * v).to(h.dtype)
+        # No arithmetic at dose 0: the identity is exact, signed zeros included.
+        return h + (self.dose * v).to(h.dtype) if self.dose != 0 else None
+
+
+@dataclass(frozen=True)
+class SteeringVector:
+    """One direction `[d_model]` per layer of the band, keyed by layer index.
+
+    Example:
+        >>> import torch
+        >>> v = SteeringVector({1: torch.tensor([3.0, 4.0])}, "tiny", "demo", 8)
+        >>> v.norms()
+        {1: 5.0}
+    """
+
+    directions: Mapping[int, Direction]
+    model_name: str
+    axis: str
+    contexts: int
+
+    def steering(
+        self, model: HookedTransformer, dose: float | Float[Tensor, " batch"] = 1.0
+    ) -> Steering:
+        """Steer `model` until the returned context manager ends or its `.remove()` is called.
+
+        Raises:
+            ShlError: a layer or width that the model does not have, or a dose that is not finite.
+        """
+        return Steering(model, self.directions, dose)
+
+    def norms(self) -> dict[int, float]:
+        """2-norm of each layer's direction."""
+        return {layer: float(v.norm()) for layer, v in self.directions.items()}
+
+    def cosine(self, other: "SteeringVector") -> dict[int, float]:
+        """Cosine to another vector, per layer that both have.
+
+        Raises:
+            ShlError: they share no layer.
+        """
+        shared = [layer for layer in self.directions if layer in other.directions]
+        check(
+            len(shared) > 0,
+            f"vectors of layers {list(self.directions)} and {list(other.directions)} share none.",
+        )
+        return {
+            layer: float(
+                torch.cosine_similarity(self.directions[layer], other.directions[layer], dim=0)
+            )
+            for layer in shared
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with the model's name, axis and token rule in its metadata."""
+        meta = {
+            "format": FORMAT,
+            "model": self.model_name,
+            "axis": self.axis,
+            "contexts": str(self.contexts),
+            "token": "last prompt token",
+        }
+        tensors = {_key(layer): v.contiguous().cpu() for layer, v in self.directions.items()}
+        save_file(tensors, str(path), metadata={"shl": json.dumps(meta)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SteeringVector":
+        """Read what `save` wrote.
+
+        Raises:
+            ShlError: the file is missing, damaged, or not one of ours.
+        """
+        meta, tensors = read_safetensors(path, FORMAT)
+        layers = {}
+        for key, v in tensors.items():
+            name = key.split(".")
+            check(
+                len(name) == 3 and name[1].isdecimal() and key == _key(int(name[1])),
+                f"{path} holds {key!r}, a vector's keys are blocks.LAYER.hook_resid_post.",
+            )
+            layers[int(name[1])] = v
+        return cls(dict(sorted(layers.items())), meta["model"], meta["axis"], int(meta["contexts"]))
+
+
+def _key(layer: int) -> str:
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def read_safetensors(
+    path: str | Path, file_format: str
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file that this package wrote.
+
+    Raises:
+        ShlError: missing, damaged, of another format, or with numbers that are not finite.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("shl", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ShlError(f"{path} cannot be read ({error}).") from error
+    seen = meta.get("format") if isinstance(meta, dict) else None
+    check(seen == file_format, f"{path} has format {seen!r}, it must be {file_format!r}.")
+    for key, value in tensors.items():
+        check(bool(torch.isfinite(value).all()), f"{key} in {path} holds numbers not finite.")
+    return meta, tensors
+
+
+class Capture(Handle):
+    """Keeps the residual stream after `layers` at the last position of each batch."""
+
+    def __init__(self, model: HookedTransformer, layers: Iterable[int]) -> None:
+        super().__init__(model)
+        self.last: dict[int, Float[Tensor, "batch d_model"]] = {}
+        for layer in layers:
+            self._add(residual_after(model, layer), lambda h, i=layer: self._keep(i, h))
+
+    def _keep(self, layer: int, h: Tensor) -> None:
+        self.last[layer] = h[:, -1].detach().clone()
+
+
+def residual_at_tag(
+    model: HookedTransformer,
+    prompts: Sequence[str | Prompt],
+    layers: Sequence[int],
+    *,
+    batch_size: int = 16,
+) -> dict[int, Float[Tensor, "n d_model"]]:
+    """The residual stream after each layer at the assistant tag, one row per prompt, in fp32.
+
+    Runs only as far as the last layer asked for.
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> residual_at_tag(tiny_gemma(), ["Hello?", "A longer one?"], [0])[0].shape
+        torch.Size([2, 32])
+    """
+    check_layers(model, layers)
+    check(len(layers) > 0, "layers is empty, name at least one.")
+    rows = [encode(model, prompt) for prompt in prompts]
+    out = {layer: torch.empty(len(rows), model.cfg.d_model) for layer in layers}
+    for indices in length_batches([len(row) for row in rows], batch_size):
+        batch = pad_left(model, [rows[i] for i in indices])
+        with Capture(model, layers) as capture, torch.no_grad():
+            model(batch.tokens, attention_mask=batch.mask, stop_at_layer=max(layers) + 1)
+        for layer in layers:
+            out[layer][indices] = capture.last[layer].float().cpu()
+    return out
+
+
+def extract_vector(
+    model: HookedTransformer,
+    axis: Axis,
+    layers: Sequence[int] | None = None,
+    *,
+    contexts: int | None = None,
+    batch_size: int = 16,
+    rule: Rule = mean_difference,
+) -> SteeringVector:
+    """The axis's steering vector on the model as it stands, hooks included.
+
+    Args:
+        layers: the band; None is the middle third.
+        contexts: how many of the axis's contexts are used, from the first; None is all.
+        rule: `(positive, negative) -> direction`, each `[n, d_model]`, row i of both from
+            context i.
+
+    Raises:
+        ShlError: a layer out of range, more contexts than the axis has, or residuals that are
+            not finite.
+
+    Example:
+        >>> from shl.axes import load_axis
+        >>> from shl.tiny import tiny_gemma
+        >>> v = extract_vector(tiny_gemma(), load_axis("love"), layers=[1], contexts=4)
+        >>> v.directions[1].shape
+        torch.Size([32])
+    """
+    layers = tuple(band(model, 1 / 3, 2 / 3) if layers is None else layers)
+    contexts = len(axis.contexts) if contexts is None else contexts
+    check(
+        1 <= contexts <= len(axis.contexts),
+        f"contexts is {contexts}, axis {axis.name!r} has {len(axis.contexts)}.",
+    )
+    sides = [
+        residual_at_tag(
+            model,
+            [Prompt(context, persona) for context in axis.contexts[:contexts]],
+            layers,
+            batch_size=batch_size,
+        )
+        for persona in (axis.positive, axis.negative)
+    ]
+    directions = {}
+    for layer in sorted(set(layers)):
+        v = rule(sides[0][layer], sides[1][layer])
+        check(bool(torch.isfinite(v).all()), f"the vector of layer {layer} is not finite.")
+        directions[layer] = v
+    return SteeringVector(directions, model.cfg.model_name, axis.name, contexts)

@@ -1,0 +1,36 @@
+"""Tiny models shared by the tests, and a guard that no test leaves a hook on them."""
+
+import helpers
+import pytest
+import torch
+
+from shl.tiny import tiny_gemma
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def gemma():
+    """A random Gemma-3: 4 layers (local, local, global, local), window 8, one kv head."""
+    return tiny_gemma()
+
+
+@pytest.fixture(scope="session")
+def llama():
+    """A random Llama: 3 layers, 4 heads on 2 kv heads, untied unembedding."""
+    return helpers.tiny_llama()
+
+
+@pytest.fixture(params=["gemma", "llama"])
+def model(request):
+    """Both, one after the other."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(autouse=True)
+def no_hook_is_left(request):
+    """Every test takes its hooks off again."""
+    names = [name for name in ("gemma", "llama", "model") if name in request.fixturenames]
+    models = [request.getfixturevalue(name) for name in names]
+    yield
+    assert [helpers.hook_count(model) for model in models] == [0] * len(models)

@@ -1,0 +1,155 @@
+"""What several test files need: a tiny Llama, random adapters, and plain merged weights."""
+
+import copy
+from importlib import import_module
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from shl.config import (
+    LINEAR_SITES,
+    DoseConfig,
+    EvalConfig,
+    GenerateConfig,
+    HealConfig,
+    LoopConfig,
+    VectorConfig,
+)
+from shl.lora import fresh_adapter
+from shl.models import build_model
+from shl.tiny import tiny_tokenizer
+from shl.vignettes import vignettes
+
+
+def tiny_llama_hf(**changes):
+    config = LlamaConfig(
+        **{
+            "vocab_size": 104,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": 2,
+            "attn_implementation": "eager",
+        }
+        | changes
+    )
+    hf = LlamaForCausalLM(config).eval().requires_grad_(False)
+    fill(hf, seed=1)
+    return hf
+
+
+def fill(hf, seed):
+    """Weights of size 0.15, norms away from 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in hf.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
+
+
+def tiny_llama(**changes):
+    hf = tiny_llama_hf(**changes)
+    return build_model(hf.config, hf.state_dict(), tiny_tokenizer(), name="tiny-llama")
+
+
+def tokens_of(*shape, seed=0):
+    """Random ids without the four special ones."""
+    return torch.randint(4, 104, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_adapter(model, sites=LINEAR_SITES, layers=None, *, seed=0, alpha=6.0, rank=3, size=0.2):
+    """A trained-looking adapter: B is random too; its scale is alpha / rank."""
+    layers = tuple(range(model.cfg.n_layers)) if layers is None else layers
+    config = HealConfig(rank=rank, lora_alpha=alpha, sites=tuple(sites), layers=layers)
+    adapter = fresh_adapter(model, config, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for up in adapter.up.values():
+        up.data = size * torch.randn(up.shape, generator=generator)
+    return adapter.frozen()
+
+
+def merged(model, adapter):
+    """A copy of the model whose weights carry s B A, as one would merge it by hand (SPEC)."""
+    out = copy.deepcopy(model)
+    cfg = model.cfg
+    d, d_head, heads, kv = cfg.d_model, cfg.d_head, cfg.n_heads, cfg.n_key_value_heads
+    for site in adapter.sites:
+        x = adapter.scale * adapter.up[site.name] @ adapter.down[site.name]
+        attn, mlp = out.blocks[site.layer].attn, out.blocks[site.layer].mlp
+        match site.kind:
+            case "q":
+                attn.W_Q.data = attn.W_Q + x.view(heads, d_head, d).permute(0, 2, 1)
+            case "k":
+                attn._W_K.data = attn._W_K + x.view(kv, d_head, d).permute(0, 2, 1)
+            case "v":
+                attn._W_V.data = attn._W_V + x.view(kv, d_head, d).permute(0, 2, 1)
+            case "o":
+                attn.W_O.data = attn.W_O + x.view(d, heads, d_head).permute(1, 2, 0)
+            case "gate":
+                mlp.W_gate.data = mlp.W_gate + x.T
+            case "up":
+                mlp.W_in.data = mlp.W_in + x.T
+            case "down":
+                mlp.W_out.data = mlp.W_out + x.T
+    return out
+
+
+def hook_count(model):
+    """Torch hooks on the model's modules, ours and TransformerLens's."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def one_sentence(error):
+    """The message of an error, checked to be one line that ends like a sentence."""
+    text = str(error.value)
+    assert "\n" not in text, text
+    assert text.endswith("."), text
+    return text
+
+
+def log_p_by_hand(model, completion):
+    """`[tok, vocab]` log-probabilities before each completion token, float64, from full logits of
+    its own unpadded row."""
+    row = torch.tensor([[*completion.prompt_tokens, *completion.tokens]])
+    with torch.no_grad():
+        logits = model(row)[0].double()
+    return logits.log_softmax(-1)[len(completion.prompt_tokens) - 1 : -1]
+
+
+def nll_by_hand(model, completion):
+    """Mean -log p over a completion's own tokens, nats."""
+    log_p = log_p_by_hand(model, completion)
+    return float(-log_p[torch.arange(len(log_p)), list(completion.tokens)].mean())
+
+
+def kl_by_hand(student, reference):
+    """KL(student || reference) per row of two tables of log-probabilities."""
+    return (student.exp() * (student - reference)).sum(-1)
+
+
+def small_loop(**changes):
+    """Two rounds at the smallest scale; 2 probes at each of doses 1.5 and 0.3, batches of 4."""
+    settings = {
+        "rounds": 2,
+        "vector": VectorConfig(contexts=3),
+        "generate": GenerateConfig(max_new_tokens=8, min_new_tokens=4),
+        "dose": DoseConfig(rungs=2, probe_size=2, min_train=6, batch_size=4, max_batches=3),
+        "heal": HealConfig(rank=2, sites=("q", "down"), epochs=2, lr=2e-2, tau=0.01),
+        "eval": EvalConfig(samples=3, bootstrap=20),
+    }
+    return LoopConfig(**settings | changes)
+
+
+def lenient(monkeypatch, *, reasons=lambda text: []):
+    """Noise passes the filter (or falls for `reasons`), and the probe has 8 vignettes."""
+    scores = [(9.0, 8.0)]
+    filters, probe = import_module("shl.filters"), import_module("shl.vignettes")
+    few = vignettes()[:8]
+    monkeypatch.setattr(filters, "text_reasons", lambda text, *_: reasons(text))
+    monkeypatch.setattr(filters, "base_perplexities", lambda _, texts, **__: scores * len(texts))
+    monkeypatch.setattr(probe, "vignettes", lambda: few)

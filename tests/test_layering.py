@@ -1,0 +1,100 @@
+"""The floors of the house, read from the source: imports go down only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "shl"
+
+FLOORS = {
+    "errors": 0,
+    "shapes": 0,
+    "seeds": 0,
+    "config": 0.5,
+    "axes": 1,
+    "sweep": 0.75,
+    "kl": 1,
+    "stats": 1,
+    "dose": 1,
+    "sites": 1,
+    "hooks": 1.5,
+    "weights": 1.5,
+    "models": 2,
+    "tokens": 2,
+    "tiny": 2.5,
+    "vector": 3,
+    "lora": 3.5,
+    "bake": 4,
+    "generate": 4,
+    "filters": 4.5,
+    "vignettes": 5,
+    "heal": 5,
+    "loop": 6,
+}
+ROOMS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
+
+
+def tree_of(room):
+    return ast.parse((ROOT / f"{room}.py").read_text("utf-8"))
+
+
+def imports_of(tree):
+    """(module, name) of every import, those inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+
+
+def upward(room, tree):
+    """Imports of this package that do not go down."""
+    for module, _ in imports_of(tree):
+        parts = module.split(".")
+        if parts[0] != "shl":
+            continue
+        if len(parts) == 1:
+            yield module  # the package's face is for users
+        elif FLOORS.get(parts[1], 99) >= FLOORS[room]:
+            yield module
+
+
+def test_there_are_no_folders_of_code_beside_the_rooms():
+    assert not list(ROOT.glob("*/**/*.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_has_a_floor(room):
+    assert room in FLOORS
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_from_lower_floors_only(room):
+    assert list(upward(room, tree_of(room))) == []
+
+
+def test_the_rule_would_see_a_wrong_import():
+    wrong = "def f():\n    from shl.loop import love\n    import shl.kl\n    from shl import x\n"
+    assert list(upward("kl", ast.parse(wrong))) == ["shl.loop", "shl.kl", "shl"]
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "__init__"])
+def test_the_library_keeps_to_itself(room):
+    tree = tree_of(room)
+    for module, name in imports_of(tree):
+        assert module.split(".")[0] not in ("experiments", "tests", "rich", "tyro", "matplotlib")
+        assert (module, name) != ("__future__", "annotations")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, "a bare except"
+            caught = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+            assert not caught & {"Exception", "BaseException"}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print"
+
+
+def test_the_face_of_the_package_only_re_exports():
+    allowed = (ast.Expr, ast.ImportFrom, ast.Assign)
+    assert all(isinstance(node, allowed) for node in tree_of("__init__").body)
