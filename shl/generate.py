@@ -1,22 +1,21 @@
 """Batched, cached sampling under whatever hooks are on.
 
-TransformerLens's own cache and blocks do the work; only the loop around them is ours: logits for
-the last position alone, one random stream per row, and finished rows leave the batch.
+TransformerLens's own blocks do the work; only the loop around them is ours: logits for the last
+position alone, one random stream per row, and finished rows leave the batch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-from transformer_lens.utilities.activation_functions import apply_softcap
 
+from shl.attention import KeyValues
 from shl.config import GenerateConfig
 from shl.errors import check
 from shl.hooks import ROWS, handles_on
+from shl.sampling import next_logits, sample
 from shl.seeds import generator_for
 from shl.tokens import (
     PLAIN_STOPS,
@@ -119,7 +118,7 @@ def _decode_batch(
 ) -> list[tuple[list[int], bool]]:
     batch = pad_left(model, rows)
     device = batch.tokens.device
-    cache = TransformerLensKeyValueCache.init_cache(model.cfg, device, len(rows))
+    cache = KeyValues.empty(model, len(rows), batch.tokens.shape[1] + config.max_new_tokens)
     draws = torch.stack(
         [
             torch.rand(config.max_new_tokens, generator=generator_for(seed, "token", i))
@@ -128,6 +127,9 @@ def _decode_batch(
     ).to(device)
     ends = end_ids(model)
     stop_ids = torch.tensor(sorted(ends), device=device)
+    limit = 1 if config.temperature == 0 else config.top_k
+    # Turn ends may be struck from the list, so ask for as many more.
+    wanted = limit + len(ends) if limit else 0
     active = list(range(len(rows)))
     out: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
@@ -135,12 +137,12 @@ def _decode_batch(
     for step in range(config.max_new_tokens):
         held = ROWS.set(torch.tensor([indices[i] for i in active]))
         try:
-            logits = last_logits(model, tokens, mask, cache)
+            logits, ids = next_logits(model, tokens, mask, cache, k=wanted)
         finally:
             ROWS.reset(held)
         if step < config.min_new_tokens:
-            logits[:, stop_ids] = -torch.inf
-        chosen = sample(logits, draws[active, step], config)
+            logits = logits.masked_fill(torch.isin(ids, stop_ids), -torch.inf)
+        chosen = sample(logits, draws[active, step], config, ids)
         for i, token in zip(active, chosen.tolist(), strict=True):
             out[i].append(token)
             ended[i] = _cut_turn_end(model, out[i], ends, step + 1 >= config.min_new_tokens)
@@ -148,7 +150,7 @@ def _decode_batch(
         if not keep:
             break
         if len(keep) < len(active):
-            _keep_rows(cache, torch.tensor(keep, device=device))
+            cache = cache.rows(torch.tensor(keep, device=device))
             active = [active[row] for row in keep]
             chosen = chosen[keep]
         tokens, mask = chosen[:, None], torch.ones_like(chosen[:, None])
@@ -171,59 +173,3 @@ def _cut_turn_end(
     while ids and len(decode(model, ids).rstrip()) > answer:
         ids.pop()
     return True
-
-
-def last_logits(
-    model: HookedTransformer,
-    tokens: Int[Tensor, "batch pos"],
-    mask: Int[Tensor, "batch pos"],
-    cache: TransformerLensKeyValueCache | None = None,
-) -> Float[Tensor, "batch vocab"]:
-    """Logits that follow the last position only, fp32; `[batch, pos, vocab]` never exists.
-
-    `mask` has the shape of the new tokens; the cache, if given, remembers the earlier ones.
-    """
-    residual = model(
-        tokens,
-        attention_mask=mask,
-        past_kv_cache=cache,
-        stop_at_layer=model.cfg.n_layers,
-    )
-    logits = model.unembed(model.ln_final(residual[:, -1:]))[:, 0]
-    return apply_softcap(logits, model.cfg.output_logits_soft_cap).float()
-
-
-def sample(
-    logits: Float[Tensor, "batch vocab"], draws: Float[Tensor, " batch"], config: GenerateConfig
-) -> Int[Tensor, " batch"]:
-    """One token per row, by inverting the distribution's cumulative sum at `draws` in [0, 1).
-
-    Example:
-        >>> import torch
-        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-        >>> config = GenerateConfig(top_k=0, top_p=1.0)
-        >>> [int(sample(logits, torch.tensor([u]), config)) for u in (0.49, 0.51, 0.81)]
-        [0, 1, 2]
-    """
-    if config.temperature == 0:
-        best = logits.max(-1)
-        check(bool(torch.isfinite(best.values).all()), "the logits are not finite.")
-        return best.indices
-    k = min(config.top_k or logits.shape[-1], logits.shape[-1])
-    top = logits.topk(k)
-    check(bool(torch.isfinite(top.values[:, 0]).all()), "the logits are not finite.")
-    p = (top.values / config.temperature).double().softmax(-1)
-    before = p.cumsum(-1) - p
-    p = torch.where(before < config.top_p, p, 0.0)
-    cumulative = p.cumsum(-1)
-    threshold = draws[:, None].double() * cumulative[:, -1:]
-    # The first token whose cumulative share exceeds the draw; zero-width ones are never first.
-    rank = (cumulative > threshold).int().argmax(-1)
-    return top.indices.gather(-1, rank[:, None])[:, 0]
-
-
-def _keep_rows(cache: TransformerLensKeyValueCache, rows: Tensor) -> None:
-    for entry in cache.entries:
-        entry.past_keys = entry.past_keys[rows]
-        entry.past_values = entry.past_values[rows]
-    cache.previous_attention_mask = cache.previous_attention_mask[rows]

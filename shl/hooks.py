@@ -115,6 +115,22 @@ def suspended(model: HookedTransformer, *handles: Handle) -> Iterator[None]:
         _SUSPENDED.reset(token)
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether any torch hook is on a module (TransformerLens's are torch hooks too).
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> watched(tiny_gemma().unembed)
+        False
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 class DeltaHandle(Handle):
     """Adds `delta(site, x)` to each site's output, where x is that site's own input.
 

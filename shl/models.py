@@ -20,6 +20,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from shl.attention import speed_up
 from shl.errors import ShlError, check
 from shl.weights import model_folder
 
@@ -107,6 +108,7 @@ def build_model(
     for module in model.modules():
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.to(device)
+    speed_up(model)
     model.requires_grad_(False)
     return model.eval()
 

@@ -9,7 +9,7 @@ over the seven options.
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 from weakref import WeakKeyDictionary
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
+from shl.attention import KeyValues
 from shl.axes import DATA
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.errors import check
@@ -247,24 +247,26 @@ def _read_completions(model: HookedTransformer, persona: str | None, config: Eva
     out = torch.zeros(len(rows), len(stems), len(FOUNDATIONS))
     for items in length_batches([len(row) for row in rows], config.batch_size):
         batch = pad_left(model, [rows[i] for i in items])
-        start = TransformerLensKeyValueCache.init_cache(model.cfg, model.W_U.device, len(items))
+        start = KeyValues.empty(model, len(items), batch.tokens.shape[1])
         _run(model, batch.tokens, batch.mask, start)
         for k, stem in enumerate(stems):
             # Stems go one by one: padding between a stem and its options would count towards
             # the sliding window.
-            out[items, k] = _score_options(model, _copy(start), stem, options[k], len(items))
+            out[items, k] = _score_options(model, start, stem, options[k], len(items))
     return out
 
 
 def _score_options(
     model: HookedTransformer,
-    kv: TransformerLensKeyValueCache,
+    start: KeyValues,
     stem: list[int],
     options: list[list[int]],
     items: int,
 ) -> Tensor:
     """`[item, option]`: log-probability of each option after the cached text and the stem."""
     device = model.W_U.device
+    each = torch.arange(items, device=device)
+    kv = start.rows(each, start.length + len(stem))
     tokens, mask = _pad_right([stem], items, device)
     last = _run(model, tokens, mask, kv)[:, -1]
     firsts = torch.tensor([option[0] for option in options], device=device)
@@ -273,7 +275,7 @@ def _score_options(
     )
     # Every option but its last token is run, to predict the token after it.
     if any(len(option) > 1 for option in options):
-        _repeat(kv, len(options))
+        kv = kv.rows(each.repeat_interleave(len(options)), kv.length + max(map(len, options)) - 1)
         tokens, _ = _pad_right([option[:-1] for option in options], items, device)
         targets, real = _pad_right([option[1:] for option in options], items, device)
         residual = _run(model, tokens, real, kv)
@@ -288,23 +290,8 @@ def _score_options(
     return scores.cpu()
 
 
-def _copy(kv: TransformerLensKeyValueCache) -> TransformerLensKeyValueCache:
-    """A cache that can grow on its own; tensors are shared, appending replaces them."""
-    return replace(kv, entries=[replace(entry) for entry in kv.entries])
-
-
-def _run(
-    model: HookedTransformer, tokens: Tensor, mask: Tensor, kv: TransformerLensKeyValueCache
-) -> Tensor:
+def _run(model: HookedTransformer, tokens: Tensor, mask: Tensor, kv: KeyValues) -> Tensor:
     return model(tokens, attention_mask=mask, past_kv_cache=kv, stop_at_layer=model.cfg.n_layers)
-
-
-def _repeat(kv: TransformerLensKeyValueCache, times: int) -> None:
-    """Each row of the cache `times` times, neighbours together."""
-    for entry in kv.entries:
-        entry.past_keys = entry.past_keys.repeat_interleave(times, 0)
-        entry.past_values = entry.past_values.repeat_interleave(times, 0)
-    kv.previous_attention_mask = kv.previous_attention_mask.repeat_interleave(times, 0)
 
 
 def _pad_right(

@@ -132,15 +132,14 @@ def scripted(monkeypatch, model, texts):
     dot = encode_text(model, ".")[0]
     said = [0] * len(texts)
 
-    def logits(model, tokens, mask, cache=None):
+    def logits(model, tokens, mask, cache=None, *, k=0):
         out = torch.full((len(tokens), model.cfg.d_vocab), -20.0)
-        cache.previous_attention_mask = torch.ones(len(tokens), 1, dtype=torch.long)
         for at, row in enumerate(ROWS.get().tolist()):
             out[at, ids[row][said[row]] if said[row] < len(ids[row]) else dot] = 20.0
             said[row] += 1
-        return out
+        return out, torch.arange(model.cfg.d_vocab).expand(len(out), -1)
 
-    monkeypatch.setattr(room, "last_logits", logits)
+    monkeypatch.setattr(room, "next_logits", logits)
 
 
 def test_the_stop_text_is_cut_and_nothing_of_it_left(gemma, monkeypatch):

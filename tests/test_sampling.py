@@ -3,13 +3,13 @@
 import pytest
 import torch
 from helpers import fill, tokens_of
-from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformers import Gemma3ForCausalLM
 
+from shl.attention import KeyValues
 from shl.config import GenerateConfig
 from shl.errors import ShlError
-from shl.generate import last_logits, sample
 from shl.models import build_model
+from shl.sampling import next_logits, sample
 from shl.tiny import tiny_hf
 
 N = 1000
@@ -81,19 +81,42 @@ def test_logits_that_are_not_finite_are_refused(temperature, bad):
         sample(torch.tensor([bad]), torch.zeros(1), GenerateConfig(temperature=temperature))
 
 
-def test_last_logits_are_the_models_last_logits(model):
+def test_next_logits_are_the_models_last_logits(model):
     rows = tokens_of(2, 15)
     mask = torch.ones_like(rows)
     mask[0, :5] = 0
     expected = model(rows, attention_mask=mask)[:, -1]
-    assert (last_logits(model, rows, mask) - expected).abs().max() <= 1e-5
-    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2)
-    last_logits(model, rows[:, :14], mask[:, :14], cache)
-    got = last_logits(model, rows[:, 14:], torch.ones(2, 1, dtype=torch.long), cache)
+    got, ids = next_logits(model, rows, mask)
+    assert ids.tolist() == [list(range(model.cfg.d_vocab))] * 2
+    assert (got - expected).abs().max() <= 1e-5
+    cache = KeyValues.empty(model, 2)
+    next_logits(model, rows[:, :14], mask[:, :14], cache)
+    got, _ = next_logits(model, rows[:, 14:], torch.ones(2, 1, dtype=torch.long), cache)
     assert (got - expected).abs().max() <= 1e-4
 
 
-def test_last_logits_are_capped_like_the_models():
+def test_the_k_largest_come_in_order_with_their_tokens(model):
+    rows = tokens_of(2, 15)
+    mask = torch.ones_like(rows)
+    full, _ = next_logits(model, rows, mask)
+    values, ids = next_logits(model, rows, mask, k=5)
+    expected = full.sort(-1, descending=True)
+    assert ids.tolist() == expected.indices[:, :5].tolist()
+    assert (values - expected.values[:, :5]).abs().max() <= 1e-5
+    everything, _ = next_logits(model, rows, mask, k=10**6)
+    assert everything.shape == full.shape
+
+
+def test_tokens_name_what_the_logits_belong_to():
+    logits, tokens = torch.tensor([[0.2, 0.5, 0.3]]).log(), torch.tensor([[7, 9, 4]])
+    config = GenerateConfig(top_k=0, top_p=1.0)
+    # Descending: 9 to 0.5, 4 to 0.8, then 7.
+    for draw, token in ((0.4, 9), (0.6, 4), (0.9, 7)):
+        assert sample(logits, torch.tensor([draw]), config, tokens).tolist() == [token]
+    assert sample(logits, torch.zeros(1), GenerateConfig(temperature=0), tokens).tolist() == [9]
+
+
+def test_next_logits_are_capped_like_the_models():
     config = tiny_hf().config
     config.final_logit_softcapping = 3.0
     hf = Gemma3ForCausalLM(config).eval().requires_grad_(False)
@@ -101,4 +124,7 @@ def test_last_logits_are_capped_like_the_models():
     capped = build_model(config, hf.state_dict(), None)
     rows = tokens_of(2, 15)
     expected = hf(rows).logits[:, -1]
-    assert (last_logits(capped, rows, torch.ones_like(rows)) - expected).abs().max() <= 1e-4
+    got, _ = next_logits(capped, rows, torch.ones_like(rows))
+    assert (got - expected).abs().max() <= 1e-4
+    values, ids = next_logits(capped, rows, torch.ones_like(rows), k=3)
+    assert (values - expected.gather(1, ids)).abs().max() <= 1e-4

@@ -1,0 +1,277 @@
+"""TransformerLens's attention at transformers' speed, every HookPoint included.
+
+Stock TransformerLens caches keys before their rotation and rotates all of them again at every
+step, builds mask and rotary table anew in each layer, copies the whole cache to append one token
+and repeats the key heads. Here keys are cached rotated, in storage that grows in place; mask and
+table are made once per forward; and torch's fused scaled dot product replaces scores and pattern,
+except where somebody hooks `hook_attn_scores` or `hook_pattern`: there both are formed as stock
+does. With TransformerLens's own cache, or arguments that Gemma-3 and Llama have no use for, the
+stock code runs. Under `KeyValues`, `hook_rot_k` sees the new positions only.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import einsum, rearrange, repeat
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+from transformer_lens import HookedTransformer
+from transformer_lens.components import GroupedQueryAttention
+
+from shl.hooks import watched
+
+
+class Entry:
+    """One layer's rotated keys and values, `[batch, kv_head, capacity, d_head]` each."""
+
+    def __init__(self, batch: int, heads: int, d_head: int, like: Tensor, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.keys = like.new_empty(batch, heads, 0, d_head)
+        self.values = like.new_empty(batch, heads, 0, d_head)
+
+    @property
+    def past_keys(self) -> Tensor:
+        """`[batch, pos, kv_head, d_head]`, the shape in which TransformerLens counts positions."""
+        return self.keys[:, :, : self.length].transpose(1, 2)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the new positions and return views of all of them."""
+        end = self.length + k.shape[2]
+        if end > self.keys.shape[2]:
+            self.capacity = max(self.capacity, end)
+            self.keys = self._grown(self.keys, k)
+            self.values = self._grown(self.values, v)
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _grown(self, old: Tensor, new: Tensor) -> Tensor:
+        grown = new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
+        if self.length:
+            grown[:, :, : self.length] = old[:, :, : self.length]
+        return grown
+
+    def rows(self, index: Tensor, capacity: int) -> "Entry":
+        """A copy that holds the rows `index`, with room for `capacity` positions."""
+        copy = Entry(0, 0, 0, self.keys, max(capacity, self.length))
+        copy.length = self.length
+        copy.keys = copy._grown(self.keys[index, :, : self.length], self.keys[index, :, :0])
+        copy.values = copy._grown(self.values[index, :, : self.length], self.values[index, :, :0])
+        return copy
+
+
+@dataclass
+class KeyValues:
+    """A key-value cache for `model(tokens, attention_mask=…, past_kv_cache=…)`.
+
+    The mask passed along has the shape of the new tokens. `capacity` is a hint: positions to
+    make room for at first.
+
+    Example:
+        >>> import torch
+        >>> from shl.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> cache = KeyValues.empty(model, batch=1, capacity=8)
+        >>> for token in (5, 6):
+        ...     logits = model(torch.tensor([[token]]), past_kv_cache=cache)
+        >>> cache.length
+        2
+    """
+
+    entries: list[Entry]
+    mask: Tensor
+    frozen: bool = False
+
+    @classmethod
+    def empty(cls, model: HookedTransformer, batch: int, capacity: int = 0) -> "KeyValues":
+        """A cache without positions."""
+        cfg = model.cfg
+        heads = cfg.n_key_value_heads or cfg.n_heads
+        entries = [
+            Entry(batch, heads, cfg.d_head, model.W_U, capacity) for _ in range(cfg.n_layers)
+        ]
+        return cls(entries, torch.ones(batch, 0, dtype=torch.long, device=model.W_U.device))
+
+    @property
+    def length(self) -> int:
+        """Positions held, padding included."""
+        return self.mask.shape[1]
+
+    def __getitem__(self, layer: int) -> Entry:
+        return self.entries[layer]
+
+    def append_attention_mask(self, attention_mask: Tensor) -> Tensor:
+        """What TransformerLens calls at the start of each forward."""
+        self.mask = torch.cat([self.mask, attention_mask.to(self.mask)], 1)
+        return self.mask
+
+    def rows(self, index: Tensor, capacity: int = 0) -> "KeyValues":
+        """A copy with the rows `index` (any order, repeats allowed)."""
+        entries = [entry.rows(index, capacity or entry.capacity) for entry in self.entries]
+        return KeyValues(entries, self.mask[index])
+
+
+@dataclass
+class Shared:
+    """What all layers of one forward have in common, remembered for the last forward."""
+
+    key: tuple[Any, ...] = ()
+    held: Tensor | None = None
+    made: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def start(self, attention_mask: Tensor | None, offset: int, new: int) -> None:
+        """Forget everything unless this is the same forward as before."""
+        version = None if attention_mask is None else attention_mask._version
+        # Inference tensors cannot be saved for a later backward.
+        key = (id(attention_mask), version, offset, new, torch.is_inference_mode_enabled())
+        if key != self.key:
+            # Holding the mask keeps its id from being given to another tensor.
+            self.key, self.held, self.made = key, attention_mask, {}
+
+
+class FastAttention(GroupedQueryAttention):
+    """Grouped-query attention whose scores are only formed where somebody looks at them."""
+
+    shared: Shared
+
+    def forward(
+        self,
+        query_input: Tensor,
+        key_input: Tensor,
+        value_input: Tensor,
+        past_kv_cache_entry: Any = None,
+        additive_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+    ) -> Tensor:
+        """TransformerLens's signature and result, `[batch, pos, d_model]`."""
+        entry = past_kv_cache_entry
+        explicit = (
+            self.cfg.attn_scores_soft_cap > 0
+            or watched(self.hook_attn_scores)
+            or watched(self.hook_pattern)
+        )
+        ours = isinstance(entry, Entry) or (entry is None and not explicit)
+        if not ours or additive_attention_mask is not None or position_bias is not None:
+            return super().forward(
+                query_input,
+                key_input,
+                value_input,
+                past_kv_cache_entry=entry,
+                additive_attention_mask=additive_attention_mask,
+                attention_mask=attention_mask,
+                position_bias=position_bias,
+            )
+        q, k, v = self.calculate_qkv_matrices(query_input, key_input, value_input)
+        offset = entry.length if entry is not None else 0
+        self.shared.start(attention_mask, offset, q.shape[1])
+        cos, sin = self._rotary(attention_mask, offset, q.shape[1], q.device)
+        q = self.hook_rot_q(_rotated(q, cos, sin)).transpose(1, 2)
+        k = self.hook_rot_k(_rotated(k, cos, sin)).transpose(1, 2)
+        v = v.transpose(1, 2)
+        if entry is not None:
+            k, v = entry.append(k, v)
+        allowed = self._allowed(attention_mask, offset, q.shape[2], q.device)
+        if explicit:
+            return self._project(self._explicit(q, k, v, allowed))
+        return self._project(self.hook_z(self._fused(q, k, v, allowed)))
+
+    def _rotary(
+        self, attention_mask: Tensor | None, offset: int, new: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin of the new positions, `[batch or 1, pos, 1, d_head]`; a row's positions
+        count its own unmasked tokens, as TransformerLens does."""
+        key = ("rotary", self.attn_type)
+        if key not in self.shared.made:
+            if offset + new > self.rotary_cos.shape[0]:
+                room = max(offset + new, 2 * self.rotary_cos.shape[0])
+                self._extend_rotary_embeddings(min(self.cfg.n_ctx, room))
+            if attention_mask is None:
+                at = torch.arange(offset, offset + new, device=device)[None]
+            else:
+                at = (attention_mask.cumsum(1)[:, offset:] - 1).clamp(min=0)
+            self.shared.made[key] = (
+                self.rotary_cos[at][:, :, None],
+                self.rotary_sin[at][:, :, None],
+            )
+        return self.shared.made[key]
+
+    def _allowed(
+        self, attention_mask: Tensor | None, offset: int, new: int, device: torch.device
+    ) -> Tensor | None:
+        """Which keys a query sees, `[batch or 1, 1, query, key]`; None: all that came before."""
+        key = ("allowed", self.attn_type)
+        if key not in self.shared.made:
+            window = self.cfg.window_size if self.attn_type == "local" else None
+            total = offset + new
+            cut = window is not None and total > window
+            plain = attention_mask is None or bool(attention_mask.all())
+            if plain and not cut and (offset == 0 or new == 1):
+                self.shared.made[key] = None
+            else:
+                at = torch.arange(total, device=device)
+                past = at[None] <= at[offset:, None]
+                if cut:
+                    past &= at[None] > at[offset:, None] - window
+                allowed = past[None, None]
+                if attention_mask is not None:
+                    allowed = allowed & attention_mask.bool()[:, None, None]
+                self.shared.made[key] = allowed
+        return self.shared.made[key]
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+        """z `[batch, pos, head, d_head]`, without scores or pattern."""
+        heads, kv_heads, new = q.shape[1], k.shape[1], q.shape[2]
+        if new == 1:
+            # Heads that share keys become queries of one head: no key is repeated.
+            q = rearrange(q, "b (kv group) 1 d -> b kv group d", kv=kv_heads)
+        elif heads != kv_heads:
+            k, v = (
+                repeat(x, "b kv k d -> b (kv group) k d", group=heads // kv_heads) for x in (k, v)
+            )
+        z = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=allowed,
+            is_causal=allowed is None and new > 1,
+            scale=1.0 / self.attn_scale,
+        )
+        if new == 1:
+            return rearrange(z, "b kv group d -> b 1 (kv group) d")
+        return z.transpose(1, 2)
+
+    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+        """z with scores and pattern formed and hooked, in TransformerLens's own steps."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        scores = self.calculate_attention_scores(q, k)
+        if allowed is None:
+            ahead = scores.shape[-1] - scores.shape[-2]
+            allowed = torch.ones_like(scores, dtype=torch.bool).tril(ahead)
+        scores = self.hook_attn_scores(torch.where(allowed, scores, self.IGNORE.to(scores)))
+        pattern = self.hook_pattern(scores.softmax(-1).nan_to_num(0.0))
+        return self.calculate_z_scores(v, pattern.to(v.dtype))
+
+    def _project(self, z: Tensor) -> Tensor:
+        """The output projection, `[batch, pos, d_model]`."""
+        if self.cfg.use_attn_result:
+            by_head = einsum(z, self.W_O, "b p head d_head, head d_head d -> b p head d")
+            return self.hook_result(by_head).sum(-2) + self.b_O
+        w = rearrange(self.W_O, "head d_head d -> d (head d_head)")
+        return linear(z.flatten(2), w, self.b_O)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat([-high, low], -1) * sin
+
+
+def speed_up(model: HookedTransformer) -> None:
+    """Give every block of a Gemma-3 or Llama model this attention, sharing what can be shared."""
+    shared = Shared()
+    for block in model.blocks:
+        block.attn.__class__ = FastAttention
+        block.attn.shared = shared

@@ -1,0 +1,129 @@
+"""The shortlist's answer is the full product's, also where the proof fails."""
+
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shl.generate import generate
+from shl.shortlist import Rough, applies, top_logits
+from shl.tiny import tiny_gemma
+
+room = import_module("shl.shortlist")
+D, V = 16, 3000
+
+
+def random(*shape, seed=0, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def assert_is_the_top(hidden, unembed, k, bias=None):
+    values, tokens = top_logits(hidden, unembed, k, bias=bias)
+    logits = hidden @ unembed + (0 if bias is None else bias)
+    expected = logits.topk(k)
+    assert (values - expected.values).abs().max() <= 1e-5 * logits.abs().max()
+    # The tokens' own logits, so that ties may fall either way.
+    assert (logits.gather(1, tokens) - expected.values).abs().max() <= 1e-5 * logits.abs().max()
+    assert all(len(set(row)) == k for row in tokens.tolist())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 4), st.floats(0.01, 100))
+def test_equals_the_full_product(seed, k, batch, scale):
+    hidden = random(batch, D, seed=seed + 1, scale=scale)
+    assert_is_the_top(hidden, random(D, V, seed=seed), k)
+
+
+def test_a_bias_is_added():
+    hidden, unembed, bias = random(3, D, seed=1), random(D, V), random(V, seed=2, scale=3.0)
+    assert_is_the_top(hidden, unembed, 8, bias)
+    with_it = top_logits(hidden, unembed, 8, bias=bias)[1]
+    assert not torch.equal(with_it, top_logits(hidden, unembed, 8)[1])
+
+
+def counted(monkeypatch):
+    rows = []
+    real = room._full
+    monkeypatch.setattr(room, "_full", lambda h, *rest: rows.append(len(h)) or real(h, *rest))
+    return rows
+
+
+def test_only_rows_without_a_proof_get_the_full_product(monkeypatch):
+    rows = counted(monkeypatch)
+    # One word towers over the rest for the first row; for the second all words are alike.
+    weight = random(D, V, scale=1e-4)
+    weight[0, 7] = 50.0
+    hidden = torch.zeros(2, D)
+    hidden[0, 0], hidden[1, 1] = 1.0, 1.0
+    values, tokens = top_logits(hidden, weight, 1)
+    assert rows == [1]
+    assert (float(values[0, 0]), int(tokens[0, 0])) == (50.0, 7)
+    assert int(tokens[1, 0]) == int((hidden @ weight)[1].argmax())
+
+
+def test_words_that_bf16_cannot_tell_apart_are_told_apart():
+    # 1 + 2^-10 rounds to 1 in bf16 (8 bits); the best word is one of a thousand such.
+    weight = torch.ones(1, V)
+    weight[0, 1234] = 1 + 2**-10
+    assert top_logits(torch.ones(1, 1), weight, 1)[1].tolist() == [[1234]]
+
+
+def test_a_small_vocabulary_needs_no_list(monkeypatch):
+    rows = counted(monkeypatch)
+    assert_is_the_top(random(2, D), random(D, 64), 1)
+    assert rows == [2]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 10**6), st.floats(-3, 3))
+def test_no_rough_logit_is_further_off_than_the_bound(seed, log_scale):
+    weight = random(V, D, seed=seed)
+    hidden = random(4, D, seed=seed + 1, scale=10**log_scale)
+    rough = Rough.of(weight)
+    logits = torch.nn.functional.linear(hidden.bfloat16(), rough.weight).double()
+    off = (logits - hidden.double() @ weight.double().T).abs()
+    bound = rough.bound(hidden, logits.abs().amax(1).float())
+    assert bool((off.amax(1) <= bound).all())
+    # And it is no empty promise: within two orders of what was seen.
+    assert bool((bound <= 100 * off.amax(1)).all())
+
+
+def test_changed_weights_make_a_new_copy():
+    hidden, unembed = random(1, D, seed=1), random(D, V)
+    top_logits(hidden, unembed, 1)
+    unembed[:, 5] = 100 * hidden[0]
+    assert top_logits(hidden, unembed, 1)[1].tolist() == [[5]]
+
+
+def test_a_hidden_state_that_is_not_finite_gives_logits_that_are_not():
+    hidden = random(2, D)
+    hidden[0, 0] = torch.nan
+    values, _ = top_logits(hidden, random(D, V), 1)
+    assert not bool(torch.isfinite(values[0]).all())
+
+
+@pytest.mark.parametrize("name", ["unembed", "unembed.hook_in", "unembed.hook_out"])
+def test_steps_aside_where_logits_are_hooked(gemma, name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert applies(gemma)
+    handle = gemma.get_submodule(name).register_forward_hook(lambda *_: None)
+    assert not applies(gemma)
+    handle.remove()
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 5, "seed": 3}])
+def test_generation_is_the_same_with_and_without(monkeypatch, settings):
+    model = tiny_gemma()
+    prompts = ["Hello?", "And you?", "z"]
+    monkeypatch.setattr(room, "WIDEN", 2)
+    monkeypatch.setattr(room, "max", lambda _, n: n, raising=False)
+    texts = []
+    for fast in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        rows = counted(monkeypatch)
+        texts.append(generate(model, prompts, max_new_tokens=12, min_new_tokens=4, **settings))
+        assert (sum(rows) < 36) if fast else rows == []
+    assert texts[0] == texts[1]
