@@ -11,9 +11,10 @@ from rich.table import Table
 from shl.axes import load_axis
 from shl.config import FOUNDATIONS
 from shl.errors import ShlError
+from shl.evaluation import Evaluation, nats_of
 from shl.models import load_model
 from shl.stats import split_half
-from shl.vignettes import Evaluation, evaluate, nats_of
+from shl.vignettes import evaluate
 
 NOISE = 2 / 7
 """Recall at or below twice chance (1/7) makes a foundation's own reading noise."""

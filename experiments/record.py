@@ -28,13 +28,15 @@ from shl.bake import baked
 from shl.config import FOUNDATIONS
 from shl.dose import Walk
 from shl.errors import ShlError
+from shl.evaluation import Evaluation
 from shl.filters import Verdict
-from shl.heal import Healed, token_divergence
-from shl.loop import Round, Stage
+from shl.heal import Healed
+from shl.loop import Round
 from shl.lora import Adapter
+from shl.scores import token_divergence
+from shl.stages import Stage
 from shl.tokens import decode
 from shl.vector import SteeringVector
-from shl.vignettes import Evaluation
 
 PACKAGES = ("torch", "transformer-lens", "transformers", "numpy", "einops", "safetensors")
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shl.axes import Axis
-from shl.vignettes import selectivity
+from shl.evaluation import selectivity
 
 Event = Mapping[str, Any]
 

@@ -1,18 +1,19 @@
 """Finished adapters as frozen hooks: one stacked (A, B) per site, however many rounds there were.
 
-Nothing is merged into the weights, so base is one `suspended(model)` away.
+By default nothing is merged into the weights; either way base is one `suspended(model)` away.
 """
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from einops import einsum, rearrange
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
 from shl.errors import check
-from shl.hooks import DeltaHandle
+from shl.hooks import DeltaHandle, Handle, handles_on
 from shl.lora import Adapter, check_fits
-from shl.sites import Site
+from shl.sites import Site, as_linear
 
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:
@@ -67,11 +68,70 @@ class Baked(DeltaHandle):
         return self.stacked.delta(site, x)
 
 
-def baked(model: HookedTransformer, adapters: Sequence[Adapter]) -> Baked:
+class Materialised(Handle):
+    """The stack inside the weights: effective tensors, computed once in fp32, stand where base's
+    stood; base's own tensors wait untouched and come back by reference."""
+
+    def __init__(self, model: HookedTransformer, adapters: Sequence[Adapter]) -> None:
+        for adapter in adapters:
+            check_fits(model, adapter)
+        check(
+            not any(isinstance(h, Materialised) for h in handles_on(model)),
+            "the model carries a materialised stack already, remove it first.",
+        )
+        stacked = stack(adapters) if adapters else None
+        self.swaps: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        for site in stacked.sites if stacked else ():
+            check(
+                site.kind != "resid",
+                f"{site.name} sits on the residual stream, where no weight can take it in; bake it "
+                "as hooks.",
+            )
+            assert stacked is not None
+            parameter, out_in, sizes = as_linear(model, site)
+            base = rearrange(parameter.data, out_in, **sizes)
+            update = einsum(
+                stacked.up[site.name].float(),
+                stacked.down[site.name].float(),
+                "d_out rank, rank d_in -> d_out d_in",
+            )
+            effective = (base.float() + update * stacked.scale).to(base.dtype)
+            back = " -> ".join(reversed(out_in.split(" -> ")))
+            self.swaps.append((parameter, parameter.data, rearrange(effective, back, **sizes)))
+        super().__init__(model)
+        self._live = False
+        self._gate(closed=False)
+
+    @property
+    def on(self) -> bool:
+        """Whether the effective weights are in place."""
+        return self._live
+
+    def _gate(self, closed: bool) -> None:
+        for parameter, base, effective in self.swaps:
+            parameter.data = base if closed else effective
+        self._live = not closed
+
+    def remove(self) -> None:
+        """Put base's tensors back; a second call does nothing."""
+        if self._live:
+            self._gate(closed=True)
+        self.swaps.clear()
+        super().remove()
+
+
+def baked(
+    model: HookedTransformer, adapters: Sequence[Adapter], *, materialise: bool = False
+) -> Baked | Materialised:
     """Apply finished adapters, in order, while the returned context lasts; none is base itself.
 
+    Args:
+        materialise: put the sum into the weights instead (base's tensors are kept aside and come
+            back bit for bit): nothing more per token, one more copy of the adapted weights.
+
     Raises:
-        ShlError: an adapter made for another model or other sites.
+        ShlError: an adapter made for another model or other sites; to materialise, an adapter on
+            the residual stream or a second stack.
 
     Example:
         >>> from shl.tiny import tiny_gemma
@@ -79,4 +139,4 @@ def baked(model: HookedTransformer, adapters: Sequence[Adapter]) -> Baked:
         >>> with baked(model, []):
         ...     logits = model("plain TransformerLens from here")
     """
-    return Baked(model, adapters)
+    return Materialised(model, adapters) if materialise else Baked(model, adapters)

@@ -10,16 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from transformer_lens import HookedTransformer
 
 from shl.config import FilterConfig
-from shl.errors import check
 from shl.generate import Completion
-from shl.hooks import suspended
-from shl.kl import nll
-from shl.sites import final_hidden
-from shl.tokens import length_batches, pad_left
+from shl.scores import base_perplexities
 
 RULES = (
     "too_short",
@@ -194,62 +189,6 @@ def _top_share(words: Sequence[str]) -> float:
 def _echoes(words: Sequence[str], persona: Sequence[str]) -> bool:
     spans = {tuple(persona[i : i + 5]) for i in range(len(persona) - 4)}
     return any(tuple(words[i : i + 5]) in spans for i in range(len(words) - 4))
-
-
-@torch.no_grad()
-def base_perplexities(
-    model: HookedTransformer, completions: Sequence[Completion], *, batch_size: int = 16
-) -> list[tuple[float, float]]:
-    """(whole, last quarter) perplexity of each completion under base, given its prompt.
-
-    All of this package's hooks are suspended meanwhile. A completion without tokens has (inf,
-    inf).
-
-    Example:
-        >>> from shl.generate import generate
-        >>> from shl.tiny import tiny_gemma
-        >>> model = tiny_gemma()
-        >>> [(whole, tail)] = base_perplexities(model, generate(model, ["Hello?"]))
-        >>> whole > 1
-        True
-    """
-    scores = [(float("inf"), float("inf"))] * len(completions)
-    with suspended(model):
-        for i, losses in enumerate(token_nll(model, completions, batch_size=batch_size)):
-            if len(losses):
-                tail = losses[-max(1, len(losses) // 4) :]
-                scores[i] = (float(losses.mean().exp()), float(tail.mean().exp()))
-    return scores
-
-
-@torch.no_grad()
-def token_nll(
-    model: HookedTransformer, completions: Sequence[Completion], *, batch_size: int = 16
-) -> list[torch.Tensor]:
-    """Per-token NLL `[tok]` (nats) of each completion under the model as it stands."""
-    out = [torch.empty(0)] * len(completions)
-    full = [i for i, c in enumerate(completions) if c.tokens]
-    rows = {i: [*completions[i].prompt_tokens, *completions[i].tokens] for i in full}
-    for indices in length_batches([len(rows[i]) for i in full], batch_size):
-        chosen = [full[j] for j in indices]
-        hidden = completion_hidden(model, [completions[i] for i in chosen])
-        targets = torch.cat([torch.tensor(completions[i].tokens) for i in chosen])
-        losses = nll(hidden, model.W_U, targets.to(hidden.device), bias=model.b_U)
-        check(bool(torch.isfinite(losses).all()), "a completion's NLL under base is not finite.")
-        parts = losses.cpu().split([len(completions[i].tokens) for i in chosen])
-        for i, part in zip(chosen, parts, strict=True):
-            out[i] = part
-    return out
-
-
-def completion_hidden(model: HookedTransformer, completions: Sequence[Completion]) -> torch.Tensor:
-    """Final, normed hidden states `[tok, d_model]` at the positions that predict each
-    completion's tokens, one completion after the other; prompt and padding have none."""
-    rows = [[*c.prompt_tokens, *c.tokens] for c in completions]
-    batch = pad_left(model, rows)
-    residual = model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
-    picked = [residual[i, -len(c.tokens) - 1 : -1] for i, c in enumerate(completions)]
-    return final_hidden(model, torch.cat(picked))
 
 
 def judge(

@@ -20,13 +20,12 @@ from transformer_lens import HookedTransformer
 
 from shl.config import HealConfig
 from shl.errors import ShlError, check
-from shl.filters import completion_hidden
 from shl.generate import Completion
 from shl.hooks import suspended
 from shl.kl import aggregate, differentiable_nll, forward_kl_and_nll, reverse_kl_and_nll
-from shl.lora import Adapter, fresh_adapter
+from shl.lora import Adapter, fresh_adapter, singular_value_penalty
+from shl.scores import completion_hidden
 from shl.seeds import generator_for
-from shl.shapes import Float
 from shl.sweep import logsumexp
 from shl.tokens import length_batches
 
@@ -248,32 +247,3 @@ def _next_lam(lam: float, d: float, config: HealConfig, floor: float) -> float:
     error = (d - config.tau) / max(config.tau, 0.1)
     moved = lam * math.exp(config.calibrate_rate * max(-1.0, min(1.0, error)))
     return max(floor, min(config.lam_max, moved))
-
-
-def singular_value_penalty(adapter: Adapter, iterations: int = 12) -> Float[Tensor, ""]:
-    """Mean over sites of the squared largest singular value of s B A.
-
-    The top right singular vector comes from power iteration without a gradient; at that vector
-    the gradient of |s B A v|^2 is that of the squared singular value (Danskin), and 0 at B = 0.
-    """
-    total = torch.zeros(())
-    for site in adapter.sites:
-        a, b = adapter.down[site.name], adapter.up[site.name]
-        with torch.no_grad():
-            v = a.sum(0)
-            for _ in range(iterations):
-                image = a.T @ (b.T @ (b @ (a @ v)))
-                norm = image.norm()
-                v = image / norm if float(norm) > 0 else v / v.norm().clamp(min=1e-30)
-        total = total.to(a.device) + ((b @ (a @ v)) * adapter.scale).square().sum()
-    return total / len(adapter.sites)
-
-
-def token_divergence(model: HookedTransformer, completion: Completion) -> Float[Tensor, " tok"]:
-    """KL(model as it stands || base) per token of one completion, in nats."""
-    with torch.no_grad():
-        student = completion_hidden(model, [completion])
-        with suspended(model):
-            base = completion_hidden(model, [completion])
-        targets = torch.tensor(completion.tokens, device=student.device)
-        return reverse_kl_and_nll(student, base, model.W_U, targets, bias=model.b_U)[0].cpu()

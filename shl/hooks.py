@@ -67,6 +67,9 @@ class Handle:
             handle = module.register_forward_hook(after)
         self._torch_handles.append(handle)
 
+    def _gate(self, closed: bool) -> None:
+        """Called where `suspended` begins (closed) and ends, for what is more than hooks."""
+
     def remove(self) -> None:
         """Take the hooks off; a second call does nothing."""
         for handle in self._torch_handles:
@@ -107,12 +110,16 @@ def suspended(model: HookedTransformer, *handles: Handle) -> Iterator[None]:
         ...     handles_on(model)
         ()
     """
-    chosen = handles or handles_on(model)
+    chosen = [h for h in handles or handles_on(model) if h.on]
     token = _SUSPENDED.set(_SUSPENDED.get() | {id(h) for h in chosen})
+    for handle in chosen:
+        handle._gate(closed=True)
     try:
         yield
     finally:
         _SUSPENDED.reset(token)
+        for handle in chosen:
+            handle._gate(closed=False)
 
 
 def watched(module: nn.Module) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from transformer_lens import HookedTransformer
 
@@ -23,9 +22,9 @@ from shl.generate import Completion, generate
 from shl.heal import Healed, train_adapter
 from shl.lora import Adapter
 from shl.seeds import seed_for
-from shl.tokens import Prompt
+from shl.stages import Stage, measure, sample_texts
 from shl.vector import SteeringVector, extract_vector
-from shl.vignettes import Evaluation, evaluate
+from shl.vignettes import evaluate
 
 Observer = Callable[[str, int, Mapping[str, Any]], None]
 """Called as `observe(event, round, values)`; round is -1 before the first."""
@@ -37,35 +36,6 @@ def _silent(event: str, index: int, values: Mapping[str, Any]) -> None:
 
 class StarvedError(ShlError):
     """Too few completions survived the filter to train on."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One model measured: the probe, and free samples with their verdicts."""
-
-    name: str
-    evaluation: Evaluation
-    samples: tuple[Verdict, ...]
-
-    @property
-    def survival(self) -> float:
-        """Share of the free samples that pass the filter."""
-        return sum(v.kept for v in self.samples) / len(self.samples)
-
-    @property
-    def perplexity(self) -> float:
-        """Median base perplexity of the free samples."""
-        return float(np.median([v.perplexity for v in self.samples]))
-
-    @property
-    def nats(self) -> dict[str, float]:
-        """The probe's reading, per foundation."""
-        return self.evaluation.nats
-
-    @property
-    def coherence(self) -> float:
-        """The probe's valid-answer mass relative to base."""
-        return self.evaluation.coherence
 
 
 @dataclass(frozen=True)
@@ -108,7 +78,7 @@ def baselines(
         ("prompted+", axis.positive),
         ("prompted-", axis.negative),
     ):
-        stages[name] = _measure(model, axis, config, name, persona=persona)
+        stages[name] = measure(model, axis, config, name, persona=persona)
         observe("stage", -1, {"stage": stages[name]})
     return stages
 
@@ -178,36 +148,9 @@ def _round(
         )
         observe("healed", index, {"healing": healing})
     with baked(model, (*before, healing.adapter)):
-        healed = _measure(model, axis, config, "healed")
+        healed = measure(model, axis, config, "healed")
     observe("stage", index, {"stage": healed})
     return Round(index, vector, walk, kappa, dose, probes, dreams, kept, healing, steered, healed)
-
-
-def _measure(
-    model: HookedTransformer,
-    axis: Axis,
-    config: LoopConfig,
-    name: str,
-    *,
-    persona: str | None = None,
-) -> Stage:
-    evaluation = evaluate(model, persona=persona, config=config.eval)
-    # Every stage answers the same prompts with the same draws.
-    texts = _sample(model, axis, config, config.eval.samples, ("sample",), persona=persona)
-    return Stage(name, evaluation, tuple(judge(model, texts, config.filter, persona=persona)))
-
-
-def _sample(
-    model: HookedTransformer,
-    axis: Axis,
-    config: LoopConfig,
-    count: int,
-    key: Sequence[int | str],
-    *,
-    persona: str | None = None,
-) -> list[Completion]:
-    prompts = [Prompt(axis.prompts[i % len(axis.prompts)], persona) for i in range(count)]
-    return generate(model, prompts, **vars(config.generate), seed=seed_for(config.seed, *key))
 
 
 def _probe(
@@ -259,7 +202,9 @@ def _dream(
         if len(_bank(config, walk, (*probes, *dreams))) >= config.dose.min_train:
             break
         with vector.steering(model, walk.kappa * config.dose.alpha):
-            texts = _sample(model, axis, config, config.dose.batch_size, ("dream", index, batch))
+            texts = sample_texts(
+                model, axis, config, config.dose.batch_size, ("dream", index, batch)
+            )
         verdicts = judge(model, texts, config.filter)
         dreams += verdicts
         survivors = sum(v.kept for v in verdicts)

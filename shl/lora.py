@@ -18,11 +18,11 @@ from transformer_lens import HookedTransformer
 
 from shl.config import HealConfig
 from shl.errors import check
+from shl.files import read_safetensors
 from shl.hooks import DeltaHandle
 from shl.seeds import generator_for
 from shl.shapes import Down, Up
 from shl.sites import Site, band, sites_of
-from shl.vector import read_safetensors
 
 FORMAT = "shl-adapter-1"
 
@@ -192,3 +192,22 @@ def fresh_adapter(
         up[site.name] = torch.zeros(site.d_out, config.rank, device=device, requires_grad=True)
     scale = config.lora_alpha / config.rank
     return Adapter(sites, down, up, scale, model.cfg.model_name, round)
+
+
+def singular_value_penalty(adapter: Adapter, iterations: int = 12) -> Float[Tensor, ""]:
+    """Mean over sites of the squared largest singular value of s B A.
+
+    The top right singular vector comes from power iteration without a gradient; at that vector
+    the gradient of |s B A v|^2 is that of the squared singular value (Danskin), and 0 at B = 0.
+    """
+    total = torch.zeros(())
+    for site in adapter.sites:
+        a, b = adapter.down[site.name], adapter.up[site.name]
+        with torch.no_grad():
+            v = a.sum(0)
+            for _ in range(iterations):
+                image = a.T @ (b.T @ (b @ (a @ v)))
+                norm = image.norm()
+                v = image / norm if float(norm) > 0 else v / v.norm().clamp(min=1e-30)
+        total = total.to(a.device) + ((b @ (a @ v)) * adapter.scale).square().sum()
+    return total / len(adapter.sites)

@@ -27,6 +27,17 @@ from transformer_lens import HookedTransformer
 from shl.config import SITE_KINDS
 from shl.errors import check
 
+HF_NAMES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+"""The linear sites' names in transformers, within `model.layers.i` (Gemma-3 and Llama alike)."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -142,6 +153,32 @@ def linear_output(model: HookedTransformer, site: Site) -> nn.Module:
         "up": block.mlp.hook_pre_linear,
         "down": block.mlp,
     }[site.kind]
+
+
+def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, dict[str, int]]:
+    """A linear site's parameter, and how einops turns it into `[out, in]` (a view, given the
+    sizes that come third).
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> as_linear(model, sites_of(model, ["q"], [0])[0])[1]
+        'head d d_head -> (head d_head) d'
+    """
+    block = model.blocks[site.layer]
+    sizes = {"d_head": model.cfg.d_head}
+    heads_out = "head d d_head -> (head d_head) d"
+    table: dict[str, tuple[nn.Parameter, str, dict[str, int]]] = {
+        "q": (block.attn.W_Q, heads_out, sizes),
+        "k": (block.attn._W_K, heads_out, sizes),
+        "v": (block.attn._W_V, heads_out, sizes),
+        "o": (block.attn.W_O, "head d_head d -> d (head d_head)", sizes),
+        "gate": (block.mlp.W_gate, "d_in d_out -> d_out d_in", {}),
+        "up": (block.mlp.W_in, "d_in d_out -> d_out d_in", {}),
+        "down": (block.mlp.W_out, "d_in d_out -> d_out d_in", {}),
+    }
+    check(site.kind in table, f"{site.name} is no linear site, it has no weight of its own.")
+    return table[site.kind]
 
 
 def final_hidden(model: HookedTransformer, residual: Tensor) -> Tensor:

@@ -6,24 +6,25 @@ Panickssery et al. 2023, arXiv:2312.06681. Raw, not normalised.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from shl.activations import residual_at_tag
 from shl.axes import Axis
-from shl.errors import ShlError, check
+from shl.errors import check
+from shl.files import read_safetensors
 from shl.hooks import Handle, row_values
 from shl.shapes import Direction
 from shl.sites import band, check_layers, residual_after
-from shl.tokens import Prompt, encode, length_batches, pad_left
+from shl.tokens import Prompt
 
 FORMAT = "shl-vector-1"
 Rule = Callable[[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]], Direction]
@@ -160,69 +161,6 @@ class SteeringVector:
 
 def _key(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
-
-
-def read_safetensors(
-    path: str | Path, file_format: str
-) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file that this package wrote.
-
-    Raises:
-        ShlError: missing, damaged, of another format, or with numbers that are not finite.
-    """
-    try:
-        with safe_open(str(path), "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("shl", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ShlError(f"{path} cannot be read ({error}).") from error
-    seen = meta.get("format") if isinstance(meta, dict) else None
-    check(seen == file_format, f"{path} has format {seen!r}, it must be {file_format!r}.")
-    for key, value in tensors.items():
-        check(bool(torch.isfinite(value).all()), f"{key} in {path} holds numbers not finite.")
-    return meta, tensors
-
-
-class Capture(Handle):
-    """Keeps the residual stream after `layers` at the last position of each batch."""
-
-    def __init__(self, model: HookedTransformer, layers: Iterable[int]) -> None:
-        super().__init__(model)
-        self.last: dict[int, Float[Tensor, "batch d_model"]] = {}
-        for layer in layers:
-            self._add(residual_after(model, layer), lambda h, i=layer: self._keep(i, h))
-
-    def _keep(self, layer: int, h: Tensor) -> None:
-        self.last[layer] = h[:, -1].detach().clone()
-
-
-def residual_at_tag(
-    model: HookedTransformer,
-    prompts: Sequence[str | Prompt],
-    layers: Sequence[int],
-    *,
-    batch_size: int = 16,
-) -> dict[int, Float[Tensor, "n d_model"]]:
-    """The residual stream after each layer at the assistant tag, one row per prompt, in fp32.
-
-    Runs only as far as the last layer asked for.
-
-    Example:
-        >>> from shl.tiny import tiny_gemma
-        >>> residual_at_tag(tiny_gemma(), ["Hello?", "A longer one?"], [0])[0].shape
-        torch.Size([2, 32])
-    """
-    check_layers(model, layers)
-    check(len(layers) > 0, "layers is empty, name at least one.")
-    rows = [encode(model, prompt) for prompt in prompts]
-    out = {layer: torch.empty(len(rows), model.cfg.d_model) for layer in layers}
-    for indices in length_batches([len(row) for row in rows], batch_size):
-        batch = pad_left(model, [rows[i] for i in indices])
-        with Capture(model, layers) as capture, torch.no_grad():
-            model(batch.tokens, attention_mask=batch.mask, stop_at_layer=max(layers) + 1)
-        for layer in layers:
-            out[layer][indices] = capture.last[layer].float().cpu()
-    return out
 
 
 def extract_vector(

@@ -17,8 +17,8 @@ from shl.config import (
 )
 from shl.lora import fresh_adapter
 from shl.models import build_model
+from shl.probes import vignettes
 from shl.tiny import tiny_tokenizer
-from shl.vignettes import vignettes
 
 
 def tiny_llama_hf(**changes):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shl.vignettes import Evaluation, nats_of, selectivity
+from shl.evaluation import Evaluation, nats_of, selectivity
 
 
 def constructed(p, *, base_mass=(1.0,), labels=("care", "authority"), prior=0.0):

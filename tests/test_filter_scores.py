@@ -11,7 +11,6 @@ from shl import filters as room
 from shl.bake import baked
 from shl.config import FilterConfig
 from shl.filters import (
-    base_perplexities,
     compression,
     judge,
     longest_run,
@@ -20,6 +19,7 @@ from shl.filters import (
     words_of,
 )
 from shl.generate import Completion, generate
+from shl.scores import base_perplexities
 from shl.tokens import Prompt, encode, encode_text
 from shl.vector import SteeringVector
 

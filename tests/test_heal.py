@@ -18,8 +18,9 @@ from shl.bake import baked
 from shl.config import HealConfig
 from shl.errors import ShlError
 from shl.generate import Completion, generate
-from shl.heal import heal, token_divergence, train_adapter
+from shl.heal import heal, train_adapter
 from shl.lora import fresh_adapter
+from shl.scores import token_divergence
 from shl.tokens import Prompt
 
 PLAIN = HealConfig(rank=4, epochs=6, lr=2e-2, batch_size=3, divergence="none")

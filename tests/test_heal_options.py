@@ -10,8 +10,8 @@ from helpers import random_adapter
 
 from shl.config import HealConfig
 from shl.generate import generate
-from shl.heal import heal, singular_value_penalty, train_adapter
-from shl.lora import fresh_adapter
+from shl.heal import heal, train_adapter
+from shl.lora import fresh_adapter, singular_value_penalty
 
 # One epoch is four steps; the barrier fires from the second on.
 SMALL = HealConfig(

@@ -155,7 +155,8 @@ def test_run_with_cache_and_run_with_hooks_see_our_changes(model, adapter, vecto
     with adapter.attach(model), vector.steering(model):
         plain = model(TOKENS)
         logits, cache = model.run_with_cache(TOKENS)
-        assert torch.equal(logits, plain)
+        # Scores are formed only where they are cached: the same sums in another order.
+        assert (logits - plain).abs().max() <= 1e-5
         seen = {}
         name = "blocks.1.hook_resid_post"
         model.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda h, hook: seen.update(h=h))])

@@ -8,8 +8,9 @@ from einops import rearrange
 from helpers import fill, tiny_llama_hf, tokens_of
 from transformers import Gemma3Config, Gemma3ForCausalLM
 
+from shl.convert import hooked_config
 from shl.errors import ShlError
-from shl.models import build_model, hooked_config
+from shl.models import build_model
 from shl.tiny import tiny_hf
 
 TOKENS = tokens_of(2, 40)  # five windows of 8

@@ -7,11 +7,12 @@ import torch
 from helpers import random_adapter
 from safetensors.torch import save_file
 
+from shl.activations import residual_at_tag
 from shl.axes import load_axis
 from shl.bake import baked
 from shl.errors import ShlError
 from shl.tokens import Prompt, encode
-from shl.vector import SteeringVector, extract_vector, residual_at_tag
+from shl.vector import SteeringVector, extract_vector
 
 CONTEXTS = ("How do you rest?", "Lunch?", "What is a good day like, and why is that so?")
 

@@ -11,9 +11,10 @@ from helpers import random_adapter, tiny_llama
 
 from shl.bake import baked
 from shl.config import FOUNDATIONS, EvalConfig
+from shl.probes import probe_data, vignettes
 from shl.tiny import tiny_gemma
 from shl.vector import SteeringVector
-from shl.vignettes import evaluate, probe_data, vignettes
+from shl.vignettes import evaluate
 
 ALL = vignettes()
 FEW = (*ALL[:7], ALL[20])

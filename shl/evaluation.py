@@ -1,0 +1,146 @@
+"""What the probe read, as a frozen result: arrays in, trait and coherence out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from shl.config import FOUNDATIONS, EvalConfig
+from shl.stats import bootstrap
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What the probe read, per vignette and in sum.
+
+    `log_probs` is `[item, asked, option]`: nats, raw, one slice per stem (or per order);
+    `log_p` is `[item, option]`: log-probabilities renormalised over the options after
+    calibration; `mass` is the probability of any valid answer, per `asked`.
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> result = evaluate(tiny_gemma())
+        >>> sorted(result.nats) == sorted(FOUNDATIONS), result.coherence
+        (True, 1.0)
+    """
+
+    style: str
+    labels: tuple[str, ...]
+    log_probs: np.ndarray
+    prior: np.ndarray
+    base_mass: np.ndarray
+
+    @property
+    def log_p(self) -> np.ndarray:
+        """`[item, option]`, nats: calibrated, averaged over `asked`, renormalised."""
+        return log_softmax((self.log_probs - self.prior).mean(1))
+
+    @property
+    def log_p_each(self) -> np.ndarray:
+        """`[item, asked, option]`, nats: the same for each stem or order alone."""
+        return log_softmax(self.log_probs - self.prior)
+
+    @property
+    def nats(self) -> dict[str, float]:
+        """Log of the mean probability over all vignettes, per foundation."""
+        return dict(zip(FOUNDATIONS, map(float, nats_of(self.log_p)), strict=True))
+
+    @property
+    def mass(self) -> np.ndarray:
+        """`[asked]`: mean probability of any valid answer."""
+        return np.exp(logsumexp(self.log_probs)).mean(0)[:, 0]
+
+    @property
+    def coherence(self) -> float:
+        """Valid-answer mass relative to base, geometric mean over stems or orders."""
+        return float(np.exp(np.mean(np.log(self.mass) - np.log(self.base_mass))))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of vignettes whose most probable option is the intended foundation."""
+        return float((self.log_p.argmax(1) == self.intended).mean())
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Counts `[intended, chosen]` in the order of the foundations."""
+        table = np.zeros((len(FOUNDATIONS),) * 2, dtype=int)
+        np.add.at(table, (self.intended, self.log_p.argmax(1)), 1)
+        return table
+
+    @property
+    def intended(self) -> np.ndarray:
+        """`[item]`: index of the foundation that each vignette was written for."""
+        return np.array([FOUNDATIONS.index(label) for label in self.labels])
+
+    def shift(self, base: "Evaluation") -> dict[str, float]:
+        """Difference of `nats` to another reading of the same vignettes."""
+        return {name: value - base.nats[name] for name, value in self.nats.items()}
+
+    def shift_interval(
+        self, base: "Evaluation", foundation: str, config: EvalConfig | None = None
+    ) -> tuple[float, float]:
+        """Bootstrap interval of the shift, paired by vignette."""
+        config = config or EvalConfig()
+        k = FOUNDATIONS.index(foundation)
+        pairs = np.stack([np.exp(self.log_p[:, k]), np.exp(base.log_p[:, k])], 1)
+        return bootstrap(
+            pairs,
+            lambda x: float(np.log(x[:, 0].mean()) - np.log(x[:, 1].mean())),
+            resamples=config.bootstrap,
+            confidence=config.confidence,
+        )
+
+    def centred_shift(self, base: "Evaluation") -> dict[str, float]:
+        """Mean per-vignette shift of the log-ratio to the options' mean: each vignette counts
+        alike, however small its probability."""
+        moved = _centred(self.log_p) - _centred(base.log_p)
+        return dict(zip(FOUNDATIONS, map(float, moved.mean(0)), strict=True))
+
+    def coherence_interval(self, config: EvalConfig | None = None) -> tuple[float, float]:
+        """Bootstrap interval of `coherence` over vignettes, base held fixed."""
+        config = config or EvalConfig()
+        masses = np.exp(logsumexp(self.log_probs))[:, :, 0]
+        return bootstrap(
+            masses,
+            lambda x: float(np.exp(np.mean(np.log(x.mean(0)) - np.log(self.base_mass)))),
+            resamples=config.bootstrap,
+            confidence=config.confidence,
+        )
+
+
+def nats_of(log_p: np.ndarray) -> np.ndarray:
+    """Log of the mean probability over items: `[item, option]` to `[option]`.
+
+    Example:
+        >>> import numpy as np
+        >>> nats_of(np.log([[0.25, 0.75], [0.75, 0.25]])).round(3)
+        array([-0.693, -0.693])
+    """
+    return np.log(np.exp(log_p).mean(0))
+
+
+def selectivity(shift: Mapping[str, float], expected: Mapping[str, int]) -> float:
+    """Mean expected-sign shift on the axis over the largest absolute shift off it.
+
+    Example:
+        >>> selectivity({"care": 1.0, "authority": -2.0, "social": 0.5}, {"care": 1})
+        0.5
+    """
+    on = float(np.mean([sign * shift[name] for name, sign in expected.items()]))
+    off = max((abs(value) for name, value in shift.items() if name not in expected), default=0.0)
+    return on / off if off > 0 else float("inf")
+
+
+def logsumexp(x: np.ndarray) -> np.ndarray:
+    """Log of the sum of exponentials over the last axis, which stays with size 1."""
+    top = x.max(-1, keepdims=True)
+    return top + np.log(np.exp(x - top).sum(-1, keepdims=True))
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """Log-probabilities over the last axis."""
+    return x - logsumexp(x)
+
+
+def _centred(log_p: np.ndarray) -> np.ndarray:
+    return log_p - log_p.mean(-1, keepdims=True)
