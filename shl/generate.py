@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from shl.attention import KeyValues
 from shl.config import GenerateConfig
 from shl.errors import check
 from shl.hooks import ROWS, handles_on
+from shl.prefill import prefill, run
 from shl.sampling import next_logits, sample
 from shl.seeds import generator_for
 from shl.tokens import (
@@ -26,7 +26,6 @@ from shl.tokens import (
     end_ids,
     is_chat,
     length_batches,
-    pad_left,
 )
 from shl.vector import Steering
 
@@ -116,9 +115,7 @@ def _decode_batch(
     config: GenerateConfig,
     seed: int,
 ) -> list[tuple[list[int], bool]]:
-    batch = pad_left(model, rows)
-    device = batch.tokens.device
-    cache = KeyValues.empty(model, len(rows), batch.tokens.shape[1] + config.max_new_tokens)
+    device = model.W_U.device
     draws = torch.stack(
         [
             torch.rand(config.max_new_tokens, generator=generator_for(seed, "token", i))
@@ -133,11 +130,15 @@ def _decode_batch(
     active = list(range(len(rows)))
     out: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
-    tokens, mask = batch.tokens, batch.mask
+    new: Tensor | None = None
     for step in range(config.max_new_tokens):
         held = ROWS.set(torch.tensor([indices[i] for i in active]))
         try:
-            logits, ids = next_logits(model, tokens, mask, cache, k=wanted)
+            if new is None:
+                residual, cache = prefill(model, rows, room=config.max_new_tokens)
+            else:
+                residual = run(model, new, torch.ones_like(new), cache)
+            logits, ids = next_logits(model, residual, k=wanted)
         finally:
             ROWS.reset(held)
         if step < config.min_new_tokens:
@@ -153,7 +154,7 @@ def _decode_batch(
             cache = cache.rows(torch.tensor(keep, device=device))
             active = [active[row] for row in keep]
             chosen = chosen[keep]
-        tokens, mask = chosen[:, None], torch.ones_like(chosen[:, None])
+        new = chosen[:, None]
     return list(zip(out, ended, strict=True))
 
 

@@ -41,6 +41,11 @@ class Handle:
         _HANDLES.setdefault(model, []).append(self)
 
     @property
+    def per_row(self) -> bool:
+        """Whether rows of a batch are treated differently, so that none may stand for all."""
+        return False
+
+    @property
     def on(self) -> bool:
         """False inside `suspended(model)` and after `remove()`."""
         return bool(self._torch_handles) and id(self) not in _SUSPENDED.get()

@@ -15,8 +15,9 @@ from shl.axes import DATA
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.errors import check
 from shl.kl import log_probs_at
+from shl.prefill import prefill, run
 from shl.sites import final_hidden
-from shl.tokens import Prompt, encode, encode_text, length_batches, pad_left
+from shl.tokens import Prompt, encode, encode_text, length_batches
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,7 @@ def read_completions(
     rows = [encode_text(model, before + v.text, bos=True) for v in items]
     out = torch.zeros(len(rows), len(stems), len(FOUNDATIONS))
     for chosen in length_batches([len(row) for row in rows], config.batch_size):
-        batch = pad_left(model, [rows[i] for i in chosen])
-        start = KeyValues.empty(model, len(chosen), batch.tokens.shape[1])
-        _run(model, batch.tokens, batch.mask, start)
+        _, start = prefill(model, [rows[i] for i in chosen])
         for k, stem in enumerate(stems):
             # Stems go one by one: padding between a stem and its options would count towards
             # the sliding window.
@@ -83,7 +82,7 @@ def _score_options(
     each = torch.arange(items, device=device)
     kv = start.rows(each, start.length + len(stem))
     tokens, mask = _pad_right([stem], items, device)
-    last = _run(model, tokens, mask, kv)[:, -1]
+    last = run(model, tokens, mask, kv)[:, -1]
     firsts = torch.tensor([option[0] for option in options], device=device)
     scores = log_probs_at(
         final_hidden(model, last), model.W_U, firsts.expand(items, -1), bias=model.b_U
@@ -93,7 +92,7 @@ def _score_options(
         kv = kv.rows(each.repeat_interleave(len(options)), kv.length + max(map(len, options)) - 1)
         tokens, _ = _pad_right([option[:-1] for option in options], items, device)
         targets, real = _pad_right([option[1:] for option in options], items, device)
-        residual = _run(model, tokens, real, kv)
+        residual = run(model, tokens, real, kv)
         rest = torch.zeros(tokens.shape, device=device)
         rest[real.bool()] = log_probs_at(
             final_hidden(model, residual[real.bool()]),
@@ -103,10 +102,6 @@ def _score_options(
         )[:, 0]
         scores = scores + rest.sum(1).view(scores.shape)
     return scores.cpu()
-
-
-def _run(model: HookedTransformer, tokens: Tensor, mask: Tensor, kv: KeyValues) -> Tensor:
-    return model(tokens, attention_mask=mask, past_kv_cache=kv, stop_at_layer=model.cfg.n_layers)
 
 
 def _pad_right(
@@ -138,18 +133,18 @@ def read_digits(
         for k, order in enumerate(orders):
             listed = "\n".join(f"{j + 1}. {asked['options'][o]}" for j, o in enumerate(order))
             text = asked["question"].format(vignette=v.text, options=listed)
-            prefill = encode_text(model, asked["answer"])
-            rows.append(encode(model, Prompt(text, persona)) + prefill)
+            begun = encode_text(model, asked["answer"])
+            rows.append(encode(model, Prompt(text, persona)) + begun)
             places.append((item, k))
     out = torch.zeros(len(items), len(orders), n)
     words = torch.tensor([ids[0] for ids in digits], device=model.W_U.device)
     for indices in length_batches([len(row) for row in rows], 2 * config.batch_size):
-        batch = pad_left(model, [rows[i] for i in indices])
-        residual = model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)[
-            :, -1
-        ]
+        residual, _ = prefill(model, [rows[i] for i in indices])
         scores = log_probs_at(
-            final_hidden(model, residual), model.W_U, words.expand(len(indices), -1), bias=model.b_U
+            final_hidden(model, residual[:, 0]),
+            model.W_U,
+            words.expand(len(indices), -1),
+            bias=model.b_U,
         ).cpu()
         for i, row in zip(indices, scores, strict=True):
             item, k = places[i]

@@ -6,37 +6,26 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.utilities.activation_functions import apply_softcap
 
-from shl.attention import KeyValues
 from shl.config import GenerateConfig
 from shl.errors import check
-from shl.shapes import Mask, Tokens
 from shl.shortlist import applies, top_logits
 
 
 def next_logits(
-    model: HookedTransformer,
-    tokens: Tokens,
-    mask: Mask,
-    cache: KeyValues | None = None,
-    *,
-    k: int = 0,
+    model: HookedTransformer, residual: Float[Tensor, "batch 1 d_model"], *, k: int = 0
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The `k` largest logits that follow the last position, descending, fp32, and their tokens.
+    """The `k` largest logits, descending, fp32, and their tokens, from the residual stream after
+    the last layer at one position per row.
 
-    `k` 0 is the whole vocabulary, in its own order. `[batch, pos, vocab]` never exists. `mask`
-    has the shape of the new tokens; the cache, if given, remembers the earlier ones.
+    `k` 0 is the whole vocabulary, in its own order.
 
     Example:
         >>> import torch
         >>> from shl.tiny import tiny_gemma
-        >>> rows = torch.tensor([[5, 6, 7]])
-        >>> next_logits(tiny_gemma(), rows, torch.ones_like(rows), k=4)[1].shape
+        >>> next_logits(tiny_gemma(), torch.ones(1, 1, 32), k=4)[1].shape
         torch.Size([1, 4])
     """
-    residual = model(
-        tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=model.cfg.n_layers
-    )
-    hidden = model.ln_final(residual[:, -1:])
+    hidden = model.ln_final(residual)
     cap = model.cfg.output_logits_soft_cap
     if k and applies(model):
         bias = model.b_U if bool(model.b_U.any()) else None

@@ -72,6 +72,11 @@ class Steering(Handle):
             v = v.to(model.W_U.device)
             self._add(module, lambda h, v=v: self._steer(h, v))
 
+    @property
+    def per_row(self) -> bool:
+        """Whether each row has a dose of its own."""
+        return isinstance(self.dose, Tensor)
+
     def _steer(self, h: Tensor, v: Tensor) -> Tensor | None:
         if isinstance(self.dose, Tensor):
             dose = row_values(self.dose.to(h.device), len(h))

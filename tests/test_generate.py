@@ -132,8 +132,8 @@ def scripted(monkeypatch, model, texts):
     dot = encode_text(model, ".")[0]
     said = [0] * len(texts)
 
-    def logits(model, tokens, mask, cache=None, *, k=0):
-        out = torch.full((len(tokens), model.cfg.d_vocab), -20.0)
+    def logits(model, residual, *, k=0):
+        out = torch.full((len(residual), model.cfg.d_vocab), -20.0)
         for at, row in enumerate(ROWS.get().tolist()):
             out[at, ids[row][said[row]] if said[row] < len(ids[row]) else dot] = 20.0
             said[row] += 1

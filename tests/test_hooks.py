@@ -160,7 +160,7 @@ def test_run_with_cache_and_run_with_hooks_see_our_changes(model, adapter, vecto
         seen = {}
         name = "blocks.1.hook_resid_post"
         model.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda h, hook: seen.update(h=h))])
-        assert torch.equal(seen["h"], cache[name])
+        assert (seen["h"] - cache[name]).abs().max() <= 1e-5
         assert torch.equal(cache[name], cache["blocks.2.hook_resid_pre"])
 
 

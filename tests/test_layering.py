@@ -29,6 +29,7 @@ FLOORS = {
     "models": 2,
     "tokens": 2,
     "tiny": 2.5,
+    "prefill": 2.75,
     "activations": 2.75,
     "vector": 3,
     "lora": 3.5,

@@ -5,10 +5,10 @@ import torch
 from helpers import fill, tokens_of
 from transformers import Gemma3ForCausalLM
 
-from shl.attention import KeyValues
 from shl.config import GenerateConfig
 from shl.errors import ShlError
 from shl.models import build_model
+from shl.prefill import prefill
 from shl.sampling import next_logits, sample
 from shl.tiny import tiny_hf
 
@@ -82,28 +82,23 @@ def test_logits_that_are_not_finite_are_refused(temperature, bad):
 
 
 def test_next_logits_are_the_models_last_logits(model):
-    rows = tokens_of(2, 15)
-    mask = torch.ones_like(rows)
-    mask[0, :5] = 0
-    expected = model(rows, attention_mask=mask)[:, -1]
-    got, ids = next_logits(model, rows, mask)
+    rows = tokens_of(2, 15).tolist()
+    rows[0] = rows[0][5:]
+    expected = torch.cat([model(torch.tensor([row]))[:, -1] for row in rows])
+    residual, _ = prefill(model, rows)
+    got, ids = next_logits(model, residual)
     assert ids.tolist() == [list(range(model.cfg.d_vocab))] * 2
-    assert (got - expected).abs().max() <= 1e-5
-    cache = KeyValues.empty(model, 2)
-    next_logits(model, rows[:, :14], mask[:, :14], cache)
-    got, _ = next_logits(model, rows[:, 14:], torch.ones(2, 1, dtype=torch.long), cache)
     assert (got - expected).abs().max() <= 1e-4
 
 
 def test_the_k_largest_come_in_order_with_their_tokens(model):
-    rows = tokens_of(2, 15)
-    mask = torch.ones_like(rows)
-    full, _ = next_logits(model, rows, mask)
-    values, ids = next_logits(model, rows, mask, k=5)
+    residual, _ = prefill(model, tokens_of(2, 15).tolist())
+    full, _ = next_logits(model, residual)
+    values, ids = next_logits(model, residual, k=5)
     expected = full.sort(-1, descending=True)
     assert ids.tolist() == expected.indices[:, :5].tolist()
     assert (values - expected.values[:, :5]).abs().max() <= 1e-5
-    everything, _ = next_logits(model, rows, mask, k=10**6)
+    everything, _ = next_logits(model, residual, k=10**6)
     assert everything.shape == full.shape
 
 
@@ -124,7 +119,8 @@ def test_next_logits_are_capped_like_the_models():
     capped = build_model(config, hf.state_dict(), None)
     rows = tokens_of(2, 15)
     expected = hf(rows).logits[:, -1]
-    got, _ = next_logits(capped, rows, torch.ones_like(rows))
+    residual = capped(rows, stop_at_layer=capped.cfg.n_layers)[:, -1:]
+    got, _ = next_logits(capped, residual)
     assert (got - expected).abs().max() <= 1e-4
-    values, ids = next_logits(capped, rows, torch.ones_like(rows), k=3)
+    values, ids = next_logits(capped, residual, k=3)
     assert (values - expected.gather(1, ids)).abs().max() <= 1e-4
