@@ -5,12 +5,14 @@ MODEL ?= gemma-3-270m
 ROUNDS ?= 3
 SEED ?= 42
 ARGS ?=
-# Spinning OpenMP workers cost more than the work beside a busy neighbour.
+# Workers that spin for long cost more than the work beside a busy neighbour; those that never
+# spin are woken at every small product. A short spin costs little in both cases.
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 3000
 export TOKENIZERS_PARALLELISM ?= false
 BIN = .venv/bin
 RUN = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED)
-.PHONY: help install experiment smoke probe test check
+.PHONY: help install experiment smoke probe bench test check
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -35,6 +37,9 @@ smoke: install  ## the same path on the same weights at the smallest honest scal
 
 probe: install  ## the vignette probe's validity on MODEL
 	$(BIN)/python -m experiments.probe --axis "$(AXIS)" --model "$(MODEL)" $(ARGS)
+
+bench: install  ## us and the peers side by side: BENCH=kernel|decode|heal|start, all by default
+	$(BIN)/python -m experiments.bench $(BENCH) $(ARGS)
 
 test: install  ## all tests
 	$(BIN)/python -m pytest

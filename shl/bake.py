@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
 from shl.errors import check
-from shl.hooks import DeltaHandle, Handle, handles_on
-from shl.lora import Adapter, check_fits
-from shl.sites import Site, as_linear
+from shl.hooks import Handle, handles_on
+from shl.lora import Adapter, LowRank, check_fits
+from shl.sites import as_linear
 
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:
@@ -54,18 +54,18 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     return Adapter(ordered, down, up, 1.0, models.pop())
 
 
-class Baked(DeltaHandle):
+class Baked(LowRank):
     """A frozen stack of adapters on a model: a context manager with `.remove()`."""
 
     def __init__(self, model: HookedTransformer, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
             check_fits(model, adapter)
         self.stacked = stack(adapters) if adapters else None
-        super().__init__(model, self.stacked.sites if self.stacked else (), self._delta)
-
-    def _delta(self, site: Site, x: Tensor) -> Tensor:
-        assert self.stacked is not None
-        return self.stacked.delta(site, x)
+        if self.stacked is None:
+            super().__init__(model, (), {}, {}, 1.0)
+        else:
+            own = self.stacked
+            super().__init__(model, own.sites, own.down, own.up, own.scale)
 
 
 class Materialised(Handle):

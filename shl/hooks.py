@@ -5,7 +5,7 @@ own list of hooks, so `model.reset_hooks()` and `model.hooks(...)` neither remov
 disturbed by them; ours go when their handle is removed or its `with` body ends, however it ends.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 
 from shl.errors import check
-from shl.sites import Site, linear_input, linear_output, residual_after
 
 ROWS: ContextVar[Tensor | None] = ContextVar("shl_rows", default=None)
 """Which rows of the caller's list the current batch holds; `generate` sets it, so that per-row
@@ -56,8 +55,8 @@ class Handle:
         hook: Callable[[Tensor], Tensor | None],
         argument: str | None = None,
     ) -> None:
-        """Run `hook` on a module's output, which its return value replaces, or (if `argument` is
-        named) only show it that argument, given by keyword or in first place."""
+        """Run `hook` on a module's output, which its return value replaces unless it is None, or
+        (if `argument` is named) only show it that argument, given by keyword or in first place."""
 
         def after(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
             return hook(output) if id(self) not in _SUSPENDED.get() else None
@@ -141,40 +140,6 @@ def watched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-class DeltaHandle(Handle):
-    """Adds `delta(site, x)` to each site's output, where x is that site's own input.
-
-    `delta` maps `[batch, pos, d_in]` to `[batch, pos, d_out]`.
-    """
-
-    def __init__(
-        self,
-        model: HookedTransformer,
-        sites: Sequence[Site],
-        delta: Callable[[Site, Tensor], Tensor],
-    ) -> None:
-        super().__init__(model)
-        for site in sites:
-            if site.kind == "resid":
-                self._add(residual_after(model, site.layer), lambda h, s=site: h + delta(s, h))
-            else:
-                self._hook_linear(site, delta)
-
-    def _hook_linear(self, site: Site, delta: Callable[[Site, Tensor], Tensor]) -> None:
-        # The input waits here between the hook that sees it and the hook that adds.
-        seen: list[Tensor] = []
-
-        def keep(x: Tensor) -> None:
-            seen[:] = [x.flatten(2) if x.ndim == 4 else x]
-
-        def add(y: Tensor) -> Tensor:
-            return y + delta(site, seen.pop()).view(y.shape)
-
-        module, argument = linear_input(self.model, site)
-        self._add(module, keep, argument=argument)
-        self._add(linear_output(self.model, site), add)
 
 
 def row_values(values: Tensor, batch: int) -> Tensor:

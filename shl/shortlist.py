@@ -95,7 +95,7 @@ def top_logits(
     if rough is None or rough.made_from != _stamp(weight):
         rough = _ROUGH[unembed] = Rough.of(weight)
     logits = linear(hidden.bfloat16(), rough.weight)
-    largest = logits.abs().amax(1).float()
+    largest = torch.maximum(logits.amax(1), -logits.amin(1)).float()
     if bias is not None:
         logits = logits.float() + bias
     listed = logits.topk(n)

@@ -128,12 +128,16 @@ def residual_after(model: HookedTransformer, layer: int) -> nn.Module:
 
 
 def linear_input(model: HookedTransformer, site: Site) -> tuple[nn.Module, str | None]:
-    """The module that shows a linear site's input: its keyword argument, or (None) its output."""
+    """The module that shows a site's input: its keyword argument, or (None) its output.
+
+    q, k and v read one tensor, unless a TransformerLens option splits it by head.
+    """
     block = model.blocks[site.layer]
     return {
+        "resid": (block.hook_resid_post, None),
         "q": (block.attn, "query_input"),
-        "k": (block.attn, "key_input"),
-        "v": (block.attn, "value_input"),
+        "k": (block.attn, "query_input"),
+        "v": (block.attn, "query_input"),
         "o": (block.attn.hook_z, None),
         "gate": (block.mlp, "x"),
         "up": (block.mlp, "x"),

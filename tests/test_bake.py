@@ -66,10 +66,10 @@ def test_residual_adapters_compose_in_order(gemma):
         for scale, a, b in ((2.0, 3.0, 5.0), (1.0, 7.0, 2.0))
     )
     both = stack([first, second])
-    (site,) = both.sites
-    h = torch.ones(1, 1, 32)
-    assert float((h + both.delta(site, h))[0, 0, 0]) == 31 * 15
-    assert torch.equal((h + both.delta(site, h))[0, 0, 1:], torch.ones(31))
+    with both.attach(gemma):
+        out = gemma.blocks[0].hook_resid_post(torch.ones(1, 1, 32))
+    assert float(out[0, 0, 0]) == 31 * 15
+    assert torch.equal(out[0, 0, 1:], torch.ones(31))
 
 
 def test_order_matters_at_the_residual_site(gemma):
