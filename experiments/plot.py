@@ -85,6 +85,7 @@ def plane(events: Sequence[Event]) -> Figure:
             panel.annotate(
                 e["stage"], (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8
             )
+    panel.margins(0.12)
     panel.set_xlabel("care [nats]")
     panel.set_ylabel("authority [nats]")
     return figure

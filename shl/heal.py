@@ -26,6 +26,7 @@ from shl.kl import aggregate, differentiable_nll, forward_kl_and_nll, reverse_kl
 from shl.lora import Adapter, fresh_adapter, singular_value_penalty
 from shl.scores import completion_hidden
 from shl.seeds import generator_for
+from shl.sites import readout
 from shl.sweep import logsumexp
 from shl.tokens import length_batches
 
@@ -194,18 +195,18 @@ def _step(
     d = torch.zeros(len(batch), device=hidden.device)
     kl = torch.zeros(len(targets), device=hidden.device)
     if reference is None:
-        nll = differentiable_nll(leaf, model.W_U, targets, bias=model.b_U)
+        nll = differentiable_nll(leaf, model.W_U, targets, **readout(model))
     else:
         states, ref_lse = reference
         if config.divergence == "kl_fwd":
-            kl, nll = forward_kl_and_nll(leaf, states, model.W_U, targets, bias=model.b_U)
+            kl, nll = forward_kl_and_nll(leaf, states, model.W_U, targets, **readout(model))
         else:
             kl, nll = reverse_kl_and_nll(
                 leaf,
                 states,
                 model.W_U,
                 targets,
-                bias=model.b_U,
+                **readout(model),
                 ref_lse=ref_lse if lazy else None,
                 lazy=lazy,
             )

@@ -11,6 +11,10 @@ delta = h - h_ref. With p = softmax(h W), q = softmax(h_ref W), F = logsumexp, A
 One sweep over vocabulary chunks with an online logsumexp gives both values and both gradients.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,7 +23,7 @@ from torch import Tensor
 from shl.config import quantile_of
 from shl.errors import ShlError, check
 from shl.shapes import Float, Hidden, Int, PerToken, Targets, Unembed
-from shl.sweep import logsumexp, sweep
+from shl.sweep import Sweep, logsumexp, sweep
 
 
 def aggregate(kl: PerToken, how: str) -> Float[Tensor, ""]:
@@ -51,6 +55,34 @@ def aggregate(kl: PerToken, how: str) -> Float[Tensor, ""]:
     if quantile is None:
         raise ShlError(f"aggregate is {how!r}, it must be 'mean', 'rmse', 'max' or 'pNN'.")
     return torch.quantile(kl, quantile)
+
+
+_FUSED: ContextVar[bool] = ContextVar("shl_fused", default=False)
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """Let the Triton kernel do the elementwise part of four-product sweeps in the body.
+
+    Off by default: the kernel is tested under Triton's interpreter and was never timed on a GPU.
+    Needs the `triton` package.
+    """
+    token = _FUSED.set(True)
+    try:
+        yield
+    finally:
+        _FUSED.reset(token)
+
+
+def _eager(
+    student: Hidden, delta: Hidden, unembed: Unembed, bias: Float[Tensor, " vocab"] | None
+) -> Sweep:
+    if _FUSED.get():
+        # Triton is no requirement, and slow to import.
+        from shl.kl_triton import fused_sweep
+
+        return fused_sweep(student, delta, unembed, bias)
+    return sweep(student, delta, unembed, bias)
 
 
 class _Divergence(torch.autograd.Function):
@@ -86,7 +118,7 @@ class _Divergence(torch.autograd.Function):
             ref_lse = logsumexp(h_ref, unembed, bias) if ref_lse is None else ref_lse
             kl = (delta * own.mean_w).sum(1) - own.lse + ref_lse
         else:
-            own = sweep(student, delta, unembed, bias)
+            own = _eager(student, delta, unembed, bias)
             assert own.kl is not None
             assert own.grad_kl is not None
             kl, grad_kl = own.kl, own.grad_kl
@@ -122,6 +154,7 @@ def reverse_kl_and_nll(
     bias: Float[Tensor, " vocab"] | None = None,
     ref_lse: PerToken | None = None,
     lazy: bool = False,
+    soft_cap: float = 0.0,
 ) -> tuple[PerToken, PerToken]:
     """KL(student || reference) and -log p_student(target) per token, without allocating logits.
 
@@ -135,6 +168,8 @@ def reverse_kl_and_nll(
         lazy: form the KL's gradient in backward, for rows with a non-zero upstream only: two
             products if none has one and `ref_lse` is given, and three more for those that do,
             against four. The KL's absolute error is then up to 1e-5.
+        soft_cap: logits become cap * tanh(logits / cap) if it is above 0. They are no longer
+            linear in h then, so full logits are formed, with a warning.
 
     Raises:
         ShlError: `ref_lse` without `lazy`, where it would be ignored.
@@ -150,6 +185,11 @@ def reverse_kl_and_nll(
         tensor([0., 0., 0.])
     """
     check(lazy or ref_lse is None, "ref_lse is given but lazy is False, which does not use it.")
+    if soft_cap > 0:
+        _say_plain(soft_cap)
+        return naive_kl_and_nll(
+            student, ref.detach(), unembed, targets, bias=bias, soft_cap=soft_cap
+        )
     return _Divergence.apply(student, ref, unembed, targets, bias, True, ref_lse, lazy)
 
 
@@ -160,8 +200,14 @@ def forward_kl_and_nll(
     targets: Targets,
     *,
     bias: Float[Tensor, " vocab"] | None = None,
+    soft_cap: float = 0.0,
 ) -> tuple[PerToken, PerToken]:
     """KL(reference || student) and NLL per token; arguments as in `reverse_kl_and_nll`."""
+    if soft_cap > 0:
+        _say_plain(soft_cap)
+        return naive_kl_and_nll(
+            student, ref.detach(), unembed, targets, bias=bias, reverse=False, soft_cap=soft_cap
+        )
     return _Divergence.apply(student, ref, unembed, targets, bias, False, None, False)
 
 
@@ -171,8 +217,13 @@ def differentiable_nll(
     targets: Targets,
     *,
     bias: Float[Tensor, " vocab"] | None = None,
+    soft_cap: float = 0.0,
 ) -> PerToken:
     """NLL per token with its gradient, at half the products of a divergence."""
+    if soft_cap > 0:
+        _say_plain(soft_cap)
+        log_p = _log_probs(student, unembed, bias, soft_cap)
+        return -log_p.gather(1, targets[:, None])[:, 0]
     return _Divergence.apply(student, None, unembed, targets, bias, True, None, False)[1]
 
 
@@ -184,13 +235,14 @@ def naive_kl_and_nll(
     *,
     bias: Float[Tensor, " vocab"] | None = None,
     reverse: bool = True,
+    soft_cap: float = 0.0,
 ) -> tuple[PerToken, PerToken]:
     """The plain reference: two full logits, two log-softmaxes, in the inputs' own dtype.
 
     For tests, benches, and models whose logits are soft-capped after the unembedding.
     """
-    log_p = _log_probs(student, unembed, bias)
-    log_q = _log_probs(ref, unembed, bias)
+    log_p = _log_probs(student, unembed, bias, soft_cap)
+    log_q = _log_probs(ref, unembed, bias, soft_cap)
     if reverse:
         kl = (log_p.exp() * (log_p - log_q)).sum(1)
     else:
@@ -198,9 +250,19 @@ def naive_kl_and_nll(
     return kl, -log_p.gather(1, targets[:, None])[:, 0]
 
 
-def _log_probs(h: Tensor, unembed: Tensor, bias: Tensor | None) -> Tensor:
+def _log_probs(h: Tensor, unembed: Tensor, bias: Tensor | None, soft_cap: float = 0.0) -> Tensor:
     logits = h @ unembed if bias is None else h @ unembed + bias
+    if soft_cap > 0:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
     return logits.log_softmax(1)
+
+
+def _say_plain(soft_cap: float) -> None:
+    warnings.warn(
+        f"the logits are soft-capped at {soft_cap:g}, so they are formed in full: slow, and "
+        "[tok, vocab] in memory.",
+        stacklevel=3,
+    )
 
 
 def nll(
@@ -209,6 +271,7 @@ def nll(
     targets: Targets,
     *,
     bias: Float[Tensor, " vocab"] | None = None,
+    soft_cap: float = 0.0,
 ) -> PerToken:
     """-log p(target) per token in nats, in chunks, without a gradient: for scoring.
 
@@ -217,7 +280,8 @@ def nll(
         >>> round(float(nll(torch.zeros(1, 4), torch.randn(4, 10), torch.tensor([3])).exp()), 4)
         10.0
     """
-    return -log_probs_at(student, unembed, targets[:, None], bias=bias)[:, 0]
+    words = targets[:, None]
+    return -log_probs_at(student, unembed, words, bias=bias, soft_cap=soft_cap)[:, 0]
 
 
 def log_probs_at(
@@ -226,10 +290,14 @@ def log_probs_at(
     words: Int[Tensor, "tok n"],
     *,
     bias: Float[Tensor, " vocab"] | None = None,
+    soft_cap: float = 0.0,
 ) -> Float[Tensor, "tok n"]:
     """Log-probabilities (nats, fp32) of chosen words `[tok, n]` at each position, in chunks and
     without a gradient."""
     with torch.no_grad():
+        if soft_cap > 0:
+            _say_plain(soft_cap)
+            return _log_probs(student.float(), unembed.float(), bias, soft_cap).gather(1, words)
         chosen = torch.einsum("td,tnd->tn", student.float(), unembed.T[words].float())
         if bias is not None:
             chosen = chosen + bias[words].float()

@@ -16,7 +16,7 @@ from shl.config import FOUNDATIONS, EvalConfig
 from shl.errors import check
 from shl.kl import log_probs_at
 from shl.prefill import prefill, run
-from shl.sites import final_hidden
+from shl.sites import final_hidden, readout
 from shl.tokens import Prompt, encode, encode_text, length_batches
 
 
@@ -85,7 +85,7 @@ def _score_options(
     last = run(model, tokens, mask, kv)[:, -1]
     firsts = torch.tensor([option[0] for option in options], device=device)
     scores = log_probs_at(
-        final_hidden(model, last), model.W_U, firsts.expand(items, -1), bias=model.b_U
+        final_hidden(model, last), model.W_U, firsts.expand(items, -1), **readout(model)
     )
     # Every option but its last token is run, to predict the token after it.
     if any(len(option) > 1 for option in options):
@@ -98,7 +98,7 @@ def _score_options(
             final_hidden(model, residual[real.bool()]),
             model.W_U,
             targets[real.bool()][:, None],
-            bias=model.b_U,
+            **readout(model),
         )[:, 0]
         scores = scores + rest.sum(1).view(scores.shape)
     return scores.cpu()
@@ -144,7 +144,7 @@ def read_digits(
             final_hidden(model, residual[:, 0]),
             model.W_U,
             words.expand(len(indices), -1),
-            bias=model.b_U,
+            **readout(model),
         ).cpu()
         for i, row in zip(indices, scores, strict=True):
             item, k = places[i]

@@ -13,7 +13,7 @@ from shl.generate import Completion
 from shl.hooks import suspended
 from shl.kl import nll, reverse_kl_and_nll
 from shl.shapes import Float, Tensor
-from shl.sites import final_hidden
+from shl.sites import final_hidden, readout
 from shl.tokens import length_batches, pad_left
 
 
@@ -55,7 +55,7 @@ def token_nll(
         chosen = [full[j] for j in indices]
         hidden = completion_hidden(model, [completions[i] for i in chosen])
         targets = torch.cat([torch.tensor(completions[i].tokens) for i in chosen])
-        losses = nll(hidden, model.W_U, targets.to(hidden.device), bias=model.b_U)
+        losses = nll(hidden, model.W_U, targets.to(hidden.device), **readout(model))
         check(bool(torch.isfinite(losses).all()), "a completion's NLL under base is not finite.")
         parts = losses.cpu().split([len(completions[i].tokens) for i in chosen])
         for i, part in zip(chosen, parts, strict=True):
@@ -80,4 +80,4 @@ def token_divergence(model: HookedTransformer, completion: Completion) -> Float[
         with suspended(model):
             base = completion_hidden(model, [completion])
         targets = torch.tensor(completion.tokens, device=student.device)
-        return reverse_kl_and_nll(student, base, model.W_U, targets, bias=model.b_U)[0].cpu()
+        return reverse_kl_and_nll(student, base, model.W_U, targets, **readout(model))[0].cpu()

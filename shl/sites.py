@@ -20,6 +20,7 @@ q/k norms, as the update of the linear must.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
@@ -183,6 +184,11 @@ def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, 
     }
     check(site.kind in table, f"{site.name} is no linear site, it has no weight of its own.")
     return table[site.kind]
+
+
+def readout(model: HookedTransformer) -> dict[str, Any]:
+    """What the functions of `shl.kl` need to know beside `W_U`: bias and soft cap of the logits."""
+    return {"bias": model.b_U, "soft_cap": float(model.cfg.output_logits_soft_cap)}
 
 
 def final_hidden(model: HookedTransformer, residual: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from shl.shapes import Bool, Float, Hidden, PerToken, Unembed
 
 # Above this exp(ubar - u) of a single word leaves fp32's safe range; such rows, far from the
 # reference, take the logsumexp form, whose error is relative to the logits and small there.
-_LARGE = 40.0
+LARGE = 40.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ def sweep(
     top = h.new_full((tok, 1), -torch.inf)
     total = h.new_zeros(tok, 1)
     known, mean_w = mean_w, h.new_zeros(tok, d)
-    shift = h.new_zeros(tok, 1)  # the running mean of u, around which expm1 is exact
+    # u is taken about its mean over the first chunk, so that what all words share cancels before
+    # it is summed.
+    centre = h.new_zeros(tok, 1)
+    shift = h.new_zeros(tok, 1)  # the running mean of u - centre, around which expm1 is exact
     excess = h.new_zeros(tok, 1)  # sum of e * expm1(shift - u)
     mean_uw = h.new_zeros(tok, d)  # sum of e * u * W
     far: Bool[Tensor, " tok"] = torch.zeros(tok, dtype=torch.bool, device=h.device)
@@ -91,7 +94,10 @@ def sweep(
         if delta is None:
             continue
         u = torch.mm(delta, w, out=space.take(1, words))
-        eu = torch.mul(e, u, out=space.take(2, words))
+        eu = space.take(2, words)
+        if start == 0:
+            centre = torch.mul(e, u, out=eu).sum(1, keepdim=True) / total
+        torch.mul(e, u.sub_(centre), out=eu)
         chunk_first = eu.sum(1, keepdim=True)
         mean_uw.mul_(rescale).addmm_(eu, w.T)
         # The shift moves to the running mean before this chunk's words are added: the earlier
@@ -99,14 +105,14 @@ def sweep(
         move = (chunk_first - shift * chunk_total) / total
         shift = shift + move
         if start > 0:
-            far |= move[:, 0] > _LARGE
-            move = move.clamp(max=_LARGE)
+            far |= move[:, 0] > LARGE
+            move = move.clamp(max=LARGE)
             excess = move.exp() * (excess * rescale) + move.expm1() * before
         u = torch.sub(shift, u, out=u)
-        above = u.amax(1) > _LARGE
+        above = u.amax(1) > LARGE
         if bool(above.any()):
             far |= above
-            u.clamp_(max=_LARGE)
+            u.clamp_(max=LARGE)
         excess = excess + u.expm1_().mul_(e).sum(1, keepdim=True)
     lse = (top + total.log())[:, 0]
     mean_w = mean_w / total if known is None else known
@@ -116,7 +122,7 @@ def sweep(
     if bool(far.any()):
         rows = far.nonzero()[:, 0]
         ref_lse = logsumexp(h[rows] - delta[rows], unembed, bias)
-        kl[rows] = shift[rows, 0] - lse[rows] + ref_lse
+        kl[rows] = (centre + shift)[rows, 0] - lse[rows] + ref_lse
     return Sweep(lse, mean_w, kl, mean_uw / total - shift * mean_w)
 
 

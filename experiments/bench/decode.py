@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from experiments.bench.measure import Row, interleave, spread_note
+from experiments.bench.measure import Around, Row, interleave, spread_note
 from shl.bake import baked
 from shl.config import LINEAR_SITES, HealConfig
 from shl.generate import generate
@@ -20,7 +21,7 @@ from shl.vector import SteeringVector
 from shl.weights import model_folder
 
 MODEL = "gemma-3-270m"
-SHAPES = {"short": (20, 24), "350 tokens": (350, 16)}  # words asked for, new tokens
+SHAPES = {"short": (20, 16), "350 tokens": (350, 12)}  # words asked for, new tokens
 
 
 def prompts(batch: int, words: int) -> list[Prompt]:
@@ -94,23 +95,15 @@ def bench(repeats: int = 3) -> list[Row]:
 
         return run
 
-    def ours(asked: list[Prompt], new: int, *on: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            handles = [make() for make in on]
-            try:
-                return generate(
-                    model,
-                    asked,
-                    max_new_tokens=new,
-                    min_new_tokens=new,
-                    temperature=0.0,
-                    batch_size=len(asked),
-                )
-            finally:
-                for handle in handles:
-                    handle.remove()
-
-        return run
+    def ours(asked: list[Prompt], new: int) -> Callable[[], Any]:
+        return lambda: generate(
+            model,
+            asked,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            temperature=0.0,
+            batch_size=len(asked),
+        )
 
     def lens(asked: list[Prompt], new: int) -> Callable[[], Any]:
         batch = pad_left(model, [encode(model, p) for p in asked])
@@ -123,33 +116,34 @@ def bench(repeats: int = 3) -> list[Row]:
 
         return run
 
-    def bake() -> Any:
-        return baked(model, eight)
+    def steered_and_baked() -> ExitStack:
+        on = ExitStack()
+        on.enter_context(one_layer.steering(model, 0.5))
+        on.enter_context(baked(model, eight))
+        return on
 
-    def steer() -> Any:
-        return one_layer.steering(model, 0.5)
-
+    around: dict[str, Around] = {
+        "steered": lambda: one_layer.steering(model, 0.5),
+        "steered, all layers": lambda: all_layers.steering(model, 0.5),
+        "steered + 8 x rank 8": steered_and_baked,
+        "8 x rank 8": lambda: baked(model, eight),
+        "8 x rank 32": lambda: baked(model, wide),
+        "1 x rank 64": lambda: baked(model, one),
+        "materialised": lambda: baked(model, eight, materialise=True),
+    }
     rows = []
     for batch in (1, 16):
         for length, (words, new) in SHAPES.items():
             asked = prompts(batch, words)
             where = f"batch {batch}, {length}"
-            cases = {
-                "transformers": theirs(asked, new),
-                "bare": ours(asked, new),
-                "steered": ours(asked, new, steer),
-                "steered + 8 x rank 8": ours(asked, new, steer, bake),
-            }
+            names = ["bare", "steered", "steered + 8 x rank 8"]
             if length == "short":
-                cases |= {
-                    "steered, all layers": ours(
-                        asked, new, lambda: all_layers.steering(model, 0.5)
-                    ),
-                    "8 x rank 8": ours(asked, new, bake),
-                    "8 x rank 32": ours(asked, new, lambda: baked(model, wide)),
-                    "1 x rank 64": ours(asked, new, lambda: baked(model, one)),
-                }
-            t = interleave(cases, repeats if words < 100 else 2)
+                names += ["steered, all layers", "8 x rank 8", "8 x rank 32", "1 x rank 64"]
+                names += ["materialised"]
+            run = ours(asked, new)
+            cases = {"transformers": theirs(asked, new), **dict.fromkeys(names, run)}
+            mine = {name: around[name] for name in names if name in around}
+            t = interleave(cases, repeats if length == "short" else 2, mine)
             note = spread_note(*t.values())
 
             def row(
@@ -181,15 +175,14 @@ def bench(repeats: int = 3) -> list[Row]:
                     row("8 rounds of rank 8 / bare", "8 x rank 8", "bare", "<= 1.12"),
                     row("8 rounds of rank 32 / bare", "8 x rank 32", "bare", "<= 1.30"),
                     row("8 rounds of rank 8 / 1 of rank 64", "8 x rank 8", "1 x rank 64", "1"),
+                    row("8 rounds of rank 8 in the weights / bare", "materialised", "bare", "1"),
                 ]
                 if plain is not None:
                     few = 6 if batch == 1 else 3
                     s = interleave(
-                        {
-                            "stock": lens(asked, few),
-                            "ours": ours(asked, few, steer, bake),
-                        },
+                        {"stock": lens(asked, few), "ours": ours(asked, few)},
                         2,
+                        {"ours": steered_and_baked},
                     )
                     rows.append(
                         row(
@@ -200,27 +193,4 @@ def bench(repeats: int = 3) -> list[Row]:
                             s,
                         )
                     )
-    return [*rows, materialised_row(model, eight)]
-
-
-def materialised_row(model: HookedTransformer, eight: list[Adapter], repeats: int = 5) -> Row:
-    """What eight rounds cost per call once they stand in the weights."""
-    asked = prompts(1, 20)
-
-    def run() -> Any:
-        return generate(model, asked, max_new_tokens=16, min_new_tokens=16, temperature=0.0)
-
-    inside = baked(model, eight, materialise=True)
-
-    def effective() -> Any:
-        inside._gate(closed=False)
-        try:
-            return run()
-        finally:
-            inside._gate(closed=True)
-
-    inside._gate(closed=True)
-    t = interleave({"bare": run, "materialised": effective}, repeats)
-    inside.remove()
-    a, b = t["materialised"].seconds, t["bare"].seconds
-    return Row("8 rounds materialised / bare, batch 1, short", a / b, "1", a, b, "s")
+    return rows

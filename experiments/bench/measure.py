@@ -7,6 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,25 +69,36 @@ def _status(key: str) -> float:
     raise KeyError(key)
 
 
-def interleave(cases: Mapping[str, Callable[[], Any]], repeats: int = 3) -> dict[str, Timing]:
-    """Run each case once unmeasured, then all of them in turn, `repeats` times."""
-    for run in cases.values():
-        run()
+Around = Callable[[], AbstractContextManager[Any]]
+
+
+def interleave(
+    cases: Mapping[str, Callable[[], Any]],
+    repeats: int = 3,
+    around: Mapping[str, Around] | None = None,
+) -> dict[str, Timing]:
+    """Run each case once unmeasured, then all of them in turn, `repeats` times; what `around`
+    makes is entered before the clock starts and left after it stops."""
+    around = dict.fromkeys(cases, nullcontext) | dict(around or {})
+    for name, run in cases.items():
+        with around[name]():
+            run()
     walls: dict[str, list[float]] = {name: [] for name in cases}
     cpus: dict[str, list[float]] = {name: [] for name in cases}
     peaks: dict[str, float] = dict.fromkeys(cases, 0.0)
     for _ in range(repeats):
         for name, run in cases.items():
-            gc.collect()
-            _synchronise()
-            held = _reset_peak()
-            wall, cpu = time.perf_counter(), time.process_time()
-            result = run()
-            _synchronise()
-            walls[name].append(time.perf_counter() - wall)
-            cpus[name].append(time.process_time() - cpu)
-            peaks[name] = max(peaks[name], _peak() - held)
-            del result
+            with around[name]():
+                gc.collect()
+                _synchronise()
+                held = _reset_peak()
+                wall, cpu = time.perf_counter(), time.process_time()
+                result = run()
+                _synchronise()
+                walls[name].append(time.perf_counter() - wall)
+                cpus[name].append(time.process_time() - cpu)
+                peaks[name] = max(peaks[name], _peak() - held)
+                del result
     return {n: Timing(tuple(walls[n]), tuple(cpus[n]), peaks[n]) for n in cases}
 
 
