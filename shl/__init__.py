@@ -12,6 +12,7 @@ from shl.config import (
     VectorConfig,
 )
 from shl.errors import ShlError
+from shl.export import export_hf, export_peft
 from shl.filters import judge, keep_coherent
 from shl.generate import Completion, generate
 from shl.heal import heal
@@ -21,6 +22,7 @@ from shl.loop import Round, baselines, love
 from shl.lora import Adapter
 from shl.models import load_model
 from shl.tokens import Prompt
+from shl.trust import check
 from shl.vector import SteeringVector, extract_vector
 from shl.vignettes import evaluate
 
@@ -42,7 +44,10 @@ __all__ = [
     "aggregate",
     "baked",
     "baselines",
+    "check",
     "evaluate",
+    "export_hf",
+    "export_peft",
     "extract_vector",
     "generate",
     "heal",

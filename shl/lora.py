@@ -4,26 +4,24 @@ Hu et al. 2021, arXiv:2106.09685. B starts at 0, so a fresh adapter is an exact 
 residual site the update is h + s B A h after the layer.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import linear
 from transformer_lens import HookedTransformer
 
 from shl.config import HealConfig
 from shl.errors import check
-from shl.files import read_safetensors
+from shl.files import read_safetensors, write_safetensors
 from shl.hooks import Handle
 from shl.seeds import generator_for
 from shl.shapes import Down, Float, Up
 from shl.sites import Site, band, linear_input, linear_output, residual_after, sites_of
 
-FORMAT = "shl-adapter-1"
+FORMAT = "shl-adapter-2"
 
 
 class LowRank(Handle):
@@ -170,15 +168,14 @@ class Adapter:
     def save(self, path: str | Path) -> None:
         """Write safetensors, with the site table and the model's name in its metadata."""
         meta = {
-            "format": FORMAT,
             "model": self.model_name,
             "scale": self.scale,
             "round": self.round,
             "sites": [[s.kind, s.layer, s.d_in, s.d_out] for s in self.sites],
         }
-        tensors = {f"{key}.A": a.detach().contiguous().cpu() for key, a in self.down.items()}
-        tensors |= {f"{key}.B": b.detach().contiguous().cpu() for key, b in self.up.items()}
-        save_file(tensors, str(path), metadata={"shl": json.dumps(meta)})
+        tensors = {f"{key}.A": a for key, a in self.down.items()}
+        tensors |= {f"{key}.B": b for key, b in self.up.items()}
+        write_safetensors(path, FORMAT, tensors, meta)
 
     @classmethod
     def load(cls, path: str | Path, model: HookedTransformer) -> "Adapter":

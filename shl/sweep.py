@@ -24,8 +24,9 @@ class Sweep:
 
 def chunk(tokens: int, vocab: int) -> int:
     """Words per chunk: a function of the shape alone, so results repeat bit for bit. A chunk of
-    logits stays near 1 MB, so that the elementwise passes run in cache."""
-    return max(1, min(vocab, max(512, (1 << 18) // max(tokens, 1))))
+    logits takes 4 MB: larger ones leave the cache, and with smaller ones threads wait for each
+    other more often, which a busy neighbour makes long."""
+    return max(1, min(vocab, max(512, (1 << 20) // max(tokens, 1))))
 
 
 class _Workspace:

@@ -5,28 +5,26 @@ prompt token) under the positive and the negative persona: contrastive activatio
 Panickssery et al. 2023, arXiv:2312.06681. Raw, not normalised.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.activations import residual_at_tag
 from shl.axes import Axis
 from shl.errors import check
-from shl.files import read_safetensors
+from shl.files import read_safetensors, write_safetensors
 from shl.hooks import Handle, row_values
 from shl.shapes import Direction
 from shl.sites import band, check_layers, residual_after
 from shl.tokens import Prompt
 
-FORMAT = "shl-vector-1"
+FORMAT = "shl-vector-2"
 Rule = Callable[[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]], Direction]
 
 
@@ -41,6 +39,22 @@ def mean_difference(
         tensor([2., 0.])
     """
     return reduce(positive - negative, "n d_model -> d_model", "mean")
+
+
+def first_component(
+    positive: Float[Tensor, "n d_model"], negative: Float[Tensor, "n d_model"]
+) -> Direction:
+    """First principal component of the differences (uncentred), in the direction and at the size
+    of their mean along it (Zou et al. 2023, arXiv:2310.01405, section 3.1).
+
+    Example:
+        >>> import torch
+        >>> first_component(torch.tensor([[3.0, 0.0], [5.0, 0.0]]), torch.zeros(2, 2))
+        tensor([4., 0.])
+    """
+    differences = positive - negative
+    component = torch.linalg.svd(differences, full_matrices=False).Vh[0]
+    return component * (differences @ component).mean()
 
 
 class Steering(Handle):
@@ -111,6 +125,61 @@ class SteeringVector:
         """
         return Steering(model, self.directions, dose)
 
+    def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        """Both at once, in one hook per layer; layers that only one has stay as they are.
+
+        Raises:
+            ShlError: vectors of different models.
+        """
+        self._same_model(other)
+        layers = sorted({*self.directions, *other.directions})
+        sums = {
+            layer: torch.stack(
+                [v.directions[layer] for v in (self, other) if layer in v.directions]
+            ).sum(0)
+            for layer in layers
+        }
+        contexts = min(self.contexts, other.contexts)
+        return SteeringVector(sums, self.model_name, f"{self.axis} + {other.axis}", contexts)
+
+    def __mul__(self, factor: float) -> "SteeringVector":
+        """Every direction times a number."""
+        scaled = {layer: v * factor for layer, v in self.directions.items()}
+        return replace(self, directions=scaled, axis=f"{factor:g} * ({self.axis})")
+
+    __rmul__ = __mul__
+
+    def project_out(self, other: "SteeringVector") -> "SteeringVector":
+        """What is left of each direction at right angles to `other`'s, on the layers of both.
+
+        Raises:
+            ShlError: vectors of different models, no shared layer, or a direction of `other`
+                that is zero.
+
+        Example:
+            >>> import torch
+            >>> a = SteeringVector({1: torch.tensor([3.0, 4.0])}, "tiny", "a", 8)
+            >>> b = SteeringVector({1: torch.tensor([0.0, 2.0])}, "tiny", "b", 8)
+            >>> a.project_out(b).directions[1]
+            tensor([3., 0.])
+        """
+        self._same_model(other)
+        shared = self.cosine(other)
+        left = dict(self.directions)
+        for layer in shared:
+            along = other.directions[layer]
+            check(float(along.norm()) > 0, f"the direction of layer {layer} to project out is 0.")
+            unit = along / along.norm()
+            left[layer] = left[layer] - (left[layer] @ unit) * unit
+        return replace(self, directions=left, axis=f"{self.axis} without {other.axis}")
+
+    def _same_model(self, other: "SteeringVector") -> None:
+        check(
+            self.model_name == other.model_name,
+            f"the vectors were made on {self.model_name} and {other.model_name}, they must share "
+            "a model.",
+        )
+
     def norms(self) -> dict[int, float]:
         """2-norm of each layer's direction."""
         return {layer: float(v.norm()) for layer, v in self.directions.items()}
@@ -136,14 +205,12 @@ class SteeringVector:
     def save(self, path: str | Path) -> None:
         """Write safetensors with the model's name, axis and token rule in its metadata."""
         meta = {
-            "format": FORMAT,
             "model": self.model_name,
             "axis": self.axis,
-            "contexts": str(self.contexts),
+            "contexts": self.contexts,
             "token": "last prompt token",
         }
-        tensors = {_key(layer): v.contiguous().cpu() for layer, v in self.directions.items()}
-        save_file(tensors, str(path), metadata={"shl": json.dumps(meta)})
+        write_safetensors(path, FORMAT, {_key(i): v for i, v in self.directions.items()}, meta)
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":

@@ -38,6 +38,7 @@ FLOORS = {
     "generate": 4,
     "scores": 4.25,
     "export": 4.5,
+    "trust": 4.75,
     "filters": 4.5,
     "probes": 4.5,
     "vignettes": 5,

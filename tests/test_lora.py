@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from shl.config import LINEAR_SITES, SITE_KINDS, HealConfig
 from shl.errors import ShlError
+from shl.files import identity
 from shl.lora import FORMAT, Adapter, default_layers, fresh_adapter
 from shl.tiny import tiny_gemma
 
@@ -118,13 +119,15 @@ def test_a_round_trip_through_a_file_is_exact(model, tmp_path):
         assert not two.requires_grad
 
 
-def tampered(path, change, meta_change=()):
-    """The saved file with other tensors and metadata."""
+def tampered(path, change, meta_change=(), *, signed=True):
+    """The saved file with other tensors and metadata; signed, with an identity that fits them."""
     with safe_open(str(path), "pt") as file:
-        meta = json.loads(file.metadata()["shl"])
+        meta = json.loads(file.metadata()["shl"]) | dict(meta_change)
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path, metadata={"shl": json.dumps(meta | dict(meta_change))})
+    if signed:
+        meta["identity"] = identity(tensors, {k: v for k, v in meta.items() if k != "identity"})
+    save_file(tensors, path, metadata={"shl": json.dumps(meta)})
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,35 @@ def test_a_tampered_file_is_refused(gemma, tmp_path, change, meta, named):
     with pytest.raises(ShlError, match=named) as error:
         Adapter.load(path, gemma)
     one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "meta"),
+    [
+        (lambda t: t["blocks.1.q.A"].view(-1)[:1].add_(1e-6), {}),
+        (lambda t: t.pop("blocks.1.q.A"), {}),
+        (lambda t: None, {"scale": 2.5}),
+        (lambda t: None, {"round": 7}),
+        (lambda t: None, {"identity": None}),
+    ],
+)
+def test_a_file_changed_by_a_digit_is_noticed(gemma, tmp_path, change, meta):
+    path = tmp_path / "a.safetensors"
+    random_adapter(gemma, ["q"], (1,)).save(path)
+    tampered(path, change, meta, signed=False)
+    with pytest.raises(ShlError, match="has been changed") as error:
+        Adapter.load(path, gemma)
+    one_sentence(error)
+
+
+def test_the_identity_is_that_of_the_content_alone(gemma, tmp_path):
+    adapter = random_adapter(gemma, ["q"], (1,))
+    for name in ("a", "b"):
+        adapter.save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    replace(adapter, round=3).save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "b").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_a_truncated_missing_or_foreign_file_is_refused(gemma, tmp_path):

@@ -143,7 +143,8 @@ def bench(repeats: int = 3) -> list[Row]:
             run = ours(asked, new)
             cases = {"transformers": theirs(asked, new), **dict.fromkeys(names, run)}
             mine = {name: around[name] for name in names if name in around}
-            t = interleave(cases, repeats if length == "short" else 2, mine)
+            long = batch > 1 and length != "short"
+            t = interleave(cases, 2 if batch > 1 else repeats, mine, warm=not long)
             note = spread_note(*t.values())
 
             def row(
@@ -178,11 +179,12 @@ def bench(repeats: int = 3) -> list[Row]:
                     row("8 rounds of rank 8 in the weights / bare", "materialised", "bare", "1"),
                 ]
                 if plain is not None:
-                    few = 6 if batch == 1 else 3
+                    few = 16 if batch == 1 else 8
                     s = interleave(
                         {"stock": lens(asked, few), "ours": ours(asked, few)},
-                        2,
+                        1,
                         {"ours": steered_and_baked},
+                        warm=False,
                     )
                     rows.append(
                         row(

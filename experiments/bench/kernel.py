@@ -46,7 +46,7 @@ def naive_step(student: Tensor, reference: Tensor, unembed: Tensor, targets: Ten
 
 def products(student: Tensor, unembed: Tensor, count: int) -> None:
     """The matrix products alone: half logits, half gradients, in chunks as the kernel's."""
-    width = max(256, (1 << 18) // len(student))
+    width = max(256, (1 << 20) // len(student))
     scores = torch.empty(len(student), width)
     out = torch.zeros_like(student)
     for piece in unembed.split(width, dim=1):

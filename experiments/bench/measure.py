@@ -79,11 +79,13 @@ def interleave(
     cases: Mapping[str, Callable[[], Any]],
     repeats: int = 3,
     around: Mapping[str, Around] | None = None,
+    *,
+    warm: bool = True,
 ) -> dict[str, Timing]:
-    """Run each case once unmeasured, then all of them in turn, `repeats` times; what `around`
-    makes is entered before the clock starts and left after it stops."""
+    """Run each case once unmeasured (if `warm`), then all of them in turn, `repeats` times; what
+    `around` makes is entered before the clock starts and left after it stops."""
     around = dict.fromkeys(cases, nullcontext) | dict(around or {})
-    for name, run in cases.items():
+    for name, run in cases.items() if warm else ():
         with around[name]():
             run()
     walls: dict[str, list[float]] = {name: [] for name in cases}
