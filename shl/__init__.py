@@ -1,5 +1,6 @@
 """Steer, heal, love: distil a steering vector into an adapter that keeps the model coherent."""
 
+from shl.activations import activations, difference
 from shl.axes import Axis, load_axis
 from shl.bake import baked, stack
 from shl.config import (
@@ -41,10 +42,12 @@ __all__ = [
     "ShlError",
     "SteeringVector",
     "VectorConfig",
+    "activations",
     "aggregate",
     "baked",
     "baselines",
     "check",
+    "difference",
     "evaluate",
     "export_hf",
     "export_peft",

@@ -1,4 +1,4 @@
-"""Reading activations: the residual stream at the assistant tag."""
+"""Reading activations: any HookPoint, at the assistant tag or another position of each prompt."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,9 +8,120 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.errors import check
-from shl.hooks import Handle
+from shl.hooks import Handle, suspended
 from shl.sites import check_layers, residual_after
 from shl.tokens import Prompt, encode, length_batches, pad_left
+
+
+class Recorder(Handle):
+    """Keeps a clone of every tensor that passes the named HookPoints, in order, while it is on.
+
+    A context manager and a handle. Under `generate` the first tensor of each name is the prompt's,
+    the others are one position long. Clones are ordinary tensors that may enter autograd.
+
+    Raises:
+        ShlError: a name that the model does not have.
+
+    Example:
+        >>> from shl.generate import generate
+        >>> from shl.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> with Recorder(model, ["blocks.1.hook_resid_post"]) as recorder:
+        ...     texts = generate(model, ["Hello?"], max_new_tokens=3, min_new_tokens=3)
+        >>> [x.shape[1] for x in recorder.seen["blocks.1.hook_resid_post"]]
+        [13, 1, 1]
+    """
+
+    def __init__(self, model: HookedTransformer, names: Iterable[str]) -> None:
+        names = tuple(names)
+        for name in names:
+            check(
+                name in model.hook_dict,
+                f"{name!r} is no HookPoint of {model.cfg.model_name}, one is "
+                "'blocks.0.hook_resid_post'.",
+            )
+        super().__init__(model)
+        self.seen: dict[str, list[Tensor]] = {name: [] for name in names}
+        for name in names:
+            self._add(model.hook_dict[name], lambda x, n=name: self._keep(n, x))
+
+    def _keep(self, name: str, x: Tensor) -> None:
+        # Not `detach().clone()` alone: a tensor made in inference mode could never enter autograd.
+        with torch.inference_mode(False):
+            self.seen[name].append(x.detach().clone())
+
+
+@torch.no_grad()
+def activations(
+    model: HookedTransformer,
+    prompts: Sequence[str | Prompt],
+    names: Sequence[str],
+    *,
+    position: int = -1,
+    batch_size: int = 16,
+) -> dict[str, Float[Tensor, "n ..."]]:
+    """What passes the named HookPoints at one position of each prompt, one row per prompt.
+
+    Args:
+        names: TransformerLens's names, of HookPoints with batch and position first
+            (`blocks.3.hook_resid_post`, `blocks.0.attn.hook_z`).
+        position: counted in the prompt's own tokens; -1 is the assistant tag, 0 the first.
+
+    Raises:
+        ShlError: an unknown name, a position outside a prompt, or a HookPoint whose second axis
+            is not the position.
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> name = "blocks.0.attn.hook_z"
+        >>> activations(tiny_gemma(), ["Hello?", "And you?"], [name])[name].shape
+        torch.Size([2, 4, 16])
+    """
+    rows = [encode(model, prompt) for prompt in prompts]
+    for row in rows:
+        check(
+            -len(row) <= position < len(row),
+            f"position is {position}, a prompt has {len(row)} tokens.",
+        )
+    out: dict[str, Tensor] = {}
+    for indices in length_batches([len(row) for row in rows], batch_size):
+        batch = pad_left(model, [rows[i] for i in indices])
+        width = batch.tokens.shape[1]
+        with Recorder(model, names) as recorder:
+            model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
+        at = [position % len(rows[i]) + width - len(rows[i]) for i in indices]
+        for name, seen in recorder.seen.items():
+            check(
+                bool(seen) and seen[0].shape[1:2] == (width,),
+                f"{name!r} has no axis of positions where one is needed, or is not reached before "
+                "the unembedding.",
+            )
+            picked = seen[0][torch.arange(len(indices)), at].cpu()
+            out.setdefault(name, picked.new_empty(len(rows), *picked.shape[1:]))[indices] = picked
+    return out
+
+
+def difference(
+    model: HookedTransformer,
+    prompts: Sequence[str | Prompt],
+    layers: Sequence[int],
+    *,
+    batch_size: int = 16,
+) -> dict[int, Float[Tensor, "n d_model"]]:
+    """The residual at the assistant tag on the model as it stands, minus that of base (this
+    package's hooks suspended), per layer, on the same tokens.
+
+    Its mean over prompts is the shift that the student has made its own.
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> float(difference(tiny_gemma(), ["Hello?"], [1])[1].abs().max())
+        0.0
+    """
+    now = residual_at_tag(model, prompts, layers, batch_size=batch_size)
+    with suspended(model):
+        base = residual_at_tag(model, prompts, layers, batch_size=batch_size)
+    return {layer: now[layer] - base[layer] for layer in now}
 
 
 class Capture(Handle):

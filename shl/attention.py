@@ -122,11 +122,12 @@ class Shared:
     held: Tensor | None = None
     made: dict[tuple[str, str], Any] = field(default_factory=dict)
 
-    def start(self, attention_mask: Tensor | None, offset: int, new: int) -> None:
-        """Forget everything unless this is the same forward as before."""
+    def start(self, attention_mask: Tensor | None, offset: int, new: int, like: Tensor) -> None:
+        """Forget everything unless this is the same forward as before, on the same device."""
         version = None if attention_mask is None else attention_mask._version
         # Inference tensors cannot be saved for a later backward.
-        key = (id(attention_mask), version, offset, new, torch.is_inference_mode_enabled())
+        inference = torch.is_inference_mode_enabled()
+        key = (id(attention_mask), version, offset, new, inference, like.device, like.dtype)
         if key != self.key:
             # Holding the mask keeps its id from being given to another tensor.
             self.key, self.held, self.made = key, attention_mask, {}
@@ -167,7 +168,7 @@ class FastAttention(GroupedQueryAttention):
             )
         q, k, v = self.calculate_qkv_matrices(query_input, key_input, value_input)
         offset = entry.length if entry is not None else 0
-        self.shared.start(attention_mask, offset, q.shape[1])
+        self.shared.start(attention_mask, offset, q.shape[1], q)
         cos, sin = self._rotary(attention_mask, offset, q.shape[1], q.device)
         q = self.hook_rot_q(_rotated(q, cos, sin)).transpose(1, 2)
         k = self.hook_rot_k(_rotated(k, cos, sin)).transpose(1, 2)

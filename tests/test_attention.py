@@ -1,5 +1,6 @@
 """The fast attention equals TransformerLens's own, and every hook fires on it."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -80,6 +81,20 @@ def test_a_mask_changed_in_place_is_seen(model):
     mask[1, :3] = 0
     got = model(TOKENS, attention_mask=mask)
     assert torch.equal(got, model(TOKENS, attention_mask=PADDED))
+
+
+def test_another_dtype_or_mode_makes_its_own_tables(model):
+    expected = model(TOKENS)
+    with torch.inference_mode():
+        assert torch.equal(model(TOKENS), expected)
+    other = copy.deepcopy(model)
+    other(TOKENS)
+    other.to(torch.float64)
+    other.cfg.dtype = torch.float64
+    assert other(TOKENS).dtype == torch.float64
+    x = other.W_E[TOKENS].detach().requires_grad_(True)  # after inference mode, with a gradient
+    other(x, start_at_layer=0).sum().backward()
+    assert bool(torch.isfinite(x.grad).all())
 
 
 def test_gradients_equal_stock(model):

@@ -1,0 +1,72 @@
+"""Activations are TransformerLens's own, at the position that was asked for."""
+
+import pytest
+import torch
+from helpers import one_sentence, random_adapter
+
+from shl.activations import Recorder, activations, difference
+from shl.bake import baked
+from shl.errors import ShlError
+from shl.generate import generate
+from shl.tokens import encode
+
+PROMPTS = ["Hi?", "What about you then?", "z"]
+NAMES = ["blocks.0.hook_resid_post", "blocks.1.attn.hook_z", "blocks.2.mlp.hook_post"]
+
+
+@pytest.mark.parametrize("position", [-1, 0, 3, -4])
+def test_equals_run_with_cache_row_by_row(model, position):
+    got = activations(model, PROMPTS, NAMES, position=position, batch_size=2)
+    for i, prompt in enumerate(PROMPTS):
+        _, cache = model.run_with_cache(torch.tensor([encode(model, prompt)]))
+        for name in NAMES:
+            assert (got[name][i] - cache[name][0, position]).abs().max() <= 1e-4
+
+
+def test_a_recorder_sees_each_step_of_cached_decoding(gemma):
+    with Recorder(gemma, NAMES[:1]) as recorder:
+        (text,) = generate(gemma, ["Hello?"], max_new_tokens=5, min_new_tokens=5)
+    row = torch.tensor([[*text.prompt_tokens, *text.tokens]])
+    _, cache = gemma.run_with_cache(row)
+    seen = torch.cat(recorder.seen[NAMES[0]], 1)
+    # The last token is chosen, and never run.
+    assert (seen - cache[NAMES[0]][:, :-1]).abs().max() <= 1e-4
+    generate(gemma, ["Hello?"], max_new_tokens=2)
+    assert sum(x.shape[1] for x in recorder.seen[NAMES[0]]) == seen.shape[1]
+
+
+def test_clones_may_enter_autograd_even_from_inference_mode(gemma):
+    with torch.inference_mode(), Recorder(gemma, NAMES[:1]) as recorder:
+        gemma(torch.tensor([[2, 5, 6]]))
+    (x,) = recorder.seen[NAMES[0]]
+    w = torch.ones(32, requires_grad=True)
+    (x * w).sum().backward()
+    assert torch.equal(w.grad, x.sum((0, 1)))
+
+
+def test_difference_is_the_healed_minus_the_base(gemma):
+    adapter = random_adapter(gemma, ["down"], (1,))
+    with baked(gemma, [adapter]):
+        got = difference(gemma, PROMPTS, [0, 1, 3])
+        healed = activations(gemma, PROMPTS, ["blocks.3.hook_resid_post"])
+    base = activations(gemma, PROMPTS, ["blocks.3.hook_resid_post"])
+    assert torch.equal(got[0], torch.zeros(3, 32))
+    expected = healed["blocks.3.hook_resid_post"] - base["blocks.3.hook_resid_post"]
+    assert (got[3] - expected).abs().max() <= 1e-5
+    assert got[1].abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("names", "position", "said"),
+    [
+        (["blocks.0.hook_nothing"], -1, "no HookPoint"),
+        (["blocks.0.hook_resid_post"], 8, "position is 8, a prompt has 8"),
+        (["blocks.0.hook_resid_post"], -99, "position is -99"),
+        (["blocks.0.attn.hook_pattern"], -1, "no axis of positions"),
+        (["unembed.hook_out"], -1, "not reached"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(gemma, names, position, said):
+    with pytest.raises(ShlError) as error:
+        activations(gemma, ["a", "Hello there, you"], names, position=position)
+    assert said in one_sentence(error)
