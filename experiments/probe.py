@@ -16,9 +16,6 @@ from shl.models import load_model
 from shl.stats import split_half
 from shl.vignettes import evaluate
 
-NOISE = 2 / 7
-"""Recall at or below twice chance (1/7) makes a foundation's own reading noise."""
-
 
 @dataclass(frozen=True)
 class ProbeConfig:
@@ -75,7 +72,7 @@ def show(
         table.add_column(column, justify="right")
     for name, row in zip(FOUNDATIONS, base.confusion, strict=True):
         recall = row[FOUNDATIONS.index(name)] / row.sum()
-        noise = " noise" if recall <= NOISE else ""
+        noise = " noise" if name in base.noise else ""
         table.add_row(name, *map(str, row), f"{recall:.2f}{noise}")
     console.print(table)
     table = Table(title="shift that a persona prompt alone causes [nats]")

@@ -209,6 +209,7 @@ def stage_numbers(stage: Stage) -> dict[str, Any]:
         "coherence_interval": e.coherence_interval(),
         "mass": e.mass.tolist(),
         "accuracy": e.accuracy,
+        "noise": list(e.noise),
         "survival": stage.survival,
         "perplexity": finite(stage.perplexity),
         "samples": len(stage.samples),

@@ -49,8 +49,8 @@ def rows(events: Sequence[Event]) -> list[dict[str, str]]:
             {"stage": e["stage"] if e["round"] < 0 else f"{e['stage']} {e['round']}"},
         )
         row |= {
-            "care_nats": f"{e['nats']['care']:.2f}",
-            "auth_nats": f"{e['nats']['authority']:.2f}",
+            _column("care_nats", "care", events): f"{e['nats']['care']:.2f}",
+            _column("auth_nats", "authority", events): f"{e['nats']['authority']:.2f}",
             "coherence": f"{e['coherence']:.2f}",
             "survival": f"{e['survival']:.2f}",
             "base ppl": "-" if e["perplexity"] is None else f"{e['perplexity']:.1f}",
@@ -67,6 +67,12 @@ def rows(events: Sequence[Event]) -> list[dict[str, str]]:
     return table
 
 
+def _column(name: str, foundation: str, events: Sequence[Event]) -> str:
+    """A column's name, with a warning where base's own reading of the foundation is noise."""
+    base = stages(events, "base")
+    return f"{name} (noise)" if base and foundation in base[0]["noise"] else name
+
+
 def answers(events: Sequence[Event], texts: Sequence[Event], axis: Axis) -> dict[str, str]:
     """Q0 to Q3 in a sentence each, with the numbers that decide."""
     (base,) = stages(events, "base")
@@ -74,6 +80,7 @@ def answers(events: Sequence[Event], texts: Sequence[Event], axis: Axis) -> dict
     if not healed:
         return {"Q0-Q3": "no round was finished, nothing can be answered."}
     return {
+        "can we read it?": _probe(base),
         "Q0 can we filter?": _filter(events, texts),
         "Q1 does healing heal?": _heals(base, steered, healed, axis),
         "Q2 coherent over the loop?": _coherent(base, healed),
@@ -86,6 +93,15 @@ def answers(events: Sequence[Event], texts: Sequence[Event], axis: Axis) -> dict
             for e in of_round(events, "healing")
         ),
     }
+
+
+def _probe(base: Event) -> str:
+    noise = base["noise"]
+    listed = f"{', '.join(noise)}: do not read these" if noise else "none"
+    return (
+        f"names the intended foundation of {base['accuracy']:.0%} of the vignettes on base (chance "
+        f"14%); readings that are noise (at most twice chance): {listed}."
+    )
 
 
 def _filter(events: Sequence[Event], texts: Sequence[Event]) -> str:

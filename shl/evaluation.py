@@ -69,6 +69,18 @@ class Evaluation:
         return table
 
     @property
+    def noise(self) -> tuple[str, ...]:
+        """Foundations that this reading names in at most twice chance (2/7) of their own
+        vignettes: their own nats mean little."""
+        counts = self.confusion
+        recall = counts.diagonal() / np.maximum(counts.sum(1), 1)
+        return tuple(
+            name
+            for name, share, n in zip(FOUNDATIONS, recall, counts.sum(1), strict=True)
+            if n and share <= 2 / len(FOUNDATIONS)
+        )
+
+    @property
     def intended(self) -> np.ndarray:
         """`[item]`: index of the foundation that each vignette was written for."""
         return np.array([FOUNDATIONS.index(label) for label in self.labels])

@@ -5,7 +5,7 @@ from helpers import one_sentence
 
 from experiments.diary import diary
 from experiments.record import Record, read
-from experiments.summary import answers, on_axis, stages
+from experiments.summary import answers, on_axis, rows, stages
 from shl.axes import load_axis
 from shl.config import FOUNDATIONS
 from shl.errors import ShlError
@@ -27,6 +27,8 @@ def stage(name, index, care, authority, *, coherence=1.0, survival=1.0):
         "coherence": coherence,
         "survival": survival,
         "perplexity": 9.0,
+        "accuracy": 0.61,
+        "noise": [],
         "shift": shift,
         "shift_interval": {key: (value - 0.1, value + 0.1) for key, value in shift.items()},
     }
@@ -64,6 +66,17 @@ def probes(*groups):
         for dose, kept, perplexity in groups
         for i in range(4)
     ]
+
+
+def test_a_foundation_that_base_cannot_read_is_marked_in_the_table_and_said():
+    events = run()
+    assert "care_nats" in rows(events)[0]
+    text = answers(events, GOOD, AXIS)["can we read it?"]
+    assert text.startswith("names the intended foundation of 61% ")
+    assert text.endswith("noise (at most twice chance): none.")
+    events[0]["noise"] = ["care"]
+    assert list(rows(events)[0])[1:3] == ["care_nats (noise)", "auth_nats"]
+    assert "care: do not read these" in answers(events, GOOD, AXIS)["can we read it?"]
 
 
 GOOD = probes((0.3, 4, 8.0), (1.5, 1, 40.0))

@@ -59,3 +59,13 @@ def test_shifts_and_selectivity_by_arithmetic():
     assert selectivity(shifts, {"care": 1, "authority": -1}) == pytest.approx(4.0)
     assert selectivity(shifts, {"care": -1, "authority": 1}) == pytest.approx(-4.0)
     assert selectivity({"care": 1.0, "social": 0.0}, {"care": 1}) == float("inf")
+
+
+def test_noise_is_a_recall_of_at_most_twice_chance():
+    # Care is named in 2 of 7 (noise), authority in 3 of 7 (not), fairness in none.
+    care, authority, fairness = [0.4, *[0.1] * 6], [0.1] * 3 + [0.4] + [0.1] * 3, [0.1, 0.4]
+    fairness += [0.1] * 5
+    p = [care] * 2 + [authority] * 5 + [authority] * 3 + [care] * 4 + [care] * 2
+    labels = ("care",) * 7 + ("authority",) * 7 + ("fairness",) * 2
+    assert constructed(p, labels=labels).noise == ("care", "fairness")
+    assert constructed([*p[:-2], fairness, care], labels=labels).noise == ("care",)
