@@ -80,11 +80,11 @@ def answers(events: Sequence[Event], texts: Sequence[Event], axis: Axis) -> dict
     if not healed:
         return {"Q0-Q3": "no round was finished, nothing can be answered."}
     return {
-        "can we read it?": _probe(base),
         "Q0 can we filter?": _filter(events, texts),
         "Q1 does healing heal?": _heals(base, steered, healed, axis),
         "Q2 coherent over the loop?": _coherent(base, healed),
         "Q3 one direction?": _direction(events, base, healed, axis),
+        "can we read it?": _probe(base),
         "on the axis?": _selective(healed[-1], axis),
         "beyond prompting?": _prompting(events, base, healed, axis),
         "the barrier": "; ".join(

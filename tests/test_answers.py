@@ -70,12 +70,12 @@ def probes(*groups):
 
 def test_a_foundation_that_base_cannot_read_is_marked_in_the_table_and_said():
     events = run()
-    assert "care_nats" in rows(events)[0]
+    assert "care_nats" in rows(events[:3])[0]
     text = answers(events, GOOD, AXIS)["can we read it?"]
     assert text.startswith("names the intended foundation of 61% ")
     assert text.endswith("noise (at most twice chance): none.")
     events[0]["noise"] = ["care"]
-    assert list(rows(events)[0])[1:3] == ["care_nats (noise)", "auth_nats"]
+    assert list(rows(events[:3])[0])[1:3] == ["care_nats (noise)", "auth_nats"]
     assert "care: do not read these" in answers(events, GOOD, AXIS)["can we read it?"]
 
 
