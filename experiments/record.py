@@ -9,9 +9,7 @@
 Plots and reports are made from these files alone.
 """
 
-import dataclasses
 import json
-import math
 import os
 import platform
 import subprocess
@@ -24,8 +22,14 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
+from experiments.numbers import (
+    finite,
+    healing_numbers,
+    shift_numbers,
+    stage_numbers,
+    walk_numbers,
+)
 from shl.bake import baked
-from shl.config import FOUNDATIONS
 from shl.dose import Walk
 from shl.errors import ShlError
 from shl.evaluation import Evaluation
@@ -191,71 +195,6 @@ class Record:
                     }
                 )
         self.event("token_kl", finished.index, {"curves": curves})
-
-
-def finite(value: float) -> float | None:
-    """None for infinity (an empty completion's perplexity), which JSON cannot hold."""
-    return value if math.isfinite(value) else None
-
-
-def stage_numbers(stage: Stage) -> dict[str, Any]:
-    """A stage as JSON: every raw score, so that any statistic can be taken again later."""
-    e = stage.evaluation
-    return {
-        "stage": stage.name,
-        "style": e.style,
-        "nats": e.nats,
-        "coherence": e.coherence,
-        "coherence_interval": e.coherence_interval(),
-        "mass": e.mass.tolist(),
-        "accuracy": e.accuracy,
-        "noise": list(e.noise),
-        "survival": stage.survival,
-        "perplexity": finite(stage.perplexity),
-        "samples": len(stage.samples),
-        "labels": list(e.labels),
-        "log_probs": e.log_probs.round(5).tolist(),
-    }
-
-
-def shift_numbers(reading: Evaluation, base: Evaluation) -> dict[str, Any]:
-    """A stage's shifts from base in nats, with intervals paired by vignette."""
-    return {
-        "shift": reading.shift(base),
-        "shift_interval": {name: reading.shift_interval(base, name) for name in FOUNDATIONS},
-        "centred_shift": reading.centred_shift(base),
-    }
-
-
-def walk_numbers(walk: Walk) -> dict[str, Any]:
-    """The dose walk as JSON."""
-    return {
-        "kappa": walk.kappa,
-        "dose": walk.kappa * walk.config.alpha,
-        "at_floor": walk.at_floor,
-        "ladder": [
-            {"kappa": k, "dose": k * walk.config.alpha, "kept": kept, "generated": n}
-            for k, (kept, n) in zip(walk.kappas, walk.counts, strict=True)
-        ],
-    }
-
-
-def healing_numbers(healing: Healed) -> dict[str, Any]:
-    """Training as JSON: means per epoch, every step, and what the barrier did."""
-    names = [
-        f.name for f in dataclasses.fields(healing.steps[0]) if f.name not in ("epoch", "step")
-    ]
-    return {
-        "barrier": healing.barrier,
-        "moved": healing.moved,
-        "tau": healing.config.tau,
-        "epochs": [
-            {name: healing.epoch_mean(name, epoch) for name in names}
-            for epoch in range(healing.config.epochs)
-        ],
-        "steps": [vars(step) for step in healing.steps],
-        "norms": healing.adapter.norms(),
-    }
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:

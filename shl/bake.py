@@ -12,7 +12,8 @@ from transformer_lens import HookedTransformer
 
 from shl.errors import check
 from shl.hooks import Handle, handles_on
-from shl.lora import Adapter, LowRank, check_fits
+from shl.lora import Adapter, check_fits
+from shl.low_rank import LowRank
 from shl.sites import as_linear
 
 

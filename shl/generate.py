@@ -17,6 +17,7 @@ from shl.hooks import ROWS, handles_on
 from shl.prefill import prefill, run
 from shl.sampling import next_logits, sample
 from shl.seeds import generator_for
+from shl.steering import Steering
 from shl.tokens import (
     PLAIN_STOPS,
     Prompt,
@@ -27,7 +28,6 @@ from shl.tokens import (
     is_chat,
     length_batches,
 )
-from shl.vector import Steering
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ delta = h - h_ref. With p = softmax(h W), q = softmax(h_ref W), F = logsumexp, A
 One sweep over vocabulary chunks with an online logsumexp gives both values and both gradients.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from shl.config import quantile_of
 from shl.errors import ShlError, check
+from shl.kl_plain import full_log_probs, naive_kl_and_nll, say_plain
 from shl.shapes import Float, Hidden, Int, PerToken, Targets, Unembed
 from shl.sweep import Sweep, logsumexp, sweep
 
@@ -186,7 +186,7 @@ def reverse_kl_and_nll(
     """
     check(lazy or ref_lse is None, "ref_lse is given but lazy is False, which does not use it.")
     if soft_cap > 0:
-        _say_plain(soft_cap)
+        say_plain(soft_cap)
         return naive_kl_and_nll(
             student, ref.detach(), unembed, targets, bias=bias, soft_cap=soft_cap
         )
@@ -204,7 +204,7 @@ def forward_kl_and_nll(
 ) -> tuple[PerToken, PerToken]:
     """KL(reference || student) and NLL per token; arguments as in `reverse_kl_and_nll`."""
     if soft_cap > 0:
-        _say_plain(soft_cap)
+        say_plain(soft_cap)
         return naive_kl_and_nll(
             student, ref.detach(), unembed, targets, bias=bias, reverse=False, soft_cap=soft_cap
         )
@@ -221,48 +221,10 @@ def differentiable_nll(
 ) -> PerToken:
     """NLL per token with its gradient, at half the products of a divergence."""
     if soft_cap > 0:
-        _say_plain(soft_cap)
-        log_p = _log_probs(student, unembed, bias, soft_cap)
+        say_plain(soft_cap)
+        log_p = full_log_probs(student, unembed, bias, soft_cap)
         return -log_p.gather(1, targets[:, None])[:, 0]
     return _Divergence.apply(student, None, unembed, targets, bias, True, None, False)[1]
-
-
-def naive_kl_and_nll(
-    student: Hidden,
-    ref: Hidden,
-    unembed: Unembed,
-    targets: Targets,
-    *,
-    bias: Float[Tensor, " vocab"] | None = None,
-    reverse: bool = True,
-    soft_cap: float = 0.0,
-) -> tuple[PerToken, PerToken]:
-    """The plain reference: two full logits, two log-softmaxes, in the inputs' own dtype.
-
-    For tests, benches, and models whose logits are soft-capped after the unembedding.
-    """
-    log_p = _log_probs(student, unembed, bias, soft_cap)
-    log_q = _log_probs(ref, unembed, bias, soft_cap)
-    if reverse:
-        kl = (log_p.exp() * (log_p - log_q)).sum(1)
-    else:
-        kl = (log_q.exp() * (log_q - log_p)).sum(1)
-    return kl, -log_p.gather(1, targets[:, None])[:, 0]
-
-
-def _log_probs(h: Tensor, unembed: Tensor, bias: Tensor | None, soft_cap: float = 0.0) -> Tensor:
-    logits = h @ unembed if bias is None else h @ unembed + bias
-    if soft_cap > 0:
-        logits = soft_cap * torch.tanh(logits / soft_cap)
-    return logits.log_softmax(1)
-
-
-def _say_plain(soft_cap: float) -> None:
-    warnings.warn(
-        f"the logits are soft-capped at {soft_cap:g}, so they are formed in full: slow, and "
-        "[tok, vocab] in memory.",
-        stacklevel=3,
-    )
 
 
 def nll(
@@ -296,8 +258,8 @@ def log_probs_at(
     without a gradient."""
     with torch.no_grad():
         if soft_cap > 0:
-            _say_plain(soft_cap)
-            return _log_probs(student.float(), unembed.float(), bias, soft_cap).gather(1, words)
+            say_plain(soft_cap)
+            return full_log_probs(student.float(), unembed.float(), bias, soft_cap).gather(1, words)
         chosen = torch.einsum("td,tnd->tn", student.float(), unembed.T[words].float())
         if bias is not None:
             chosen = chosen + bias[words].float()

@@ -4,101 +4,23 @@ Hu et al. 2021, arXiv:2106.09685. B starts at 0, so a fresh adapter is an exact 
 residual site the update is h + s B A h after the layer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from transformer_lens import HookedTransformer
 
 from shl.config import HealConfig
 from shl.errors import check
 from shl.files import read_safetensors, write_safetensors
-from shl.hooks import Handle
+from shl.low_rank import LowRank
 from shl.seeds import generator_for
 from shl.shapes import Down, Float, Up
-from shl.sites import Site, band, linear_input, linear_output, residual_after, sites_of
+from shl.sites import Site, band, sites_of
 
 FORMAT = "shl-adapter-2"
-
-
-class LowRank(Handle):
-    """Adds s B A x to each site's output, where x is that site's own input; B A is never formed.
-
-    Sites that read the same x (q, k and v; gate and up) share one product with their stacked A.
-    Computed in the factors' dtype, returned in that of the output.
-    """
-
-    def __init__(
-        self,
-        model: HookedTransformer,
-        sites: Sequence[Site],
-        down: Mapping[str, Down],
-        up: Mapping[str, Up],
-        scale: float,
-    ) -> None:
-        super().__init__(model)
-        self.scale = scale
-        # [rank, d_out] in memory, where one row times a wide B is twice as fast.
-        self.up = {k: b if b.requires_grad else b.T.contiguous().T for k, b in up.items()}
-        # B^T x waits here between the hook that sees x and the hooks that add.
-        self._inner: dict[str, Tensor] = {}
-        groups: dict[tuple[int, bool], list[Site]] = {}
-        for site in sites:
-            module, argument = linear_input(model, site)
-            groups.setdefault((id(module), argument is not None), []).append(site)
-        for group in groups.values():
-            names = [site.name for site in group]
-            factors = [down[name] for name in names]
-            # Trainable factors change, so they are stacked anew each time.
-            fixed = None if any(a.requires_grad for a in factors) else torch.cat(factors)
-            if group[0].kind == "resid":
-                for site in group:
-                    self._add(residual_after(model, site.layer), self._whole(site.name, factors))
-                continue
-            module, argument = linear_input(model, group[0])
-            self._add(module, self._see(names, factors, fixed), argument=argument)
-            for site in group:
-                self._add(linear_output(model, site), self._outer(site.name))
-
-    def _see(
-        self, names: list[str], factors: list[Tensor], fixed: Tensor | None
-    ) -> Callable[[Tensor], None]:
-        ranks = [len(a) for a in factors]
-
-        def see(x: Tensor) -> None:
-            stacked = torch.cat(factors) if fixed is None else fixed
-            width = stacked.shape[1]
-            check(
-                x.shape[-1] == width or x.shape[2:].numel() == width,
-                f"{names[0]} sees an input of shape {tuple(x.shape)}, an adapter needs [batch, "
-                f"pos, {width}]; are attention's inputs split by head?",
-            )
-            inner = linear(x.reshape(-1, width).to(stacked.dtype), stacked)
-            self._inner.update(zip(names, inner.split(ranks, 1), strict=True))
-
-        return see
-
-    def _outer(self, name: str) -> Callable[[Tensor], Tensor]:
-        def add(y: Tensor) -> Tensor:
-            return self._added(y, self._inner.pop(name), self.up[name])
-
-        return add
-
-    def _whole(self, name: str, factors: list[Tensor]) -> Callable[[Tensor], Tensor]:
-        def add(h: Tensor) -> Tensor:
-            inner = linear(h.reshape(-1, h.shape[-1]).to(factors[0].dtype), factors[0])
-            return self._added(h, inner, self.up[name])
-
-        return add
-
-    def _added(self, y: Tensor, inner: Tensor, up: Tensor) -> Tensor:
-        flat = y.reshape(-1, len(up))
-        if y.dtype == up.dtype:
-            return torch.addmm(flat, inner, up.T, alpha=self.scale).view(y.shape)
-        return (flat + (linear(inner, up) * self.scale).to(y.dtype)).view(y.shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from shl.attention import KeyValues
+from shl.cache import KeyValues
 from shl.hooks import handles_on
 from shl.shapes import Float, Mask, Tokens
 from shl.tokens import pad_left

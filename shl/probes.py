@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from shl.attention import KeyValues
 from shl.axes import DATA
+from shl.cache import KeyValues
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.errors import check
 from shl.kl import log_probs_at

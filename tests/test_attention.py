@@ -9,7 +9,8 @@ from helpers import tokens_of
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.components import GroupedQueryAttention
 
-from shl.attention import FastAttention, KeyValues
+from shl.attention import FastAttention
+from shl.cache import KeyValues
 
 TOKENS = tokens_of(3, 30)  # Gemma's window is 8
 PADDED = torch.ones_like(TOKENS)

@@ -44,7 +44,7 @@ def test_other_weights_than_transformers_fail(folder):
 
 
 def test_attention_that_forgets_its_cache_fails(gemma, monkeypatch):
-    from shl.attention import Entry
+    from shl.cache import Entry
 
     real = Entry.append
 
