@@ -100,7 +100,7 @@ class Materialised(Handle):
             back = " -> ".join(reversed(out_in.split(" -> ")))
             self.swaps.append((parameter, parameter.data, rearrange(effective, back, **sizes)))
         super().__init__(model)
-        self._live = False
+        self._live = self._removed = False
         self._gate(closed=False)
 
     @property
@@ -111,13 +111,15 @@ class Materialised(Handle):
     def _gate(self, closed: bool) -> None:
         for parameter, base, effective in self.swaps:
             parameter.data = base if closed else effective
-        self._live = not closed
+        # One that was removed inside `suspended` stays off where that ends.
+        self._live = not closed and not self._removed
 
     def remove(self) -> None:
         """Put base's tensors back; a second call does nothing."""
         if self._live:
             self._gate(closed=True)
         self.swaps.clear()
+        self._removed = True
         super().remove()
 
 

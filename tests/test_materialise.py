@@ -87,6 +87,7 @@ def test_a_handle_is_removed_once_even_inside_suspended(model):
     handle = baked(model, three(model), materialise=True)
     with suspended(model):
         handle.remove()
+    assert not handle.on
     assert_untouched(model, before)
     handle.remove()
     assert_untouched(model, before)
