@@ -44,5 +44,5 @@ bench: install  ## us and the peers side by side: BENCH=kernel|decode|heal|start
 test: install  ## all tests
 	$(BIN)/python -m pytest
 
-check: install  ## format and lint
-	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+check: install  ## format, lint and static types
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -1,6 +1,7 @@
 """Reading activations: any HookPoint, at the assistant tag or another position of each prompt."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -43,7 +44,7 @@ class Recorder(Handle):
         super().__init__(model)
         self.seen: dict[str, list[Tensor]] = {name: [] for name in names}
         for name in names:
-            self._add(model.hook_dict[name], lambda x, n=name: self._keep(n, x))
+            self._add(model.hook_dict[name], partial(self._keep, name))
 
     def _keep(self, name: str, x: Tensor) -> None:
         # Not `detach().clone()` alone: a tensor made in inference mode could never enter autograd.
@@ -131,7 +132,7 @@ class Capture(Handle):
         super().__init__(model)
         self.last: dict[int, Float[Tensor, "batch d_model"]] = {}
         for layer in layers:
-            self._add(residual_after(model, layer), lambda h, i=layer: self._keep(i, h))
+            self._add(residual_after(model, layer), partial(self._keep, layer))
 
     def _keep(self, layer: int, h: Tensor) -> None:
         self.last[layer] = h[:, -1].detach().clone()

@@ -115,9 +115,10 @@ class FastAttention(GroupedQueryAttention):
         """Which keys a query sees, `[batch or 1, 1, query, key]`; None: all that came before."""
         key = ("allowed", self.attn_type)
         if key not in self.shared.made:
-            window = self.cfg.window_size if self.attn_type == "local" else None
             total = offset + new
-            cut = window is not None and total > window
+            window = self.cfg.window_size if self.attn_type == "local" else None
+            window = total if window is None else window
+            cut = total > window
             plain = attention_mask is None or bool(attention_mask.all())
             if plain and not cut and (offset == 0 or new == 1):
                 self.shared.made[key] = None
@@ -183,5 +184,6 @@ def speed_up(model: HookedTransformer) -> None:
     """Give every block of a Gemma-3 or Llama model this attention, sharing what can be shared."""
     shared = Shared()
     for block in model.blocks:
-        block.attn.__class__ = FastAttention
-        block.attn.shared = shared
+        attention: Any = block.attn
+        attention.__class__ = FastAttention
+        attention.shared = shared

@@ -76,9 +76,10 @@ def hooked_config(
     kinds = {"sliding_attention": "local", "full_attention": "global"}
     # transformers ignores attn_logit_softcapping on Gemma-3, so it is not passed on either.
     cap = text.final_logit_softcapping
+    soft_cap: dict[str, Any] = {} if cap is None else {"output_logits_soft_cap": float(cap)}
     return HookedTransformerConfig(
         **common,
-        **({} if cap is None else {"output_logits_soft_cap": float(cap)}),
+        **soft_cap,
         act_fn=text.hidden_activation,
         rotary_base=everywhere["rope_theta"],
         rotary_base_local=local["rope_theta"],

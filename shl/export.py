@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import einsum
@@ -121,7 +122,7 @@ def export_hf(
     """
     stacked = stack(adapters)
     check_fits(model, stacked)
-    hf = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    hf: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     modules = dict(hf.named_modules())
     found = next(name for name in modules if name.endswith("layers.0.self_attn"))
     prefix = found.removesuffix(".0.self_attn")
@@ -133,7 +134,7 @@ def export_hf(
             "d_out rank, rank d_in -> d_out d_in",
         )
         weight.data += update * stacked.scale
-    hf = hf.to(dtype)
+    hf.to(dtype=dtype)
     hf.save_pretrained(folder)
     assert model.tokenizer is not None
     model.tokenizer.save_pretrained(folder)

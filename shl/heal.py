@@ -152,13 +152,11 @@ def train_adapter(
             for k in order.tolist():
                 _set_lr(optimiser, config.lr, len(log), total)
                 optimiser.zero_grad()
-                batch = [texts[i] for i in batches[k]]
+                own = [texts[i] for i in batches[k]]
                 # Forming gradients on demand costs 2 + 3 f products for a share f of fired
                 # completions, forming all of them 4; the last step predicts f.
                 lazy = bool(log) and log[-1].fired < 2 / 3
-                step = _step(
-                    model, adapter, batch, references[k], config, lam, epoch, len(log), lazy
-                )
+                step = _step(model, adapter, own, references[k], config, lam, epoch, len(log), lazy)
                 norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
                 where = f"round {index}, epoch {epoch}, step {len(log)}"
                 for name, value in (("loss", step.nll + step.d), ("gradient", float(norm))):

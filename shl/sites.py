@@ -122,10 +122,15 @@ def band(model: HookedTransformer, low: float, high: float) -> tuple[int, ...]:
     return tuple(range(round(low * n), min(n - 1, round(high * n)) + 1))
 
 
+def _block(model: HookedTransformer, layer: int) -> Any:
+    """Any: torch types what a module holds as Tensor | Module."""
+    return model.blocks[layer]
+
+
 def residual_after(model: HookedTransformer, layer: int) -> nn.Module:
     """The HookPoint of the residual stream after `layer`, `[batch, pos, d_model]`."""
     check_layers(model, [layer])
-    return model.blocks[layer].hook_resid_post
+    return _block(model, layer).hook_resid_post
 
 
 def linear_input(model: HookedTransformer, site: Site) -> tuple[nn.Module, str | None]:
@@ -133,7 +138,7 @@ def linear_input(model: HookedTransformer, site: Site) -> tuple[nn.Module, str |
 
     q, k and v read one tensor, unless a TransformerLens option splits it by head.
     """
-    block = model.blocks[site.layer]
+    block = _block(model, site.layer)
     return {
         "resid": (block.hook_resid_post, None),
         "q": (block.attn, "query_input"),
@@ -148,7 +153,7 @@ def linear_input(model: HookedTransformer, site: Site) -> tuple[nn.Module, str |
 
 def linear_output(model: HookedTransformer, site: Site) -> nn.Module:
     """The module whose output is a linear site's own output, before any norm."""
-    block = model.blocks[site.layer]
+    block = _block(model, site.layer)
     return {
         "q": block.attn.hook_q,
         "k": block.attn.hook_k,
@@ -170,7 +175,7 @@ def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, 
         >>> as_linear(model, sites_of(model, ["q"], [0])[0])[1]
         'head d d_head -> (head d_head) d'
     """
-    block = model.blocks[site.layer]
+    block = _block(model, site.layer)
     sizes = {"d_head": model.cfg.d_head}
     heads_out = "head d d_head -> (head d_head) d"
     table: dict[str, tuple[nn.Parameter, str, dict[str, int]]] = {

@@ -1,6 +1,7 @@
 """Adding a direction to the residual stream, at one dose or at one per row."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -39,15 +40,14 @@ class Steering(Handle):
         self.dose = dose
         for layer, v in directions.items():
             module = residual_after(model, layer)
-            v = v.to(model.W_U.device)
-            self._add(module, lambda h, v=v: self._steer(h, v))
+            self._add(module, partial(self._steer, v.to(model.W_U.device)))
 
     @property
     def per_row(self) -> bool:
         """Whether each row has a dose of its own."""
         return isinstance(self.dose, Tensor)
 
-    def _steer(self, h: Tensor, v: Tensor) -> Tensor | None:
+    def _steer(self, v: Tensor, h: Tensor) -> Tensor | None:
         if isinstance(self.dose, Tensor):
             dose = row_values(self.dose.to(h.device), len(h))
             return h + (rearrange(dose, "batch -> batch 1 1") * v).to(h.dtype)

@@ -56,8 +56,8 @@ def tiny_hf(*, n_layers: int = 4, seed: int = 0) -> Gemma3ForCausalLM:
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     generator = torch.Generator().manual_seed(seed)
     model = Gemma3ForCausalLM(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():

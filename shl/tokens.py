@@ -110,7 +110,7 @@ def encode(model: HookedTransformer, prompt: str | Prompt) -> list[int]:
 
 def decode(model: HookedTransformer, ids: Sequence[int]) -> str:
     """The text of completion tokens; special tokens stay visible, they are no answer."""
-    return tokenizer_of(model).decode(list(ids), skip_special_tokens=False)
+    return str(tokenizer_of(model).decode(list(ids), skip_special_tokens=False))
 
 
 def end_ids(model: HookedTransformer) -> frozenset[int]:

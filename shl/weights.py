@@ -167,8 +167,7 @@ def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     )
     # transformers marks the model as quantised although its tensors are plain fp32 now.
     del model.config.quantization_config
-    model.is_quantized = False
-    for mark in ("quantization_method", "hf_quantizer"):
+    for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
         if mark in vars(model):
             delattr(model, mark)
     model.config._name_or_path = ""

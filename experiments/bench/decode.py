@@ -70,8 +70,9 @@ def bench(repeats: int = 3) -> list[Row]:
     """All shapes; rows are ratios of wall times of whole calls, prefill included."""
     model = load_model(MODEL)
     device = model.W_U.device
-    hf = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=model.cfg.dtype)
-    hf = hf.to(device).eval()
+    hf: Any = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=model.cfg.dtype)
+    hf.to(device=device)
+    hf.eval()
     hf.generation_config.max_length = None
     hf.generation_config.top_k = hf.generation_config.top_p = None
     n = model.cfg.n_layers
