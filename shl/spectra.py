@@ -70,11 +70,11 @@ def spectrum(down: Down, up: Up, scale: float = 1.0) -> Spectrum:
         bool(torch.isfinite(down).all() and torch.isfinite(up).all()),
         "an adapter's factors hold numbers that are not finite.",
     )
-    q_up, r_up = torch.linalg.qr(up.detach().double())
-    q_down, r_down = torch.linalg.qr(down.detach().double().T)
+    q_up, r_up = torch.linalg.qr(up.detach().cpu().double())
+    q_down, r_down = torch.linalg.qr(down.detach().cpu().double().T)
     left, values, right = torch.linalg.svd(scale * (r_up @ r_down.T), full_matrices=False)
     # What two fp32 factors leave beside an exact zero is their rounding.
-    keep = values > NEGLIGIBLE * abs(scale) * up.double().norm() * down.double().norm()
+    keep = values > NEGLIGIBLE * abs(scale) * r_up.norm() * r_down.norm()
     return Spectrum(q_up @ left[:, keep], values[keep], right[keep] @ q_down.T)
 
 
@@ -160,7 +160,9 @@ def product_cosine(
         >>> round(product_cosine((a, b), (a, -2 * b)), 6)
         -1.0
     """
-    (a1, b1), (a2, b2) = ((a.detach().double(), b.detach().double()) for a, b in (one, other))
+    (a1, b1), (a2, b2) = (
+        (a.detach().cpu().double(), b.detach().cpu().double()) for a, b in (one, other)
+    )
 
     def inner(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         return ((b.T @ d) * (a @ c.T)).sum()
