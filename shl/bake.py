@@ -10,6 +10,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
+from shl.adapter_meta import shared
 from shl.errors import check
 from shl.hooks import Handle, handles_on
 from shl.lora import Adapter, check_fits
@@ -22,6 +23,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
 
     At a linear site updates add: A and B are concatenated. At the residual site they compose,
     (I + B2 A2)(I + B1 A1) = I + B1 A1 + B2 A2 (I + B1 A1), so A2 becomes A2 + A2 B1 A1 first.
+    What the adapters say of their weights and axis is kept where they agree.
 
     Raises:
         ShlError: no adapter, or adapters of different models.
@@ -37,6 +39,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     check(len(adapters) > 0, "there are no adapters to stack, give at least one.")
     models = {adapter.model_name for adapter in adapters}
     check(len(models) == 1, f"the adapters were made for different models: {sorted(models)}.")
+    told = {key: shared(getattr(a, key) for a in adapters) for key in ("weights", "dtype", "axis")}
     sites = {site.name: site for adapter in adapters for site in adapter.sites}
     down: dict[str, Tensor] = {}
     up: dict[str, Tensor] = {}
@@ -52,7 +55,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
             down[site.name] = torch.cat([down[site.name], a])
             up[site.name] = torch.cat([up[site.name], b], dim=1)
     ordered = tuple(sorted(sites.values(), key=lambda site: (site.layer, site.name)))
-    return Adapter(ordered, down, up, 1.0, models.pop())
+    return Adapter(ordered, down, up, 1.0, models.pop(), **told)
 
 
 class Baked(LowRank):

@@ -5,29 +5,33 @@ residual site the update is h + s B A h after the layer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from shl.adapter_meta import KINDS, read_sites, shared, told_sites
 from shl.config import HealConfig
 from shl.errors import check
-from shl.files import read_safetensors, write_safetensors
+from shl.files import check_told, identity, read_safetensors, write_safetensors
+from shl.fingerprint import check_made_for, dtype_of, name_of, weights_hash
 from shl.low_rank import LowRank
 from shl.seeds import generator_for
 from shl.shapes import Down, Float, Up
 from shl.sites import Site, band, sites_of
 
-FORMAT = "shl-adapter-2"
+FORMAT = "shl-adapter-3"
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """Factors A `[rank, d_in]` and B `[d_out, rank]` per site, by site name.
 
-    `rank` is that of every site; `round` is where in a loop it was trained (or None).
+    `scale` is s = lora_alpha / rank. `model_name`, `weights` (`shl.fingerprint.weights_hash`) and
+    `dtype` tell on which base it was made, `axis` and `round` where in a loop it was trained;
+    each may be None where it is not known.
     """
 
     sites: tuple[Site, ...]
@@ -36,6 +40,9 @@ class Adapter:
     scale: float
     model_name: str
     round: int | None = None
+    weights: str | None = None
+    dtype: str | None = None
+    axis: str | None = None
 
     def __post_init__(self) -> None:
         names = [site.name for site in self.sites]
@@ -45,11 +52,10 @@ class Adapter:
                 f"an adapter's {kind} has sites {sorted(factors)}, it must have {sorted(names)}.",
             )
         for site in self.sites:
-            seen = (*self.down[site.name].shape, *self.up[site.name].shape)
-            rank = seen[0]
+            a, b = tuple(self.down[site.name].shape), tuple(self.up[site.name].shape)
             check(
-                seen == (rank, site.d_in, site.d_out, rank),
-                f"the factors of {site.name} have shapes {seen[:2]} and {seen[2:]}, they must be "
+                (a[1:], b[:1], a[:1]) == ((site.d_in,), (site.d_out,), b[1:]),
+                f"the factors of {site.name} have shapes {a} and {b}, they must be "
                 f"(rank, {site.d_in}) and ({site.d_out}, rank).",
             )
 
@@ -68,13 +74,10 @@ class Adapter:
 
     def frozen(self) -> "Adapter":
         """A copy that no optimiser can reach."""
-        return Adapter(
-            self.sites,
-            {key: a.detach().clone() for key, a in self.down.items()},
-            {key: b.detach().clone() for key, b in self.up.items()},
-            self.scale,
-            self.model_name,
-            self.round,
+        return replace(
+            self,
+            down={key: a.detach().clone() for key, a in self.down.items()},
+            up={key: b.detach().clone() for key, b in self.up.items()},
         )
 
     def norms(self) -> dict[str, float]:
@@ -87,48 +90,94 @@ class Adapter:
             out[site.name] = float(square.sqrt()) * abs(self.scale)
         return out
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank per site; those of a stack may differ."""
+        return {site.name: len(self.down[site.name]) for site in self.sites}
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of every site, or None where they differ."""
+        return shared(self.ranks.values())
+
+    def identity(self) -> str:
+        """What `save` writes as identity: SHA-256 of numbers and metadata, no path, no time."""
+        tensors, told = self._content()
+        return identity(tensors, {"format": FORMAT, **told})
+
     def save(self, path: str | Path) -> None:
-        """Write safetensors, with the site table and the model's name in its metadata."""
-        meta = {
-            "model": self.model_name,
-            "scale": self.scale,
-            "round": self.round,
-            "sites": [[s.kind, s.layer, s.d_in, s.d_out] for s in self.sites],
-        }
+        """Write safetensors; `shl.adapter_meta.KINDS` lists what its metadata says."""
+        tensors, told = self._content()
+        check_told(path, told, KINDS)
+        write_safetensors(path, FORMAT, tensors, told)
+
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         tensors = {f"{key}.A": a for key, a in self.down.items()}
         tensors |= {f"{key}.B": b for key, b in self.up.items()}
-        write_safetensors(path, FORMAT, tensors, meta)
+        told = {
+            "model": self.model_name,
+            "weights": self.weights,
+            "dtype": self.dtype,
+            "axis": self.axis,
+            "round": self.round,
+        }
+        return tensors, told | told_sites(self.sites, self.ranks, float(self.scale))
 
     @classmethod
-    def load(cls, path: str | Path, model: HookedTransformer) -> "Adapter":
-        """Read what `save` wrote and check that it was made for `model`; nothing is skipped.
+    def read(cls, path: str | Path) -> "Adapter":
+        """Read what `save` wrote, without a model; the tensors are on the CPU.
 
         Raises:
-            ShlError: missing or damaged file, another model, another site table, or keys that
-                do not match it.
+            ShlError: a missing, damaged or changed file, or metadata that is not what it must
+                be or does not match the tensors.
         """
-        meta, tensors = read_safetensors(path, FORMAT)
-        check(
-            meta["model"] == model.cfg.model_name,
-            f"{path} was made for {meta['model']}, the model is {model.cfg.model_name}.",
-        )
-        sites = tuple(Site(*entry) for entry in meta["sites"])
-        wanted = {f"{site.name}.{factor}" for site in sites for factor in "AB"}
-        check(
-            set(tensors) == wanted,
-            f"{path} differs from its own site table at {sorted(set(tensors) ^ wanted)[:3]}.",
-        )
-        device = model.W_U.device
-        adapter = cls(
+        meta, tensors = read_safetensors(path, FORMAT, KINDS)
+        sites = tuple(read_sites(path, meta, tensors))
+        return cls(
             sites,
-            {site.name: tensors[f"{site.name}.A"].to(device) for site in sites},
-            {site.name: tensors[f"{site.name}.B"].to(device) for site in sites},
-            float(meta["scale"]),
+            {site.name: tensors[f"{site.name}.A"] for site in sites},
+            {site.name: tensors[f"{site.name}.B"] for site in sites},
+            meta["scale"],
             meta["model"],
             meta["round"],
+            meta["weights"],
+            meta["dtype"],
+            meta["axis"],
         )
-        check_fits(model, adapter)
-        return adapter
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: HookedTransformer, *, any_weights: bool = False
+    ) -> "Adapter":
+        """Read what `save` wrote and check that it was made for `model`; nothing is skipped.
+
+        Args:
+            any_weights: take an adapter that was made on other weights (a fine-tune, another
+                dtype) of a model of this name and these widths.
+
+        Raises:
+            ShlError: what `read` raises, or an adapter of another model, other weights, another
+                dtype or other sites; the sentence names the first difference.
+
+        Example:
+            >>> import tempfile
+            >>> from shl.tiny import tiny_gemma
+            >>> path = tempfile.mkdtemp() + "/adapter.safetensors"
+            >>> fresh_adapter(tiny_gemma(), HealConfig(rank=2)).save(path)
+            >>> Adapter.load(path, tiny_gemma()).rank
+            2
+            >>> Adapter.load(path, tiny_gemma(seed=1))
+            Traceback (most recent call last):
+            shl.errors.ShlError: ... was made on weights of tiny-gemma with the hash ...
+        """
+        own = cls.read(path)
+        check_made_for(
+            model, str(path), own.model_name, own.weights, own.dtype, any_weights=any_weights
+        )
+        check_fits(model, own)
+        device = model.W_U.device
+        down = {key: a.to(device) for key, a in own.down.items()}
+        return replace(own, down=down, up={key: b.to(device) for key, b in own.up.items()})
 
 
 def check_fits(model: HookedTransformer, adapter: Adapter) -> None:
@@ -148,7 +197,12 @@ def default_layers(model: HookedTransformer) -> Sequence[int]:
 
 
 def fresh_adapter(
-    model: HookedTransformer, config: HealConfig, *, seed: int = 0, round: int | None = None
+    model: HookedTransformer,
+    config: HealConfig,
+    *,
+    seed: int = 0,
+    round: int | None = None,
+    axis: str | None = None,
 ) -> Adapter:
     """A trainable adapter: A uniform in +-1/sqrt(d_in) (as nn.Linear and PEFT), B zero; fp32.
 
@@ -173,7 +227,8 @@ def fresh_adapter(
         down[site.name] = a.requires_grad_(True)
         up[site.name] = torch.zeros(site.d_out, config.rank, device=device, requires_grad=True)
     scale = config.lora_alpha / config.rank
-    return Adapter(sites, down, up, scale, model.cfg.model_name, round)
+    made_on = name_of(model), round, weights_hash(model), dtype_of(model), axis
+    return Adapter(sites, down, up, scale, *made_on)
 
 
 def singular_value_penalty(adapter: Adapter, iterations: int = 12) -> Float[Tensor, ""]:

@@ -27,13 +27,7 @@ class Steering(Handle):
         directions: Mapping[int, Direction],
         dose: float | Float[Tensor, " batch"],
     ) -> None:
-        check_layers(model, list(directions))
-        for layer, v in directions.items():
-            check(
-                v.shape == (model.cfg.d_model,),
-                f"the vector of layer {layer} has shape {tuple(v.shape)}, {model.cfg.model_name} "
-                f"has d_model {model.cfg.d_model}.",
-            )
+        check_directions(model, directions)
         finite = torch.isfinite(torch.as_tensor(dose)).all()
         check(bool(finite), f"dose is {dose!r}, it must be finite.")
         super().__init__(model)
@@ -53,3 +47,14 @@ class Steering(Handle):
             return h + (rearrange(dose, "batch -> batch 1 1") * v).to(h.dtype)
         # No arithmetic at dose 0: the identity is exact, signed zeros included.
         return h + (self.dose * v).to(h.dtype) if self.dose != 0 else None
+
+
+def check_directions(model: HookedTransformer, directions: Mapping[int, Direction]) -> None:
+    """Raise unless the model has every layer, at the width of its direction."""
+    check_layers(model, list(directions))
+    for layer, v in directions.items():
+        check(
+            v.shape == (model.cfg.d_model,),
+            f"the vector of layer {layer} has shape {tuple(v.shape)}, {model.cfg.model_name} "
+            f"has d_model {model.cfg.d_model}.",
+        )

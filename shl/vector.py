@@ -5,61 +5,52 @@ prompt token) under the positive and the negative persona: contrastive activatio
 Panickssery et al. 2023, arXiv:2312.06681. Raw, not normalised.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
-from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.activations import residual_at_tag
+from shl.adapter_meta import shared
 from shl.axes import Axis
 from shl.errors import check
-from shl.files import read_safetensors, write_safetensors
+from shl.files import Kinds, check_told, identity, read_safetensors, write_safetensors
+from shl.fingerprint import check_made_for, dtype_of, name_of, weights_hash
+from shl.rules import Rule, mean_difference, rule_name
 from shl.shapes import Direction
 from shl.sites import band
-from shl.steering import Steering
+from shl.steering import Steering, check_directions
 from shl.tokens import Prompt
 
-FORMAT = "shl-vector-2"
-Rule = Callable[[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]], Direction]
-
-
-def mean_difference(
-    positive: Float[Tensor, "n d_model"], negative: Float[Tensor, "n d_model"]
-) -> Direction:
-    """The default extraction rule, `[n, d_model]` twice to `[d_model]`.
-
-    Example:
-        >>> import torch
-        >>> mean_difference(torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
-        tensor([2., 0.])
-    """
-    return reduce(positive - negative, "n d_model -> d_model", "mean")
-
-
-def first_component(
-    positive: Float[Tensor, "n d_model"], negative: Float[Tensor, "n d_model"]
-) -> Direction:
-    """First principal component of the differences (uncentred), in the direction and at the size
-    of their mean along it (Zou et al. 2023, arXiv:2310.01405, section 3.1).
-
-    Example:
-        >>> import torch
-        >>> first_component(torch.tensor([[3.0, 0.0], [5.0, 0.0]]), torch.zeros(2, 2))
-        tensor([4., 0.])
-    """
-    differences = positive - negative
-    component = torch.linalg.svd(differences, full_matrices=False).Vh[0]
-    return component * (differences @ component).mean()
+FORMAT = "shl-vector-3"
+TOKEN = "last prompt token"
+NONE = type(None)
+KINDS: Kinds = {
+    "model": (str,),
+    "weights": (str, NONE),
+    "dtype": (str, NONE),
+    "axis": (str,),
+    "round": (int, NONE),
+    "contexts": (int,),
+    "rule": (str, NONE),
+    "token": (str, NONE),
+    "hooks": (list,),
+}
+"""The metadata of format `shl-vector-3`, beside `format` and `identity`: the base's name, weights
+(`shl.fingerprint.weights_hash`) and dtype; extraction rule and token; the hook of each tensor."""
 
 
 @dataclass(frozen=True)
 class SteeringVector:
     """One direction `[d_model]` per layer of the band, keyed by layer index.
+
+    `model_name`, `weights` (`shl.fingerprint.weights_hash`) and `dtype` tell on which base it was
+    made, `rule` and `token` how it was read, `round` where in a loop; None where not known.
 
     Example:
         >>> import torch
@@ -72,6 +63,11 @@ class SteeringVector:
     model_name: str
     axis: str
     contexts: int
+    weights: str | None = None
+    dtype: str | None = None
+    rule: str | None = None
+    token: str | None = None
+    round: int | None = None
 
     def steering(
         self, model: HookedTransformer, dose: float | Float[Tensor, " batch"] = 1.0
@@ -97,8 +93,13 @@ class SteeringVector:
             ).sum(0)
             for layer in layers
         }
+        told = {
+            key: shared([getattr(self, key), getattr(other, key)])
+            for key in ("weights", "dtype", "rule", "token", "round")
+        }
         contexts = min(self.contexts, other.contexts)
-        return SteeringVector(sums, self.model_name, f"{self.axis} + {other.axis}", contexts)
+        both = f"{self.axis} + {other.axis}"
+        return SteeringVector(sums, self.model_name, both, contexts, **told)
 
     def __mul__(self, factor: float) -> "SteeringVector":
         """Every direction times a number."""
@@ -160,33 +161,73 @@ class SteeringVector:
             for layer in shared
         }
 
+    def identity(self) -> str:
+        """What `save` writes as identity: SHA-256 of numbers and metadata, no path, no time."""
+        tensors, told = self._content()
+        return identity(tensors, {"format": FORMAT, **told})
+
     def save(self, path: str | Path) -> None:
-        """Write safetensors with the model's name, axis and token rule in its metadata."""
-        meta = {
-            "model": self.model_name,
-            "axis": self.axis,
-            "contexts": self.contexts,
-            "token": "last prompt token",
-        }
-        write_safetensors(path, FORMAT, {_key(i): v for i, v in self.directions.items()}, meta)
+        """Write safetensors; `shl.vector.KINDS` lists what its metadata says."""
+        tensors, told = self._content()
+        check_told(path, told, KINDS)
+        write_safetensors(path, FORMAT, tensors, told)
+
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        tensors = {_key(layer): v for layer, v in sorted(self.directions.items())}
+        told = {key: getattr(self, key) for key in KINDS if key not in ("model", "hooks")}
+        return tensors, {"model": self.model_name, "hooks": list(tensors), **told}
 
     @classmethod
-    def load(cls, path: str | Path) -> "SteeringVector":
-        """Read what `save` wrote.
+    def load(
+        cls,
+        path: str | Path,
+        model: HookedTransformer | None = None,
+        *,
+        any_weights: bool = False,
+    ) -> "SteeringVector":
+        """Read what `save` wrote; with a model, check that it was made for it.
+
+        Args:
+            any_weights: take a vector that was made on other weights (a fine-tune, another
+                dtype) of a model of this name and width.
 
         Raises:
-            ShlError: the file is missing, damaged, or not one of ours.
+            ShlError: the file is missing, damaged, changed, or not one of ours; or it was made
+                on another model, other weights, another dtype, layers or width; the sentence
+                names the first difference.
         """
-        meta, tensors = read_safetensors(path, FORMAT)
-        layers = {}
+        meta, tensors = read_safetensors(path, FORMAT, KINDS)
+        layers: dict[int, Tensor] = {}
         for key, v in tensors.items():
             name = key.split(".")
+            own = len(name) == 3 and name[1].isdecimal() and len(name[1]) < 10
             check(
-                len(name) == 3 and name[1].isdecimal() and key == _key(int(name[1])),
+                own and key == _key(int(name[1])),
                 f"{path} holds {key!r}, a vector's keys are blocks.LAYER.hook_resid_post.",
             )
+            check(
+                v.ndim == 1, f"{key} in {path} has shape {tuple(v.shape)}, it must be (d_model,)."
+            )
             layers[int(name[1])] = v
-        return cls(dict(sorted(layers.items())), meta["model"], meta["axis"], int(meta["contexts"]))
+        check(len(layers) > 0, f"{path} holds no direction.")
+        hooks = [_key(layer) for layer in sorted(layers)]
+        check(
+            meta["hooks"] == hooks,
+            f"{path} says hooks = {short(meta['hooks'])}, by its tensors that is {short(hooks)}.",
+        )
+        told = {key: value for key, value in meta.items() if key not in ("model", "hooks")}
+        vector = cls(dict(sorted(layers.items())), meta["model"], **told)
+        if model is not None:
+            check_made_for(
+                model,
+                str(path),
+                vector.model_name,
+                vector.weights,
+                vector.dtype,
+                any_weights=any_weights,
+            )
+            check_directions(model, vector.directions)
+        return vector
 
 
 def _key(layer: int) -> str:
@@ -201,6 +242,7 @@ def extract_vector(
     contexts: int | None = None,
     batch_size: int = 16,
     rule: Rule = mean_difference,
+    round: int | None = None,
 ) -> SteeringVector:
     """The axis's steering vector on the model as it stands, hooks included.
 
@@ -209,6 +251,7 @@ def extract_vector(
         contexts: how many of the axis's contexts are used, from the first; None is all.
         rule: `(positive, negative) -> direction`, each `[n, d_model]`, row i of both from
             context i.
+        round: where in a loop it is taken, for its file.
 
     Raises:
         ShlError: a layer out of range, more contexts than the axis has, or residuals that are
@@ -241,4 +284,14 @@ def extract_vector(
         v = rule(sides[0][layer], sides[1][layer])
         check(bool(torch.isfinite(v).all()), f"the vector of layer {layer} is not finite.")
         directions[layer] = v
-    return SteeringVector(directions, model.cfg.model_name, axis.name, contexts)
+    return SteeringVector(
+        directions,
+        name_of(model),
+        axis.name,
+        contexts,
+        weights_hash(model),
+        dtype_of(model),
+        rule_name(rule),
+        TOKEN,
+        round,
+    )
