@@ -11,11 +11,9 @@ from transformer_lens import HookedTransformer
 from shl.axes import Axis
 from shl.directions import Cosine, vector_entries
 from shl.errors import check
-from shl.files import read_safetensors
+from shl.fingerprint import check_made_for
 from shl.loop import Round
-from shl.lora import FORMAT as ADAPTER_FORMAT
 from shl.lora import Adapter
-from shl.sites import Site
 from shl.students import Student, students
 from shl.updates import update_entries
 from shl.vector import SteeringVector
@@ -34,6 +32,7 @@ class Ledger:
         model: the base model of the run, without other hooks of its own.
         axis: the run's axis.
         contexts: how many of the axis's contexts are read; None is as many as the vectors took.
+        any_weights: take a run that was made on other weights of a model of this name.
         top: singular values kept per site.
         draws: random draws behind each null.
 
@@ -62,6 +61,7 @@ class Ledger:
         axis: Axis | None = None,
         *,
         contexts: int | None = None,
+        any_weights: bool = False,
         top: int = 8,
         draws: int = 1000,
         seed: int = 0,
@@ -70,7 +70,7 @@ class Ledger:
             (model is None) == (axis is None),
             "a ledger takes the run's model and axis together, or neither of them.",
         )
-        self.rounds = _rounds_of(run, model)
+        self.rounds = _rounds_of(run, model, any_weights)
         first = self.rounds[0][0]
         for vector, adapter in self.rounds:
             names = {first.model_name, vector.model_name, adapter.model_name}
@@ -79,10 +79,12 @@ class Ledger:
         self.model_name, self.axis_name = first.model_name, first.axis
         found: list[Student] | None = None
         if model is not None and axis is not None:
+            for vector, _ in self.rounds:
+                told = (vector.model_name, vector.weights, vector.dtype)
+                check_made_for(model, "the run", *told, any_weights=any_weights)
             check(
-                (model.cfg.model_name, axis.name) == (first.model_name, first.axis),
-                f"the run was made on {first.model_name} and {first.axis!r}, the ledger was given "
-                f"{model.cfg.model_name} and {axis.name!r}.",
+                axis.name == first.axis,
+                f"the run's axis is {first.axis!r}, the ledger was given {axis.name!r}.",
             )
             layers = sorted({layer for vector, _ in self.rounds for layer in vector.directions})
             found = students(
@@ -176,6 +178,7 @@ def _grid(
 def _rounds_of(
     run: str | Path | Sequence[Round] | Sequence[tuple[SteeringVector, Adapter]],
     model: HookedTransformer | None,
+    any_weights: bool,
 ) -> tuple[tuple[SteeringVector, Adapter], ...]:
     if not isinstance(run, str | Path):
         check(len(run) > 0, "a ledger of no rounds was asked for, give at least one.")
@@ -186,16 +189,10 @@ def _rounds_of(
         files = (place / "vector.safetensors", place / "adapter.safetensors")
         if not all(path.is_file() for path in files):
             break
-        found.append((SteeringVector.load(files[0]), _read_adapter(files[1], model)))
+        if model is None:
+            adapter = Adapter.read(files[1])
+        else:
+            adapter = Adapter.load(files[1], model, any_weights=any_weights)
+        found.append((SteeringVector.load(files[0]), adapter))
     check(len(found) > 0, f"{run} holds no finished round, rounds/0 needs a vector and an adapter.")
     return tuple(found)
-
-
-def _read_adapter(path: Path, model: HookedTransformer | None) -> Adapter:
-    """`Adapter.load`, or without a model what its file says of itself."""
-    if model is not None:
-        return Adapter.load(path, model)
-    meta, tensors = read_safetensors(path, ADAPTER_FORMAT)
-    sites = tuple(Site(*entry) for entry in meta["sites"])
-    down, up = ({s.name: tensors[f"{s.name}.{f}"] for s in sites} for f in "AB")
-    return Adapter(sites, down, up, float(meta["scale"]), meta["model"], meta["round"])
