@@ -19,9 +19,12 @@ from shl.generate import Completion, generate
 from shl.heal import heal
 from shl.hooks import suspended
 from shl.kl import aggregate, reverse_kl_and_nll
+from shl.ledger import Ledger
+from shl.lens import logit_lens
 from shl.loop import Round, baselines, love
 from shl.lora import Adapter
 from shl.models import load_model
+from shl.response import dose_response
 from shl.tokens import Prompt
 from shl.trust import check
 from shl.vector import SteeringVector, extract_vector
@@ -36,6 +39,7 @@ __all__ = [
     "FilterConfig",
     "GenerateConfig",
     "HealConfig",
+    "Ledger",
     "LoopConfig",
     "Prompt",
     "Round",
@@ -48,6 +52,7 @@ __all__ = [
     "baselines",
     "check",
     "difference",
+    "dose_response",
     "evaluate",
     "export_hf",
     "export_peft",
@@ -58,6 +63,7 @@ __all__ = [
     "keep_coherent",
     "load_axis",
     "load_model",
+    "logit_lens",
     "love",
     "reverse_kl_and_nll",
     "stack",
