@@ -157,7 +157,7 @@ def largest_by_chance(n: int) -> float:
 
     Example:
         >>> round(largest_by_chance(1), 2), round(largest_by_chance(262_144), 2)
-        (0.0, 4.65)
+        (0.0, 4.55)
     """
     return float(torch.special.ndtri(torch.tensor(0.5, dtype=torch.float64) ** (1 / n)))
 

@@ -1,8 +1,8 @@
 """Pictures of what is inside a run; every function returns a matplotlib `Figure`.
 
 The numbers come from `Ledger`, `logit_lens`, `token_divergence` and `dose_response`; nothing is
-computed here that cannot be had without drawing. The one room that imports matplotlib (the extra
-`pictures`), so `import shl` leaves it out: `from shl import pictures`.
+computed here that cannot be had without drawing. It takes matplotlib (the extra `pictures`), so
+`import shl` leaves it out: `from shl import pictures`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.patches import Rectangle
 from transformer_lens import HookedTransformer
 
+from shl.canvas import COLUMNS, FONT, MONO, cell, drawable, one_panel, released, wrapped
 from shl.errors import check
 from shl.generate import Completion
 from shl.ledger import Ledger
@@ -25,11 +23,6 @@ from shl.response import DoseResponse
 from shl.scores import token_divergence
 from shl.shapes import Direction
 from shl.tokens import decode
-
-FONT, MONO = FontProperties("DejaVu Sans"), FontProperties("DejaVu Sans Mono")
-"""Shipped with matplotlib; what they cannot draw becomes an empty square."""
-COLUMNS = 92
-"""Characters in a line of drawn text."""
 
 
 def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
@@ -55,7 +48,7 @@ def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
     grid = ledger.grid(to)
     check(not np.isnan(grid).all(), f"the ledger has no cosine {to!r}; the shift takes a model.")
     layers = ledger.layers
-    figure, panel = _figure(1.9 + 0.75 * grid.shape[1] + 1.6, 1.5 + 0.3 * len(layers))
+    figure, panel = one_panel(1.9 + 0.75 * grid.shape[1] + 1.6, 1.5 + 0.3 * len(layers))
     image = panel.imshow(
         grid, cmap="RdBu_r", vmin=-1, vmax=1, origin="lower", aspect="auto", interpolation="nearest"
     )
@@ -118,7 +111,7 @@ def norms(ledger: Ledger) -> Figure:
         panel.set(xlabel="layer", ylabel=text)
         panel.set_xticks(ledger.layers[:: 1 + len(ledger.layers) // 10])
     axes[0, 0].legend(fontsize=8, frameon=False)
-    return _done(figure)
+    return released(figure)
 
 
 def lens(
@@ -147,15 +140,15 @@ def lens(
     chance = largest_by_chance(model.cfg.d_vocab)
     # Scores that chance reaches are pale.
     norm = Normalize(-2.2 * chance, 2.2 * chance)
-    figure, panel = _figure(1.4 + 1.12 * 2 * k, 1.1 + 0.36 * len(rows))
+    figure, panel = one_panel(1.4 + 1.12 * 2 * k, 1.1 + 0.36 * len(rows))
     colours = mpl.colormaps["PuOr_r"]
     for y, row in enumerate(rows):
         for side, words in enumerate((row.raised, row.lowered)):
             for i, (word, z) in enumerate(words):
                 x = side * (k + 0.25) + i
-                text = _drawable(word.replace(" ", "\u2581"), FONT)
+                text = drawable(word.replace(" ", "\u2581"), FONT)
                 text = text if len(text) <= 14 else text[:13] + "\u2026"
-                _cell(panel, x, y, 1.0, f"{text}\n{z:+.1f}", colours(norm(z)), FONT, 7)
+                cell(panel, x, y, 1.0, f"{text}\n{z:+.1f}", colours(norm(z)), FONT, 7)
     panel.set(xlim=(0, 2 * k + 0.25), ylim=(len(rows), 0))
     panel.set_yticks(np.arange(len(rows)) + 0.5, labels, fontsize=8)
     panel.set_xticks([k / 2, k + 0.25 + k / 2], ["raised", "lowered"])
@@ -192,7 +185,7 @@ def divergence(
     values = [token_divergence(model, completion).numpy() for completion in completions]
     norm = PowerNorm(0.5, 0, max(float(kl.max()) for kl in values) or 1.0)
     colours = mpl.colormaps["YlOrBr"]
-    placed = [_wrap([decode(model, [t]) for t in c.tokens]) for c in completions]
+    placed = [wrapped([decode(model, [t]) for t in c.tokens]) for c in completions]
     heights = [1 + max(line for line, _, _ in words) for words in placed]
     figure, axes = plt.subplots(
         len(placed),
@@ -204,7 +197,7 @@ def divergence(
     )
     for panel, words, kl, height in zip(axes[:, 0], placed, values, heights, strict=True):
         for (line, column, text), value in zip(words, kl, strict=True):
-            _cell(panel, column, line, len(text), text, colours(norm(value)), MONO, 8)
+            cell(panel, column, line, len(text), text, colours(norm(value)), MONO, 8)
         panel.set(xlim=(0, COLUMNS), ylim=(height, 0), xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
         panel.set_title(
@@ -215,7 +208,7 @@ def divergence(
         )
     scale = mpl.cm.ScalarMappable(norm, colours)
     figure.colorbar(scale, ax=list(axes[:, 0]), label="KL to base [nats]", pad=0.01, aspect=12)
-    return _done(figure)
+    return released(figure)
 
 
 def response(found: DoseResponse, *, how: str = "rmse", tau: float | None = 0.5) -> Figure:
@@ -234,7 +227,7 @@ def response(found: DoseResponse, *, how: str = "rmse", tau: float | None = 0.5)
     """
     order = np.argsort(found.doses)
     doses, values = np.array(found.doses)[order], found.divergence(how).numpy()[order]
-    figure, panel = _figure(5.4, 3.6)
+    figure, panel = one_panel(5.4, 3.6)
     panel.plot(doses, values, color="#999999", lw=0.8)
     panel.plot(
         doses, np.median(values, 1), color="#0072B2", lw=2.2, marker="o", ms=5, label="median"
@@ -246,59 +239,3 @@ def response(found: DoseResponse, *, how: str = "rmse", tau: float | None = 0.5)
     panel.set_ylim(bottom=0)
     panel.legend(fontsize=8, frameon=False)
     return figure
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure, panel = plt.subplots(figsize=(width, height), layout="constrained")
-    return _done(figure), panel
-
-
-def _done(figure: Figure) -> Figure:
-    """Out of pyplot's list, or a notebook would show the figure a second time."""
-    plt.close(figure)
-    return figure
-
-
-def _cell(
-    panel: Axes,
-    x: float,
-    y: float,
-    width: float,
-    text: str,
-    colour: tuple[float, ...],
-    font: FontProperties,
-    size: float,
-) -> None:
-    panel.add_patch(Rectangle((x, y), width, 1, color=colour, lw=0))
-    red, green, blue, _ = colour
-    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-    one_line = "\n" not in text  # those stand on one baseline, side by side
-    panel.text(
-        x + width / 2,
-        y + (0.68 if one_line else 0.5),
-        text,
-        ha="center",
-        va="baseline" if one_line else "center",
-        fontproperties=font,
-        fontsize=size,
-        color="white" if dark else "black",
-        linespacing=0.95,
-        parse_math=False,
-    )
-
-
-def _wrap(pieces: Sequence[str]) -> list[tuple[int, int, str]]:
-    """(line, column, drawable text) of each token."""
-    out, line, column = [], 0, 0
-    for piece in pieces:
-        text = _drawable(piece.replace("\n", "\u21b5").replace("\t", "\u2192"), MONO)[:COLUMNS]
-        if column + len(text) > COLUMNS:
-            line, column = line + 1, 0
-        out.append((line, column, text))
-        column += len(text)
-    return out
-
-
-def _drawable(text: str, font: FontProperties) -> str:
-    own = get_font(findfont(font))
-    return "".join(c if c.isprintable() and own.get_char_index(ord(c)) else "\u25a1" for c in text)
