@@ -276,7 +276,7 @@ def test_nothing_is_written_that_could_not_be_read(model, tmp_path):
             bad.save(path)
         one_sentence(error)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ShlError, match="x has dtype torch.int32"):
+    with pytest.raises(ShlError, match=r"x has dtype torch\.int32"):
         write_safetensors(path, "demo-1", {"x": torch.ones(2).int()}, {})
     with pytest.raises(ShlError, match="cannot be written"):
         vector.save(tmp_path / "no" / "folder")
