@@ -4,13 +4,13 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.errors import check
-from shl.hooks import Handle, suspended
+from shl.hooks import Handle, running, suspended
 from shl.recorder import Recorder
+from shl.shapes import Float
 from shl.sites import check_layers, residual_after
 from shl.tokens import Prompt, encode, length_batches, pad_left
 
@@ -61,7 +61,7 @@ def activations(
     for indices in length_batches([len(row) for row in rows], batch_size):
         batch = pad_left(model, [rows[i] for i in indices])
         width = batch.tokens.shape[1]
-        with Recorder(model, sites) as recorder:
+        with running(rows=indices), Recorder(model, sites) as recorder:
             model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
         at = torch.tensor(
             [[t % len(rows[i]) + width - len(rows[i]) for t in asked] for i in indices]
@@ -145,7 +145,7 @@ def residual_at_tag(
     out = {layer: torch.empty(len(rows), model.cfg.d_model) for layer in layers}
     for indices in length_batches([len(row) for row in rows], batch_size):
         batch = pad_left(model, [rows[i] for i in indices])
-        with Capture(model, layers) as capture, torch.no_grad():
+        with running(rows=indices), Capture(model, layers) as capture, torch.no_grad():
             model(batch.tokens, attention_mask=batch.mask, stop_at_layer=max(layers) + 1)
         for layer in layers:
             out[layer][indices] = capture.last[layer].float().cpu()

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM
 
+from shl.adapter import Adapter, check_fits
 from shl.bake import stack
 from shl.errors import check
-from shl.lora import Adapter, check_fits
 from shl.sites import HF_NAMES, Site
 
 

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from transformer_lens import HookedTransformer
 
+from shl.adapter import Adapter
 from shl.axes import Axis
-from shl.directions import Cosine, vector_entries
+from shl.cosines import Cosine, vector_entries
+from shl.directions import SteeringVector
 from shl.errors import check
 from shl.fingerprint import check_made_for
 from shl.loop import Round
-from shl.lora import Adapter
 from shl.students import Student, students
 from shl.updates import update_entries
-from shl.vector import SteeringVector
 
 
 class Ledger:

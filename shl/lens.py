@@ -11,8 +11,8 @@ from itertools import islice
 import torch
 from transformer_lens import HookedTransformer
 
+from shl.adapter import Adapter
 from shl.errors import check
-from shl.lora import Adapter
 from shl.shapes import Direction, Float, Tensor
 from shl.sites import Site
 from shl.spectra import spectrum

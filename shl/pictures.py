@@ -48,7 +48,7 @@ def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
     grid = ledger.grid(to)
     check(not np.isnan(grid).all(), f"the ledger has no cosine {to!r}; the shift takes a model.")
     layers = ledger.layers
-    figure, panel = one_panel(1.9 + 0.75 * grid.shape[1] + 1.6, 1.5 + 0.3 * len(layers))
+    figure, panel = one_panel(3.5 + 0.75 * grid.shape[1], 1.5 + 0.34 * len(layers))
     image = panel.imshow(
         grid, cmap="RdBu_r", vmin=-1, vmax=1, origin="lower", aspect="auto", interpolation="nearest"
     )
@@ -62,10 +62,11 @@ def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
         panel.text(
             entry.round,
             layers.index(entry.layer),
-            f"({cosine.value:.2f})" if inside else f"{cosine.value:.2f}",
+            (f"({cosine.value:.2f})" if inside else f"{cosine.value:.2f}")
+            + ("" if cosine.random is None else f"\n{max(cosine.random, cosine.shuffled):.2f}"),
             ha="center",
             va="center",
-            fontsize=8,
+            fontsize=7.5,
             color="white" if abs(cosine.value) > 0.6 else "black",
         )
     panel.set_xticks(range(grid.shape[1]))
@@ -73,7 +74,7 @@ def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
     panel.set(xlabel="round", ylabel="layer")
     panel.set_title(
         f"cosine of each round's vector to\n{names[to]}"
-        + ("\n(brackets: within 95 % of chance)" if nulls else ""),
+        + ("\n(below: 95 % of chance; brackets: within it)" if nulls else ""),
         fontsize=9,
     )
     figure.colorbar(image, ax=panel, label="cosine")
@@ -146,7 +147,7 @@ def lens(
         for side, words in enumerate((row.raised, row.lowered)):
             for i, (word, z) in enumerate(words):
                 x = side * (k + 0.25) + i
-                text = drawable(word.replace(" ", "\u2581"), FONT)
+                text = drawable(word.replace(" ", "\u00b7"), FONT)
                 text = text if len(text) <= 14 else text[:13] + "\u2026"
                 cell(panel, x, y, 1.0, f"{text}\n{z:+.1f}", colours(norm(z)), FONT, 7)
     panel.set(xlim=(0, 2 * k + 0.25), ylim=(len(rows), 0))

@@ -1,41 +1,60 @@
-"""Recording HookPoints as they pass, in any forward and in cached generation."""
+"""Recording what passes HookPoints while a model runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.errors import check
-from shl.hooks import ROWS, Handle
-from shl.shapes import Float
+from shl.hooks import Handle
+from shl.scope import Positions, Scope, caller_rows, follow
+from shl.shapes import Bool
 
 
 class Recorder(Handle):
     """Keeps a clone of every tensor that passes the named HookPoints, in order, while it is on.
 
-    A context manager and a handle. Under `generate` the first tensor of each name is that of a
-    batch's prompts (left-padded), the others are one position long; `by_row` sorts them into the
-    caller's rows. Clones are ordinary tensors that may enter autograd.
+    A context manager and a handle; `model.reset_hooks()` leaves it on. Under `generate` the first
+    tensor of each name is the prompt's, the others are one position long. Clones are ordinary
+    tensors that may enter autograd.
+
+    With `mask` or `positions` only the tokens that they name are kept, as `[tok, ...]`, and
+    `where[name]` tells for each its row and absolute position, `[tok, 2]`.
 
     Args:
-        names: TransformerLens's names of HookPoints (`blocks.3.hook_resid_post`).
+        mask: True where to keep, by row and absolute position in the row's own tokens; nothing is
+            kept beyond its width.
+        positions: which absolute positions to keep, in every row: a range, numbers from 0, or a
+            slice.
 
     Raises:
-        ShlError: a name that the model does not have.
+        ShlError: a name that the model does not have, or, to choose positions, one outside the
+            blocks.
 
     Example:
         >>> from shl.generate import generate
         >>> from shl.tiny import tiny_gemma
-        >>> model = tiny_gemma()
-        >>> with Recorder(model, ["blocks.1.hook_resid_post"]) as recorder:
+        >>> model, name = tiny_gemma(), "blocks.1.hook_resid_post"
+        >>> two = Recorder(model, [name], positions=[2, 13])
+        >>> with Recorder(model, [name]) as whole, two:
         ...     texts = generate(model, ["Hello?"], max_new_tokens=3, min_new_tokens=3)
-        >>> [x.shape[1] for x in recorder.seen["blocks.1.hook_resid_post"]]
+        >>> [x.shape[1] for x in whole.seen[name]]
         [13, 1, 1]
+        >>> [x.tolist() for x in two.where[name]]
+        [[[0, 2]], [[0, 13]], []]
     """
 
-    def __init__(self, model: HookedTransformer, names: Iterable[str]) -> None:
+    def __init__(
+        self,
+        model: HookedTransformer,
+        names: Iterable[str],
+        *,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        positions: Positions | None = None,
+    ) -> None:
         names = tuple(names)
         for name in names:
             check(
@@ -43,55 +62,46 @@ class Recorder(Handle):
                 f"{name!r} is no HookPoint of {model.cfg.model_name}, one is "
                 "'blocks.0.hook_resid_post'.",
             )
+        self.scope = Scope(model, mask=mask, positions=positions)
+        layers = {} if self.scope.plain else {name: _layer(name) for name in names}
         super().__init__(model)
         self.seen: dict[str, list[Tensor]] = {name: [] for name in names}
-        self._rows: dict[str, list[Tensor | None]] = {name: [] for name in names}
+        self.where: dict[str, list[Tensor]] = {name: [] for name in names}
+        self._at: dict[int, Tensor] = {}
+        follow(self, layers.values(), self._at.__setitem__)
         for name in names:
-            self._add(model.hook_dict[name], partial(self._keep, name))
+            keep = partial(self._choose, layers[name]) if layers else self._keep
+            self._add(model.hook_dict[name], partial(keep, name))
 
     @property
     def per_row(self) -> bool:
-        """True: a prompt prefix that rows share must pass for each of them."""
-        return True
+        """Whether it chooses tokens, which every row must bring itself."""
+        return not self.scope.plain
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows the mask has, None without one."""
+        return self.scope.rows
 
     def _keep(self, name: str, x: Tensor) -> None:
         # Not `detach().clone()` alone: a tensor made in inference mode could never enter autograd.
         with torch.inference_mode(False):
             self.seen[name].append(x.detach().clone())
-        self._rows[name].append(ROWS.get())
 
-    def by_row(self, prompt_lengths: Sequence[int]) -> dict[str, list[Float[Tensor, "pos ..."]]]:
-        """What one call of `generate` let pass, per HookPoint and row: `[pos, ...]`, where index i
-        is absolute position i of the prompt and then of the completion, however rows were batched,
-        padded and dropped. The last token is chosen and never run, so it has no position.
+    def _choose(self, layer: int, name: str, x: Tensor) -> None:
+        at = self._at[layer]
+        check(x.shape[:2] == at.shape, f"{name!r} has no axes of batch and position first.")
+        chosen = self.scope.factor(at)[:, :, 0] > 0
+        rows = caller_rows(len(at)).to(at.device)
+        own = rearrange(rows, "batch -> batch 1").expand(at.shape)
+        self._keep(name, x[chosen])
+        self.where[name].append(torch.stack([own[chosen], at[chosen]], 1).cpu())
 
-        Args:
-            prompt_lengths: `len(c.prompt_tokens)` of each completion of the call, in its order.
 
-        Raises:
-            ShlError: something else passed than one call of `generate` with that many rows.
-
-        Example:
-            >>> from shl.generate import generate
-            >>> from shl.tiny import tiny_gemma
-            >>> model, name = tiny_gemma(), "blocks.1.hook_resid_post"
-            >>> with Recorder(model, [name]) as recorder:
-            ...     texts = generate(model, ["Hi?", "Hello?"], max_new_tokens=3, min_new_tokens=3)
-            >>> rows = recorder.by_row([len(c.prompt_tokens) for c in texts])[name]
-            >>> [tuple(row.shape) for row in rows]
-            [(12, 32), (15, 32)]
-        """
-        wrong = f"what was recorded is not one call of generate with {len(prompt_lengths)} rows."
-        out: dict[str, list[Tensor]] = {}
-        for name, tensors in self.seen.items():
-            pieces: list[list[Tensor]] = [[] for _ in prompt_lengths]
-            for x, rows in zip(tensors, self._rows[name], strict=True):
-                check(rows is not None and int(rows.max()) < len(pieces), wrong)
-                assert rows is not None
-                for own, row in zip(x, rows.tolist(), strict=True):
-                    length = 1 if pieces[row] else prompt_lengths[row]
-                    check(len(own) == 1 if pieces[row] else len(own) >= length, wrong)
-                    pieces[row].append(own[-length:])
-            check(all(pieces), wrong)
-            out[name] = [torch.cat(own) for own in pieces]
-        return out
+def _layer(name: str) -> int:
+    parts = name.split(".")
+    check(
+        parts[0] == "blocks",
+        f"{name!r} is outside the blocks, where positions are not known; record it whole.",
+    )
+    return int(parts[1])

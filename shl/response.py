@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformer_lens import HookedTransformer
 
+from shl.directions import SteeringVector
 from shl.errors import check
 from shl.generate import Completion
 from shl.hooks import suspended
@@ -15,7 +16,6 @@ from shl.shapes import Float, PerToken, Tensor
 from shl.sites import readout
 from shl.steering import Steering
 from shl.tokens import length_batches
-from shl.vector import SteeringVector
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from transformer_lens import HookedTransformer
 
 from shl.errors import check
 from shl.generate import Completion
-from shl.hooks import suspended
+from shl.hooks import running, suspended
 from shl.kl import nll, reverse_kl_and_nll
 from shl.shapes import Float, Tensor
 from shl.sites import final_hidden, readout
@@ -53,7 +53,8 @@ def token_nll(
     rows = {i: [*completions[i].prompt_tokens, *completions[i].tokens] for i in full}
     for indices in length_batches([len(rows[i]) for i in full], batch_size):
         chosen = [full[j] for j in indices]
-        hidden = completion_hidden(model, [completions[i] for i in chosen])
+        with running(rows=chosen):
+            hidden = completion_hidden(model, [completions[i] for i in chosen])
         targets = torch.cat([torch.tensor(completions[i].tokens) for i in chosen])
         losses = nll(hidden, model.W_U, targets.to(hidden.device), **readout(model))
         check(bool(torch.isfinite(losses).all()), "a completion's NLL under base is not finite.")
@@ -68,7 +69,8 @@ def completion_hidden(model: HookedTransformer, completions: Sequence[Completion
     completion's tokens, one completion after the other; prompt and padding have none."""
     rows = [[*c.prompt_tokens, *c.tokens] for c in completions]
     batch = pad_left(model, rows)
-    residual = model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
+    with running(prompts=[len(c.prompt_tokens) for c in completions]):
+        residual = model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
     picked = [residual[i, -len(c.tokens) - 1 : -1] for i, c in enumerate(completions)]
     return final_hidden(model, torch.cat(picked))
 

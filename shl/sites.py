@@ -147,26 +147,26 @@ def band(model: HookedTransformer, low: float, high: float) -> tuple[int, ...]:
     return tuple(range(round(low * n), min(n - 1, round(high * n)) + 1))
 
 
-def _block(model: HookedTransformer, layer: int) -> Any:
-    """Any: torch types what a module holds as Tensor | Module."""
+def block_of(model: HookedTransformer, layer: int) -> Any:
+    """The block of a layer; Any: torch types what a module holds as Tensor | Module."""
     return model.blocks[layer]
 
 
 def residual_after(model: HookedTransformer, layer: int) -> nn.Module:
     """The HookPoint of the residual stream after `layer`, `[batch, pos, d_model]`."""
     check_layers(model, [layer])
-    return _block(model, layer).hook_resid_post
+    return block_of(model, layer).hook_resid_post
 
 
 def linear_input(model: HookedTransformer, site: Site) -> tuple[nn.Module, str | None]:
     """The module that shows a site's input: its keyword argument, or (None) its output."""
     path, _, argument = HOOKS[site.kind][0].partition(":")
-    return _block(model, site.layer).get_submodule(path), argument or None
+    return block_of(model, site.layer).get_submodule(path), argument or None
 
 
 def linear_output(model: HookedTransformer, site: Site) -> nn.Module:
     """The module whose output is a site's own output, before any norm."""
-    return _block(model, site.layer).get_submodule(HOOKS[site.kind][1])
+    return block_of(model, site.layer).get_submodule(HOOKS[site.kind][1])
 
 
 def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, dict[str, int]]:
@@ -179,7 +179,7 @@ def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, 
         >>> as_linear(model, sites_of(model, ["q"], [0])[0])[1]
         'head d d_head -> (head d_head) d'
     """
-    block = _block(model, site.layer)
+    block = block_of(model, site.layer)
     sizes = {"d_head": model.cfg.d_head}
     heads_out = "head d d_head -> (head d_head) d"
     table: dict[str, tuple[nn.Parameter, str, dict[str, int]]] = {

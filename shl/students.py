@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from transformer_lens import HookedTransformer
 
 from shl.activations import residual_at_tag
+from shl.adapter import Adapter
 from shl.axes import Axis
 from shl.bake import baked
 from shl.hooks import suspended
-from shl.lora import Adapter
 from shl.shapes import Float, Tensor
 from shl.tokens import Prompt
 

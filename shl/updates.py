@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shl.lora import Adapter
+from shl.adapter import Adapter
 from shl.spectra import Spectrum, overlap, principal_angles, product_cosine, spectrum
 
 

@@ -47,31 +47,20 @@ def test_several_tokens_come_in_the_order_of_asking(model):
 def test_rows_of_cached_decoding_keep_their_absolute_positions(model, batch_size):
     # They share a prefix that `generate` would otherwise run once for all.
     prompts = ["The same long beginning, and then?", "The same long beginning?", "The same long?"]
-    with Recorder(model, NAMES) as recorder:
+    with Recorder(model, NAMES, positions=slice(None)) as recorder:
         texts = generate(model, prompts, max_new_tokens=6, batch_size=batch_size, seed=3)
-    got = recorder.by_row([len(c.prompt_tokens) for c in texts])
     for i, text in enumerate(texts):
         row = torch.tensor([[*text.prompt_tokens, *text.tokens]])
         _, cache = model.run_with_cache(row)
         for name in NAMES:
-            # A turn end that was cut off the text had been chosen, and not run either.
-            ran = min(len(got[name][i]), row.shape[1])
+            where = torch.cat(recorder.where[name])
+            seen = torch.cat(recorder.seen[name])[where[:, 0] == i]
+            at = where[where[:, 0] == i, 1]
+            assert at.tolist() == list(range(len(at)))
+            # The last token is chosen, and never run; a turn end that was cut off may have been.
+            ran = min(len(at), row.shape[1])
             assert ran >= row.shape[1] - 1
-            assert (got[name][i][:ran] - cache[name][0, :ran]).abs().max() <= 1e-4
-
-
-def test_by_row_refuses_what_is_not_one_call(gemma):
-    with Recorder(gemma, NAMES[:1]) as recorder:
-        gemma(torch.tensor([[2, 5, 6]]))
-    with pytest.raises(ShlError) as error:
-        recorder.by_row([3])
-    assert "not one call of generate with 1 rows" in one_sentence(error)
-    with Recorder(gemma, NAMES[:1]) as recorder:
-        generate(gemma, PROMPTS, max_new_tokens=2)
-        generate(gemma, PROMPTS, max_new_tokens=2)
-    for lengths in ([8], [8, 8, 8, 8], [8, 25, 6]):
-        with pytest.raises(ShlError, match="not one call"):
-            recorder.by_row(lengths)
+            assert (seen[:ran] - cache[name][0, :ran]).abs().max() <= 1e-4
 
 
 def test_clones_may_enter_autograd_even_from_inference_mode(gemma):

@@ -8,11 +8,11 @@ import torch
 from helpers import lenient, one_sentence, random_adapter, small_loop
 
 from shl.axes import load_axis
+from shl.directions import SteeringVector
 from shl.errors import ShlError
 from shl.ledger import Ledger
 from shl.loop import love
 from shl.tiny import tiny_gemma
-from shl.vector import SteeringVector
 
 AXIS = load_axis("care_auth")
 

@@ -9,10 +9,11 @@ from helpers import merged, one_sentence, random_adapter, tokens_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from shl.adapter import FORMAT, Adapter
 from shl.config import LINEAR_SITES, SITE_KINDS, HealConfig
 from shl.errors import ShlError
 from shl.files import identity
-from shl.lora import FORMAT, Adapter, default_layers, fresh_adapter
+from shl.lora import default_layers, fresh_adapter
 from shl.tiny import tiny_gemma
 
 TOKENS = tokens_of(2, 20)  # past the window of 8

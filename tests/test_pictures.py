@@ -8,6 +8,7 @@ from helpers import one_sentence, random_adapter
 
 from shl import pictures
 from shl.axes import load_axis
+from shl.directions import SteeringVector
 from shl.errors import ShlError
 from shl.generate import Completion, generate
 from shl.ledger import Ledger
@@ -15,7 +16,7 @@ from shl.lens import largest_by_chance, logit_lens, strongest_directions
 from shl.response import DoseResponse
 from shl.scores import token_divergence
 from shl.tokens import Prompt
-from shl.vector import SteeringVector, extract_vector
+from shl.vector import extract_vector
 
 AXIS = load_axis("care_auth")
 
@@ -53,9 +54,12 @@ def test_cosines_show_every_value_and_bracket_chance(ledgers, tmp_path):
             assert np.array_equal(image.filled(np.nan), ledger.grid(to), equal_nan=True)
             shown = rendered(figure, tmp_path)
             told = [getattr(e, to) for e in ledger.vectors if getattr(e, to)]
-            assert shown == [
+            assert [text.split("\n")[0] for text in shown] == [
                 f"({c.value:.2f})" if c.beyond_chance is False else f"{c.value:.2f}" for c in told
             ]
+            if ledger is full:
+                bounds = [f"{max(c.random, c.shuffled):.2f}" for c in told]
+                assert [text.split("\n")[1] for text in shown] == bounds
     assert rendered(pictures.cosines(full, "to_shift"), tmp_path)
     assert "(" in "".join(rendered(pictures.cosines(full), tmp_path))
     assert "chance" in pictures.cosines(full).axes[0].get_title()

@@ -4,11 +4,11 @@ import pytest
 import torch
 from helpers import one_sentence
 
-from shl.directions import Cosine, vector_entries
+from shl.cosines import Cosine, vector_entries
+from shl.directions import SteeringVector
 from shl.errors import ShlError
 from shl.nulls import bound, random_cosines, shuffled_cosines
 from shl.students import Student
-from shl.vector import SteeringVector
 
 
 def vector(**directions):
