@@ -44,6 +44,10 @@ class Round:
 
     `probes` are the judged rows of the dose ladder, `dreams` those of the full batches at
     `kappa`; `kept` is what the adapter was trained on.
+
+    Example:
+        >>> list(Round.__dataclass_fields__)[:5]
+        ['index', 'vector', 'walk', 'kappa', 'dose']
     """
 
     index: int
@@ -70,7 +74,25 @@ def baselines(
     config: LoopConfig | None = None,
     observe: Observer = _silent,
 ) -> dict[str, Stage]:
-    """Base and both prompted personas, measured like every later stage, without training."""
+    """Base and both prompted personas, measured like every later stage, without training.
+
+    Returns:
+        `base`, `prompted+` and `prompted-`.
+
+    Raises:
+        ShlError: a score that is not finite, or a prompt that leaves no room in the context.
+
+    Example:
+        >>> from shl.axes import load_axis
+        >>> from shl.config import EvalConfig, GenerateConfig
+        >>> from shl.tiny import tiny_gemma
+        >>> config = LoopConfig(
+        ...     generate=GenerateConfig(max_new_tokens=4), eval=EvalConfig(samples=1)
+        ... )
+        >>> stages = baselines(tiny_gemma(), load_axis("care_auth"), config)
+        >>> stages["base"].coherence
+        1.0
+    """
     config = config or LoopConfig()
     stages = {}
     for name, persona in (

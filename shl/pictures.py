@@ -36,8 +36,16 @@ def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
         ShlError: another `to`, or a ledger that has no such cosine.
 
     Example:
-        >>> figure = cosines(Ledger("runs/mine"))  # doctest: +SKIP
-        >>> figure.savefig("cosines.png")  # doctest: +SKIP
+        >>> from shl.axes import load_axis
+        >>> from shl.config import HealConfig
+        >>> from shl.lora import fresh_adapter
+        >>> from shl.tiny import tiny_gemma
+        >>> from shl.vector import extract_vector
+        >>> model = tiny_gemma()
+        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
+        >>> ledger = Ledger([(vector, fresh_adapter(model, HealConfig(rank=2)))])
+        >>> cosines(ledger).axes[0].get_xlabel()
+        'round'
     """
     names = {
         "to_first": "the first round's vector",
@@ -85,8 +93,20 @@ def norms(ledger: Ledger) -> Figure:
     """Norms by layer, one line per round: the vector's own; with a model also relative to the
     residual stream, and the internalised shift's.
 
+    Args:
+        ledger: of any run.
+
     Example:
-        >>> figure = norms(Ledger("runs/mine"))  # doctest: +SKIP
+        >>> from shl.axes import load_axis
+        >>> from shl.config import HealConfig
+        >>> from shl.lora import fresh_adapter
+        >>> from shl.tiny import tiny_gemma
+        >>> from shl.vector import extract_vector
+        >>> model = tiny_gemma()
+        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
+        >>> ledger = Ledger([(vector, fresh_adapter(model, HealConfig(rank=2)))])
+        >>> norms(ledger).axes[0].get_xlabel()
+        'layer'
     """
     panels = {
         "norm": "norm of the vector\n[units of the residual stream]",
@@ -133,7 +153,12 @@ def lens(
         ShlError: no direction, or one that has no words.
 
     Example:
-        >>> figure = lens(model, vector.directions, keep=str.isascii)  # doctest: +SKIP
+        >>> from shl.axes import load_axis
+        >>> from shl.tiny import tiny_gemma
+        >>> from shl.vector import extract_vector
+        >>> model = tiny_gemma()
+        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
+        >>> figure = lens(model, vector.directions, keep=str.isalpha)
     """
     check(len(directions) > 0, "there are no directions to look through, give at least one.")
     rows = [logit_lens(model, v, k, keep=keep) for v in directions.values()]
@@ -177,8 +202,15 @@ def divergence(
         ShlError: no completion, or one without tokens.
 
     Example:
-        >>> with vector.steering(model, 0.7):  # doctest: +SKIP
-        ...     figure = divergence(model, texts[:2])
+        >>> from shl.axes import load_axis
+        >>> from shl.generate import generate
+        >>> from shl.tiny import tiny_gemma
+        >>> from shl.vector import extract_vector
+        >>> model = tiny_gemma()
+        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
+        >>> texts = generate(model, ["Hello?"], max_new_tokens=4, min_new_tokens=4)
+        >>> with vector.steering(model, 0.7):
+        ...     figure = divergence(model, texts)
     """
     check(len(completions) > 0, "there are no completions to draw, give at least one.")
     for completion in completions:
@@ -224,7 +256,10 @@ def response(found: DoseResponse, *, how: str = "rmse", tau: float | None = 0.5)
         ShlError: an unknown aggregate.
 
     Example:
-        >>> figure = response(dose_response(model, vector, texts, [0, 0.5, 1]))  # doctest: +SKIP
+        >>> import torch
+        >>> kl = tuple((torch.full((3,), dose**2),) for dose in (0.0, 0.5, 1.0))
+        >>> response(DoseResponse((0.0, 0.5, 1.0), kl)).axes[0].get_ylabel()
+        'rmse of KL to base [nats]'
     """
     order = np.argsort(found.doses)
     doses, values = np.array(found.doses)[order], found.divergence(how).numpy()[order]
