@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from shl.directions import SteeringVector
-from shl.errors import check
 from shl.nulls import bound, random_cosines, shuffled_cosines
 from shl.shapes import Direction
 from shl.students import Student
@@ -42,8 +41,8 @@ class VectorEntry:
     `norm` is in units of the residual stream, `relative_norm` its share of the mean norm of the
     entering student's residuals without persona; `shift_norm` is that of the internalised shift,
     the mean of healed minus base residuals without persona, after the round. All at the assistant
-    tag; None where there was no model. A cosine to what is missing or 0 is None, as `to_previous`
-    is in the first round.
+    tag; None where there was no model. A cosine of or to what is missing or 0 is None, as
+    `to_previous` is in the first round.
     """
 
     round: int
@@ -71,7 +70,7 @@ def vector_entries(
         draws: random draws behind each null.
 
     Raises:
-        ShlError: a direction that is 0, or too few contexts for a null.
+        ShlError: too few contexts for a null, or contexts that are all alike.
 
     Example:
         >>> import torch
@@ -84,7 +83,6 @@ def vector_entries(
     for index, vector in enumerate(vectors):
         student = found[index] if found else None
         for layer, v in sorted(vector.directions.items()):
-            check(bool(v.any()), f"the vector of round {index} at layer {layer} is 0.")
             first = vectors[0].directions.get(layer)
             previous = vectors[index - 1].directions.get(layer) if index else None
             entry = VectorEntry(
@@ -112,7 +110,7 @@ def _cosine(
     student: Student | None,
     nulls: dict[str, int],
 ) -> Cosine | None:
-    if other is None or not bool(other.any()):
+    if other is None or not bool(other.any()) or not bool(v.any()):
         return None
     value = float(torch.cosine_similarity(v.cpu(), other.cpu(), dim=0))
     if student is None:

@@ -57,8 +57,10 @@ def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
     check(not np.isnan(grid).all(), f"the ledger has no cosine {to!r}; the shift takes a model.")
     layers = ledger.layers
     figure, panel = one_panel(3.5 + 0.75 * grid.shape[1], 1.5 + 0.34 * len(layers))
+    # What has no cosine is grey, since white is 0.
+    colours = mpl.colormaps["RdBu_r"].with_extremes(bad="#cccccc")
     image = panel.imshow(
-        grid, cmap="RdBu_r", vmin=-1, vmax=1, origin="lower", aspect="auto", interpolation="nearest"
+        grid, cmap=colours, vmin=-1, vmax=1, origin="lower", aspect="auto", interpolation="nearest"
     )
     nulls = False
     for entry in ledger.vectors:
