@@ -125,6 +125,7 @@ def _round(
             config.vector.layers,
             contexts=config.vector.contexts,
             batch_size=config.vector.batch_size,
+            round=index,
         )
         observe("vector", index, {"vector": vector})
         walk, probes = _probe(model, axis, config, index, vector, observe)
@@ -144,6 +145,7 @@ def _round(
             index=index,
             rounds=config.rounds,
             seed=seed_for(config.seed, "heal", index),
+            axis=axis.name,
             on_step=lambda step, total: observe("step", index, {"step": step, "total": total}),
         )
         observe("healed", index, {"healing": healing})
