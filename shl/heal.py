@@ -118,16 +118,18 @@ def train_adapter(
     index: int = 0,
     rounds: int = 1,
     seed: int = 0,
+    axis: str | None = None,
     on_step: Callable[[HealStep, int], None] | None = None,
 ) -> Healed:
-    """`heal`, with the log of its steps; `index` of `rounds` places it in the lam schedule.
+    """`heal`, with the log of its steps; `index` of `rounds` places it in the lam schedule, and
+    `axis` is for the adapter's file.
 
     `on_step(step, total)` is called after each optimiser step.
     """
     config = config or HealConfig()
     texts = [c for c in kept if c.tokens]
     check(len(texts) > 0, f"there is nothing to train on: {len(kept)} completions, all empty.")
-    adapter = fresh_adapter(model, config, seed=seed, round=index)
+    adapter = fresh_adapter(model, config, seed=seed, round=index, axis=axis)
     optimiser = torch.optim.AdamW(
         adapter.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
     )

@@ -147,6 +147,7 @@ def _round(
             config.vector.layers,
             contexts=config.vector.contexts,
             batch_size=config.vector.batch_size,
+            round=index,
         )
         observe("vector", index, {"vector": vector})
         walk, probes = _probe(model, axis, config, index, vector, observe)
@@ -166,6 +167,7 @@ def _round(
             index=index,
             rounds=config.rounds,
             seed=seed_for(config.seed, "heal", index),
+            axis=axis.name,
             on_step=lambda step, total: observe("step", index, {"step": step, "total": total}),
         )
         observe("healed", index, {"healing": healing})

@@ -36,7 +36,8 @@ class LowRank(Handle):
         self.scope = scope = scope or Scope(model)
         self.scale = scale
         self._factors: dict[int, Tensor] = {}
-        if scope.plain and not isinstance(scope.dose, Tensor):
+        self._per_token = not scope.plain
+        if not isinstance(scope.dose, Tensor) and not self._per_token:
             self.scale = scale * scope.dose  # nothing to do per token
         else:
             follow(self, [site.layer for site in sites], self._place)
@@ -108,7 +109,7 @@ class LowRank(Handle):
 
     def _added(self, y: Tensor, inner: Tensor, site: Site) -> Tensor:
         up = self.up[site.name]
-        if not self.scope.plain:
+        if self._per_token:
             inner = inner * self._factors[site.layer].to(inner.dtype)
         flat = y.reshape(-1, len(up))
         if y.dtype == up.dtype:

@@ -1,6 +1,7 @@
 """Files tell what they are; what they say is believed only where it can be true."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -255,6 +256,29 @@ def test_a_damaged_file_is_refused(tmp_path_factory, cut, flip):
     if whole[at] != flip:
         path.write_bytes(whole[:at] + bytes([flip]) + whole[at + 1 :])
         refused(SteeringVector.load, path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=9,
+)
+
+
+@given(data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_whatever_metadata_says_it_is_read_or_refused(model, tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("odd") / "x"
+    for thing, read in (
+        (random_adapter(model, ["o"], (1,)), Adapter.read),
+        (SteeringVector({0: torch.ones(32)}, "tiny-gemma", "demo", 1), SteeringVector.load),
+    ):
+        thing.save(path)
+        meta = told(path)
+        changed = data.draw(st.dictionaries(st.sampled_from(sorted(meta)), JSON, max_size=3))
+        signed(path, meta | changed)
+        with suppress(ShlError):
+            read(path).save(path)  # what was believed can be written again
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):

@@ -121,7 +121,7 @@ def test_the_rule_would_see_a_wrong_import():
 @pytest.mark.parametrize("room", [*ROOMS, "__init__"])
 def test_the_library_keeps_to_itself(room):
     tree = tree_of(room)
-    forbidden = {"experiments", "tests", "rich", "tyro", "matplotlib"}
+    forbidden = {"experiments", "tests", "rich", "tyro", "matplotlib", "peft"}
     # Pictures of a run are for notebooks too, where `experiments` is not installed.
     forbidden -= {"matplotlib"} if room in ("canvas", "pictures") else set()
     for module, name in imports_of(tree):

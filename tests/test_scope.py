@@ -150,8 +150,9 @@ def test_a_plain_call_counts_from_zero_and_a_cache_counts_on(model, seen):
     cache = KeyValues.empty(model, 1)
     for n in (2, 1, 2):
         model(tokens_of(1, n), past_kv_cache=cache)
-    # A run that starts at a later layer has only the residual to count by.
+    # A run that starts at a later layer has no mask: there the cache alone counts.
     model(torch.ones(1, 2, 32), start_at_layer=1)
+    model(torch.ones(1, 2, 32), start_at_layer=1, past_kv_cache=cache)
     assert [at for _, at in seen] == [
         [[0, 1, 2]],
         [[0, 1], [0, 1]],
@@ -160,4 +161,5 @@ def test_a_plain_call_counts_from_zero_and_a_cache_counts_on(model, seen):
         [[2]],
         [[3, 4]],
         [[0, 1]],
+        [[5, 6]],
     ]
