@@ -26,7 +26,7 @@ def activations(
 ) -> dict[str, Float[Tensor, "n ..."]]:
     """What passes the named HookPoints at chosen tokens of each prompt, on the model as it stands.
 
-    (`Recorder` keeps every position, and each step of cached generation.)
+    (`shl.recorder.Recorder` keeps every position, and each step of cached generation.)
 
     Args:
         sites: TransformerLens's names, of HookPoints with batch and position first
