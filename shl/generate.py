@@ -13,6 +13,8 @@ from transformer_lens import HookedTransformer
 
 from shl.config import GenerateConfig
 from shl.errors import check
+from shl.finite import require_finite
+from shl.halving import in_batches
 from shl.hooks import ROWS, handles_on
 from shl.prefill import prefill, run
 from shl.sampling import next_logits, sample
@@ -90,11 +92,14 @@ def generate(
     )
     doses = _doses(model, len(rows))
     done: dict[int, Completion] = {}
-    for indices in length_batches([len(row) for row in rows], batch_size):
+
+    def work(indices: list[int]) -> None:
         decoded = _decode_batch(model, indices, [rows[i] for i in indices], config, seed)
         for i, (tokens, ended) in zip(indices, decoded, strict=True):
             text = decode(model, tokens)
             done[i] = Completion(asked[i], text, tuple(tokens), tuple(rows[i]), doses[i], ended)
+
+    in_batches(length_batches([len(row) for row in rows], batch_size), work, "generation")
     return [done[i] for i in range(len(rows))]
 
 
@@ -139,6 +144,12 @@ def _decode_batch(
             else:
                 residual = run(model, new, torch.ones_like(new), cache)
             logits, ids = next_logits(model, residual, k=wanted)
+            require_finite(
+                logits[:, 0],
+                f"a logit of token {step}",
+                model,
+                lambda: [[*rows[i], *out[i]] for i in active],  # noqa: B023
+            )
         finally:
             ROWS.reset(held)
         if step < config.min_new_tokens:

@@ -13,7 +13,6 @@ import numpy as np
 from transformer_lens import HookedTransformer
 
 from shl.config import EvalConfig
-from shl.errors import check
 from shl.evaluation import Evaluation, logsumexp
 from shl.hooks import handles_on, suspended
 from shl.probes import read_completions, read_digits, vignettes
@@ -55,6 +54,4 @@ def _read(
     model: HookedTransformer, style: str, persona: str | None, config: EvalConfig
 ) -> np.ndarray:
     read = read_completions if style == "completion" else read_digits
-    scores = read(model, vignettes(), persona, config).double().numpy()
-    check(bool(np.isfinite(scores).all()), "a vignette's score is not finite.")
-    return scores
+    return read(model, vignettes(), persona, config).double().numpy()
