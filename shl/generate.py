@@ -145,7 +145,7 @@ def _decode_batch(
                 residual = run(model, new, torch.ones_like(new), cache)
             logits, ids = next_logits(model, residual, k=wanted)
             require_finite(
-                logits[:, 0],
+                logits.amax(1),
                 f"a logit of token {step}",
                 model,
                 lambda: [[*rows[i], *out[i]] for i in active],  # noqa: B023

@@ -145,7 +145,7 @@ def train_adapter(
             # completions, forming all of them 4; the last step predicts f.
             lazy = bool(log) and log[-1].fired < 2 / 3
             _set_lr(optimiser, config.lr, step, total)
-            with named(f"healing of round {index}, epoch {epoch}, step {step}"):
+            with named(f"epoch {epoch}, step {step}"):
                 terms, rows = backward(
                     model, adapter, batches[k], references[k], config, lam, lazy=lazy, rows=rows
                 )

@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_a_number_names_its_place_and_leaves_no_hook(gemma, t
     with pytest.raises(ShlError) as error:
         train_adapter(gemma, texts, HELD, index=5, rounds=9, on_step=poison)
     sentence = one_sentence(error)
-    assert sentence.startswith("healing of round 5, epoch 1, step 3: a hidden state is nan")
+    assert sentence.startswith("epoch 1, step 3: a hidden state is nan")
     assert sentence.endswith(f"{made[0].sites[0].layer}.attn.hook_q.")
     assert hook_count(gemma) == 0
 

@@ -52,6 +52,7 @@ FLOORS = {
     "training": 4.7,
     "heal": 5,
     "stages": 5.5,
+    "study": 5.75,
     "loop": 6,
 }
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
