@@ -45,6 +45,11 @@ def evaluate(
     # A reading of base that was taken just now, with nothing of ours on, is the answer itself.
     plain = fresh and persona is None and not handles_on(model)
     log_probs = base if plain else _read(model, style, persona, config)
+    return reading(style, log_probs, base)
+
+
+def reading(style: str, log_probs: np.ndarray, base: np.ndarray) -> Evaluation:
+    """An `Evaluation` from raw scores `[item, asked, option]` of a stage and of base."""
     prior = base.mean(0, keepdims=True) if style == "completion" else np.zeros((1, 1, 1))
     base_mass = np.exp(logsumexp(base)).mean(0)[:, 0]
     labels = tuple(v.foundation for v in vignettes())

@@ -4,7 +4,8 @@ import pytest
 from helpers import one_sentence
 
 from experiments.diary import diary
-from experiments.record import Record, read
+from experiments.folder import read
+from experiments.record import Record
 from experiments.summary import answers, on_axis, rows, stages
 from shl.axes import load_axis
 from shl.config import FOUNDATIONS

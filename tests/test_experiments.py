@@ -12,8 +12,9 @@ from rich.console import Console
 
 from experiments import run as program
 from experiments.plot import draw
-from experiments.record import read
-from experiments.run import RunConfig, report
+from experiments.folder import read
+from experiments.report import report
+from experiments.run import RunConfig
 from experiments.summary import rows
 from shl.errors import ShlError
 from shl.lora import Adapter

@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments.record import Record, read
+from experiments.folder import read
+from experiments.record import Record
 from shl.filters import Verdict
 from shl.generate import Completion
 from shl.tokens import Prompt
