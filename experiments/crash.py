@@ -52,11 +52,12 @@ def differences(one: Path, other: Path) -> list[str]:
         for folder in (one, other)
     ]
     found = [f"only in one: {name}" for name in sorted(names[0] ^ names[1]) if name not in OWN]
-    for name in sorted(names[0] & names[1]):
-        if name not in (*OWN, "events.jsonl") and (
-            (one / name).read_bytes() != (other / name).read_bytes()
-        ):
-            found.append(f"differs: {name}")
+    found += [
+        f"differs: {name}"
+        for name in sorted(names[0] & names[1])
+        if name not in (*OWN, "events.jsonl")
+        and (one / name).read_bytes() != (other / name).read_bytes()
+    ]
     events = [
         [{k: v for k, v in event.items() if k != "seconds"} for event in read(folder)[1]]
         for folder in (one, other)

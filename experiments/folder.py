@@ -87,6 +87,12 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Line], list[Line]]:
     return read_json(folder / "config.json"), events, texts[: events[-1]["texts"]]
 
 
+def finished(folder: Path) -> bool:
+    """Whether a folder holds a run with all of its rounds."""
+    lines = read_lines(folder / "events.jsonl")
+    return bool(lines) and lines[-1].get("event") == "end"
+
+
 def axis_of(folder: Path) -> Axis:
     """The axis that a run was made with."""
     return axis_from(read_json(folder / "axis.json"), str(folder / "axis.json"))

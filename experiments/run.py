@@ -21,7 +21,7 @@ from rich.console import Console
 from transformer_lens import HookedTransformer
 
 from experiments.bar import Bar
-from experiments.folder import read
+from experiments.folder import finished
 from experiments.memory import Usage
 from experiments.recall import Recall
 from experiments.record import Record, token_curves
@@ -110,16 +110,16 @@ def run(
     first: SteeringVector | None = None
     with bar.progress:
         baselines(model, axis, config.loop, observe, recall)
-        for finished in love(model, axis, config.loop, observe=observe, recall=recall):
-            first = first or finished.vector
+        for done in love(model, axis, config.loop, observe=observe, recall=recall):
+            first = first or done.vector
             with stop.held():
-                if record.find("round", finished.index) is None:
-                    record.round(finished, first)
-            if finished.index == 0 and record.find("token_kl", 0) is None:
-                curves = token_curves(model, finished, adapters)
+                if record.find("round", done.index) is None:
+                    record.round(done, first)
+            if done.index == 0 and record.find("token_kl", 0) is None:
+                curves = token_curves(model, done, adapters)
                 with stop.held():
                     record.event("token_kl", 0, {"curves": curves})
-            adapters.append(finished.adapter)
+            adapters.append(done.adapter)
     with stop.held():
         record.event("end", config.loop.rounds - 1, {})
 
@@ -137,7 +137,7 @@ def study(config: RunConfig, console: Console) -> Path:
         raise ShlError(f"vector.contexts is {needed}, axis {axis.name!r} has {len(axis.contexts)}.")
     settings = settings_of(config, axis)
     folder = folder_of(config, settings)
-    if (folder / "events.jsonl").is_file() and read(folder)[1][-1]["event"] == "end":
+    if finished(folder):
         # Refuses a folder of another run.
         Record(folder, settings).lock.release()
         console.print(f"{folder} is finished; name another with --out to run it again")

@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 
 from experiments import run as program
-from experiments.plot import draw
 from experiments.folder import read
+from experiments.plot import draw
 from experiments.report import report
 from experiments.run import RunConfig
 from experiments.summary import rows
