@@ -59,15 +59,14 @@ class Bar:
         self.progress.advance(self.task, weight)
         self.say(what, min(index, self.config.rounds - 1))
 
-    def recalled(
-        self, name: str, index: int, values: Mapping[str, Any], config: LoopConfig
-    ) -> None:
+    def recalled(self, name: str, index: int, values: Mapping[str, Any]) -> None:
         """Advance past a stage that an earlier process finished."""
         if name == "healed":
             self.progress.advance(self.task, _WEIGHTS["heal"])
         if name == "training":
             done = len(values["state"].steps)
-            total = config.heal.epochs * -(-config.dose.min_train // config.heal.batch_size)
+            heal, texts = self.config.heal, self.config.dose.min_train
+            total = heal.epochs * -(-texts // heal.batch_size)
             self.progress.advance(self.task, _WEIGHTS["heal"] * min(1.0, done / total))
             return
         self.observe(name, index, values)

@@ -33,6 +33,7 @@ from shl.config import LoopConfig
 from shl.errors import ShlError
 from shl.loop import StarvedError, baselines, love
 from shl.lora import Adapter
+from shl.memory import fit
 from shl.models import load_model
 from shl.vector import SteeringVector
 
@@ -50,6 +51,8 @@ class RunConfig:
     runs/AXIS-MODEL-seedSEED-DIGEST, the digest of settings, axis, code and packages."""
     device: str | None = None
     """Where the model lives; default CUDA if there is any, else the CPU."""
+    max_memory: float | None = None
+    """Batches are made small enough for this much memory, the GPU's or resident [GB]."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
     """The settings of every stage."""
 
@@ -92,8 +95,12 @@ def run(
         ShlError: bad input, too few survivors, or numbers that are not finite.
         Stopped: a signal; the record is complete up to the last stage.
     """
-    bar = Bar(config.loop, console)
-    known = Recall(record, model, config.loop)
+    loop = config.loop
+    if config.max_memory is not None:
+        loop = fit(model, axis, loop, config.max_memory * 1e9)
+        console.print(f"for {config.max_memory:g} GB: {_batches(loop)}")
+    bar = Bar(loop, console)
+    known = Recall(record, model, loop)
 
     def observe(event: str, index: int, values: Mapping[str, Any]) -> None:
         with stop.held():
@@ -103,14 +110,14 @@ def run(
     def recall(event: str, index: int, part: str) -> Mapping[str, Any] | None:
         values = known(event, index, part)
         if values is not None:
-            bar.recalled(event, index, values, config.loop)
+            bar.recalled(event, index, values)
         return values
 
     adapters: list[Adapter] = []
     first: SteeringVector | None = None
     with bar.progress:
-        baselines(model, axis, config.loop, observe, recall)
-        for done in love(model, axis, config.loop, observe=observe, recall=recall):
+        baselines(model, axis, loop, observe, recall)
+        for done in love(model, axis, loop, observe=observe, recall=recall):
             first = first or done.vector
             with stop.held():
                 if record.find("round", done.index) is None:
@@ -121,7 +128,18 @@ def run(
                     record.event("token_kl", 0, {"curves": curves})
             adapters.append(done.adapter)
     with stop.held():
-        record.event("end", config.loop.rounds - 1, {})
+        record.event("end", loop.rounds - 1, {})
+
+
+def _batches(loop: LoopConfig) -> str:
+    sizes = {
+        "generation": loop.generate.batch_size,
+        "scoring": loop.filter.batch_size,
+        "extraction": loop.vector.batch_size,
+        "evaluation": loop.eval.batch_size,
+        "training": loop.heal.rows,
+    }
+    return ", ".join(f"{name} by {size}" for name, size in sizes.items())
 
 
 def study(config: RunConfig, console: Console) -> Path:

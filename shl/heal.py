@@ -134,7 +134,7 @@ def train_adapter(
     log: list[HealStep] = []
     if resume is not None:
         lam, log = restore(resume, adapter, optimiser, texts)
-    rows = config.batch_size
+    rows = config.rows or config.batch_size
     with adapter.attach(model) as handle:
         references = _references(model, handle, batches, config)
         for step in range(len(log), total):

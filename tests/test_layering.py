@@ -52,6 +52,7 @@ FLOORS = {
     "training": 4.7,
     "heal": 5,
     "stages": 5.5,
+    "memory": 5.6,
     "study": 5.75,
     "loop": 6,
 }
