@@ -91,7 +91,7 @@ def main() -> None:
     if process.returncode:
         raise ShlError(f"the run that was left alone failed: {error.decode().strip()}")
     whole = time.monotonic() - begun
-    print(f"left alone: {_done(alone)} events in {whole:.0f} s")
+    print(f"left alone: {_done(alone)} events in {whole:.0f} s", flush=True)
     rng = random.Random(config.seed)
     for kill in range(config.kills):
         process = _start(config, killed)
@@ -106,7 +106,7 @@ def main() -> None:
             process.wait()
             name = "SIGTERM" if last else "SIGKILL"
             delay = f", ended {time.monotonic() - asked:.2f} s later" if last else ""
-            print(f"{name} after {wait:.0f} s: {_done(killed)} events are there{delay}")
+            print(f"{name} after {wait:.0f} s: {_done(killed)} events are there{delay}", flush=True)
     _, error = (process := _start(config, killed)).communicate()
     found = differences(alone, killed) if not process.returncode else [error.decode().strip()]
     print("\n".join(found) if found else "the two run folders are the same, seconds apart")
