@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 1000
 export TOKENIZERS_PARALLELISM ?= false
 BIN = .venv/bin
 RUN = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED)
-.PHONY: help install experiment smoke probe bench test check
+.PHONY: help install experiment smoke probe control bench test check
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -37,6 +37,9 @@ smoke: install  ## the same path on the same weights at the smallest honest scal
 
 probe: install  ## the vignette probe's validity on MODEL
 	$(BIN)/python -m experiments.probe --axis "$(AXIS)" --model "$(MODEL)" $(ARGS)
+
+control: install  ## gated and decaying steering against the plain dose on MODEL
+	$(BIN)/python -m experiments.control --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED) $(ARGS)
 
 bench: install  ## us and the peers side by side: BENCH=kernel|decode|heal|start, all by default
 	$(BIN)/python -m experiments.bench $(BENCH) $(ARGS)

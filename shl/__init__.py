@@ -1,6 +1,7 @@
 """Steer, heal, love: distil a steering vector into an adapter that keeps the model coherent."""
 
 from shl.activations import activations, difference
+from shl.adapter import Adapter
 from shl.axes import Axis, load_axis
 from shl.bake import baked, stack
 from shl.config import (
@@ -12,6 +13,7 @@ from shl.config import (
     LoopConfig,
     VectorConfig,
 )
+from shl.directions import SteeringVector
 from shl.errors import ShlError
 from shl.export import export_hf, export_peft
 from shl.filters import judge, keep_coherent
@@ -20,11 +22,10 @@ from shl.heal import heal
 from shl.hooks import suspended
 from shl.kl import aggregate, reverse_kl_and_nll
 from shl.loop import Round, baselines, love
-from shl.lora import Adapter
 from shl.models import load_model
 from shl.tokens import Prompt
 from shl.trust import check
-from shl.vector import SteeringVector, extract_vector
+from shl.vector import extract_vector
 from shl.vignettes import evaluate
 
 __all__ = [

@@ -4,52 +4,17 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.errors import check
-from shl.hooks import Handle, suspended
+from shl.finite import require_finite
+from shl.halving import in_batches
+from shl.hooks import Handle, running, suspended
+from shl.recorder import Recorder
+from shl.shapes import Float
 from shl.sites import check_layers, residual_after
 from shl.tokens import Prompt, encode, length_batches, pad_left
-
-
-class Recorder(Handle):
-    """Keeps a clone of every tensor that passes the named HookPoints, in order, while it is on.
-
-    A context manager and a handle. Under `generate` the first tensor of each name is the prompt's,
-    the others are one position long. Clones are ordinary tensors that may enter autograd.
-
-    Raises:
-        ShlError: a name that the model does not have.
-
-    Example:
-        >>> from shl.generate import generate
-        >>> from shl.tiny import tiny_gemma
-        >>> model = tiny_gemma()
-        >>> with Recorder(model, ["blocks.1.hook_resid_post"]) as recorder:
-        ...     texts = generate(model, ["Hello?"], max_new_tokens=3, min_new_tokens=3)
-        >>> [x.shape[1] for x in recorder.seen["blocks.1.hook_resid_post"]]
-        [13, 1, 1]
-    """
-
-    def __init__(self, model: HookedTransformer, names: Iterable[str]) -> None:
-        names = tuple(names)
-        for name in names:
-            check(
-                name in model.hook_dict,
-                f"{name!r} is no HookPoint of {model.cfg.model_name}, one is "
-                "'blocks.0.hook_resid_post'.",
-            )
-        super().__init__(model)
-        self.seen: dict[str, list[Tensor]] = {name: [] for name in names}
-        for name in names:
-            self._add(model.hook_dict[name], partial(self._keep, name))
-
-    def _keep(self, name: str, x: Tensor) -> None:
-        # Not `detach().clone()` alone: a tensor made in inference mode could never enter autograd.
-        with torch.inference_mode(False):
-            self.seen[name].append(x.detach().clone())
 
 
 @torch.no_grad()
@@ -88,7 +53,7 @@ def activations(
     for indices in length_batches([len(row) for row in rows], batch_size):
         batch = pad_left(model, [rows[i] for i in indices])
         width = batch.tokens.shape[1]
-        with Recorder(model, names) as recorder:
+        with running(rows=indices), Recorder(model, names) as recorder:
             model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
         at = [position % len(rows[i]) + width - len(rows[i]) for i in indices]
         for name, seen in recorder.seen.items():
@@ -158,10 +123,20 @@ def residual_at_tag(
     check(len(layers) > 0, "layers is empty, name at least one.")
     rows = [encode(model, prompt) for prompt in prompts]
     out = {layer: torch.empty(len(rows), model.cfg.d_model) for layer in layers}
-    for indices in length_batches([len(row) for row in rows], batch_size):
+
+    def work(indices: list[int]) -> None:
         batch = pad_left(model, [rows[i] for i in indices])
-        with Capture(model, layers) as capture, torch.no_grad():
+        with running(rows=indices), Capture(model, layers) as capture, torch.no_grad():
             model(batch.tokens, attention_mask=batch.mask, stop_at_layer=max(layers) + 1)
         for layer in layers:
+            require_finite(
+                capture.last[layer],
+                f"a residual after layer {layer}",
+                model,
+                lambda: [rows[i] for i in indices],
+                indices,
+            )
             out[layer][indices] = capture.last[layer].float().cpu()
+
+    in_batches(length_batches([len(row) for row in rows], batch_size), work, "extraction")
     return out

@@ -3,6 +3,7 @@
 By default nothing is merged into the weights; either way base is one `suspended(model)` away.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +11,13 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
+from shl.adapter import Adapter, check_fits
+from shl.adapter_meta import shared
 from shl.errors import check
 from shl.hooks import Handle, handles_on
-from shl.lora import Adapter, check_fits
 from shl.low_rank import LowRank
+from shl.scope import Positions, Scope
+from shl.shapes import Bool, Float
 from shl.sites import as_linear
 
 
@@ -22,6 +26,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
 
     At a linear site updates add: A and B are concatenated. At the residual site they compose,
     (I + B2 A2)(I + B1 A1) = I + B1 A1 + B2 A2 (I + B1 A1), so A2 becomes A2 + A2 B1 A1 first.
+    What the adapters say of their weights and axis is kept where they agree.
 
     Raises:
         ShlError: no adapter, or adapters of different models.
@@ -37,6 +42,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     check(len(adapters) > 0, "there are no adapters to stack, give at least one.")
     models = {adapter.model_name for adapter in adapters}
     check(len(models) == 1, f"the adapters were made for different models: {sorted(models)}.")
+    told = {key: shared(getattr(a, key) for a in adapters) for key in ("weights", "dtype", "axis")}
     sites = {site.name: site for adapter in adapters for site in adapter.sites}
     down: dict[str, Tensor] = {}
     up: dict[str, Tensor] = {}
@@ -52,21 +58,32 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
             down[site.name] = torch.cat([down[site.name], a])
             up[site.name] = torch.cat([up[site.name], b], dim=1)
     ordered = tuple(sorted(sites.values(), key=lambda site: (site.layer, site.name)))
-    return Adapter(ordered, down, up, 1.0, models.pop())
+    return Adapter(ordered, down, up, 1.0, models.pop(), **told)
 
 
 class Baked(LowRank):
-    """A frozen stack of adapters on a model: a context manager with `.remove()`."""
+    """A frozen stack of adapters on a model: a context manager with `.remove()`, which
+    `model.reset_hooks()` leaves on."""
 
-    def __init__(self, model: HookedTransformer, adapters: Sequence[Adapter]) -> None:
+    def __init__(
+        self, model: HookedTransformer, adapters: Sequence[Adapter], scope: Scope | None = None
+    ) -> None:
         for adapter in adapters:
             check_fits(model, adapter)
+        whole = scope is None or scope.whole
+        carried = Counter(s.name for a in adapters for s in a.sites if s.kind == "resid")
+        twice = [name for name, count in carried.items() if count > 1]
+        check(
+            whole or not twice,
+            f"{len(adapters)} adapters follow each other at {twice[:1]}, where a dose of their "
+            "product is not the product of their doses; attach them one by one.",
+        )
         self.stacked = stack(adapters) if adapters else None
         if self.stacked is None:
-            super().__init__(model, (), {}, {}, 1.0)
+            super().__init__(model, (), {}, {}, 1.0, scope)
         else:
             own = self.stacked
-            super().__init__(model, own.sites, own.down, own.up, own.scale)
+            super().__init__(model, own.sites, own.down, own.up, own.scale, scope)
 
 
 class Materialised(Handle):
@@ -124,17 +141,28 @@ class Materialised(Handle):
 
 
 def baked(
-    model: HookedTransformer, adapters: Sequence[Adapter], *, materialise: bool = False
+    model: HookedTransformer,
+    adapters: Sequence[Adapter],
+    *,
+    materialise: bool = False,
+    dose: float | Float[Tensor, " batch"] = 1.0,
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    positions: Positions | None = None,
 ) -> Baked | Materialised:
     """Apply finished adapters, in order, while the returned context lasts; none is base itself.
 
     Args:
         materialise: put the sum into the weights instead (base's tensors are kept aside and come
             back bit for bit): nothing more per token, one more copy of the adapted weights.
+        dose: times the updates are added; a number, or one per row of the batch.
+        mask: True where they act, by row and absolute position in the row's own tokens; they do
+            not act beyond the mask's width.
+        positions: which absolute positions they act on, in every row.
 
     Raises:
-        ShlError: an adapter made for another model or other sites; to materialise, an adapter on
-            the residual stream or a second stack.
+        ShlError: an adapter made for another model or other sites; a dose, mask or positions out
+            of range; to materialise, an adapter on the residual stream, a second stack, or
+            anything but one dose for all tokens, which weights cannot express.
 
     Example:
         >>> from shl.tiny import tiny_gemma
@@ -142,4 +170,11 @@ def baked(
         >>> with baked(model, []):
         ...     logits = model("plain TransformerLens from here")
     """
-    return Materialised(model, adapters) if materialise else Baked(model, adapters)
+    scope = Scope(model, dose, mask=mask, positions=positions)
+    if not materialise:
+        return Baked(model, adapters, scope)
+    check(
+        scope.whole,
+        "weights act on every token alike; bake as hooks to give a dose, mask or positions.",
+    )
+    return Materialised(model, adapters)

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM
 
+from shl.adapter import Adapter, check_fits
 from shl.bake import stack
 from shl.errors import check
-from shl.lora import Adapter, check_fits
 from shl.sites import HF_NAMES, Site
+from shl.weights import EMBEDDED
 
 
 def _linear_sites(adapter: Adapter) -> tuple[Site, ...]:
@@ -68,10 +69,12 @@ def export_peft(
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
     most = max(ranks.values())
     other = {name: rank for name, rank in ranks.items() if rank != most}
+    embedded = EMBEDDED.get(stacked.model_name)
+    hub_name = embedded.hub_name if embedded else stacked.model_name
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": stacked.model_name,
+        "base_model_name_or_path": hub_name,
         "r": most,
         "lora_alpha": most,
         "rank_pattern": other,

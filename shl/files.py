@@ -1,9 +1,13 @@
 """Safetensors files that say what they are, and notice if they have been changed."""
 
+import contextlib
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -12,6 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from shl.errors import ShlError, check
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""What numbers may be stored as, by safetensors's names."""
+Kinds = Mapping[str, tuple[type, ...]]
+"""The types that each key of a file's metadata may have; no key may be missing or unknown."""
 
 
 def identity(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
@@ -31,47 +40,104 @@ def identity(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def check_told(what: object, meta: Mapping[str, Any], kinds: Kinds) -> None:
+    """Raise unless metadata has exactly the keys of `kinds`, with values of their types.
+
+    Numbers must be finite, whole ones from 0 to 2**31 - 1, strings printable.
+
+    Example:
+        >>> check_told("it", {"layer": -1}, {"layer": (int,)})
+        Traceback (most recent call last):
+        shl.errors.ShlError: it says layer = -1, that must be ... from 0 to 2147483647.
+    """
+    differ = sorted(set(meta) ^ set(kinds))
+    check(
+        not differ,
+        f"the metadata of {what} differs from what there must be at {short(differ)}.",
+    )
+    for key, allowed in kinds.items():
+        value = meta[key]
+        names = " or ".join("none" if t is type(None) else t.__name__ for t in allowed)
+        check(
+            type(value) in allowed,  # a bool is no int here
+            f"{what} says {key} = {short(value)}, that must be {names}.",
+        )
+        if isinstance(value, int):
+            ok, rule = 0 <= value < 2**31, "from 0 to 2147483647"
+        elif isinstance(value, float):
+            ok, rule = math.isfinite(value), "finite"
+        elif isinstance(value, str):
+            ok, rule = value.isprintable(), "printable"
+        else:
+            continue
+        check(ok, f"{what} says {key} = {short(value)}, that must be {names}, {rule}.")
+
+
 def write_safetensors(
     path: str | Path, file_format: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    """Write tensors with metadata and their identity, beside the place and renamed."""
+    """Write tensors with metadata and their identity, beside the place and renamed.
+
+    Raises:
+        ShlError: what could not be read back (numbers that are not finite, other dtypes than
+            floating ones), or a place that cannot be written.
+    """
     path = Path(path)
     kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    for key, value in kept.items():
+        check(value.dtype in DTYPES.values(), f"{key} has dtype {value.dtype}, it must be a float.")
+        check(bool(torch.isfinite(value).all()), f"{key} holds numbers that are not finite.")
     told = {"format": file_format, **meta}
     told["identity"] = identity(kept, told)
     scratch = path.with_name(f".{path.name}.tmp")
     try:
-        scratch.write_bytes(save(kept, metadata={"shl": json.dumps(told)}))
+        with scratch.open("wb") as stream:
+            stream.write(save(kept, metadata={"shl": json.dumps(told)}))
+            stream.flush()
+            os.fsync(stream.fileno())
         scratch.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
         raise ShlError(f"{path} cannot be written ({error.strerror}).") from error
 
 
 def read_safetensors(
-    path: str | Path, file_format: str
+    path: str | Path, file_format: str, kinds: Kinds
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata and tensors of a file that this package wrote.
+    """Metadata (of `kinds`, `format` and `identity` aside) and tensors of a file that this
+    package wrote.
 
     Raises:
-        ShlError: missing, damaged, of another format, changed since it was written, or with
-            numbers that are not finite.
+        ShlError: missing, damaged, of another format, changed since it was written, with other
+            metadata, or with numbers that are not finite.
     """
     try:
         with safe_open(str(path), "pt") as file:
             meta = json.loads((file.metadata() or {}).get("shl", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            for key in names:
+                seen = file.get_slice(key).get_dtype()
+                check(seen in DTYPES, f"{key!r} in {path} has dtype {seen}, it must be a float.")
+            tensors = {key: file.get_tensor(key) for key in names}
+        said = meta.pop("identity", None) if isinstance(meta, dict) else None
+        found = identity(tensors, meta) if isinstance(meta, dict) else ""
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        if isinstance(error, ShlError):
+            raise
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise ShlError(f"{path} cannot be read ({reason}).") from error
-    seen = meta.get("format") if isinstance(meta, dict) else None
-    check(seen == file_format, f"{path} has format {seen!r}, it must be {file_format!r}.")
-    said = meta.pop("identity", None)
-    found = identity(tensors, meta)
+    stated = meta.pop("format", None) if isinstance(meta, dict) else None
+    check(
+        stated == file_format,
+        f"{path} has format {short(stated)}, it must be {file_format!r}.",
+    )
     check(
         said == found,
         f"{path} has been changed: its content has the identity {found[:12]}, it says "
-        f"{str(said)[:12]}.",
+        f"{short(said)[:14]}.",
     )
+    check_told(path, meta, kinds)
     for key, value in tensors.items():
-        check(bool(torch.isfinite(value).all()), f"{key} in {path} holds numbers not finite.")
+        check(bool(torch.isfinite(value).all()), f"{key!r} in {path} holds numbers not finite.")
     return meta, tensors

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
 from shl.errors import ShlError
+from shl.hooks import running
 
 
 class NotFiniteError(ShlError):
@@ -32,7 +33,11 @@ def named(where: str) -> Iterator[None]:
 
 
 def require_finite(
-    values: Tensor, what: str, model: HookedTransformer, rows: Callable[[], Sequence[Sequence[int]]]
+    values: Tensor,
+    what: str,
+    model: HookedTransformer,
+    rows: Callable[[], Sequence[Sequence[int]]],
+    numbers: Sequence[int] | None = None,
 ) -> None:
     """Raise unless all of `values` are finite; the sentence names the first module that turns
     `rows` of token ids into something else.
@@ -40,6 +45,7 @@ def require_finite(
     Args:
         what: a singular noun phrase, for the sentence.
         rows: what the model was shown, asked for only on failure.
+        numbers: which of the caller's rows they are, for hooks with values per row.
 
     Raises:
         NotFiniteError: what, the value seen, and the site.
@@ -48,11 +54,17 @@ def require_finite(
     if bool(finite.all()):
         return
     seen = float(values[~finite][0])
-    raise NotFiniteError(f"{what} is {seen}, it must be finite; {first_not_finite(model, rows())}.")
+    raise NotFiniteError(
+        f"{what} is {seen}, it must be finite; {first_not_finite(model, rows(), numbers)}."
+    )
 
 
 @torch.no_grad()
-def first_not_finite(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> str:
+def first_not_finite(
+    model: HookedTransformer,
+    rows: Sequence[Sequence[int]],
+    numbers: Sequence[int] | None = None,
+) -> str:
     """Which module is the first to put out NaN or infinity, run on each row alone, with the
     hooks that are on.
 
@@ -81,8 +93,9 @@ def first_not_finite(model: HookedTransformer, rows: Sequence[Sequence[int]]) ->
     ]
     handles = [module.register_forward_hook(look(name)) for name, module in names]
     try:
-        for row in rows:
-            model(torch.tensor([list(row)], device=model.W_U.device))
+        for k, row in enumerate(rows):
+            with running(rows=[k if numbers is None else numbers[k]]):
+                model(torch.tensor([list(row)], device=model.W_U.device))
             if found:
                 return f"the first site with such a number is {found[0]}"
     finally:

@@ -15,7 +15,7 @@ from shl.config import GenerateConfig
 from shl.errors import check
 from shl.finite import require_finite
 from shl.halving import in_batches
-from shl.hooks import ROWS, handles_on
+from shl.hooks import handles_on, running
 from shl.prefill import prefill, run
 from shl.sampling import next_logits, sample
 from shl.seeds import generator_for
@@ -36,8 +36,8 @@ from shl.tokens import (
 class Completion:
     """What a model answered.
 
-    `tokens` are the completion's own, without prompt and turn end; `dose` is that of the
-    innermost steering that was on (0 without any); `ended` tells whether the turn's end came
+    `tokens` are the completion's own, without prompt and turn end; `dose` is the nominal one of
+    the innermost steering that was on (0 without any); `ended` tells whether the turn's end came
     before the token limit.
     """
 
@@ -104,12 +104,15 @@ def generate(
 
 
 def _doses(model: HookedTransformer, rows: int) -> list[float]:
-    steerings = [h for h in handles_on(model) if isinstance(h, Steering)]
+    handles = handles_on(model)
+    steerings = [h for h in handles if isinstance(h, Steering)]
     dose = steerings[-1].dose if steerings else 0.0
     if isinstance(dose, Tensor):
         check(len(dose) == rows, f"{len(dose)} per-row doses were given for {rows} prompts.")
-        return [float(x) for x in dose]
-    return [float(dose)] * rows
+    for handle in handles:
+        given = rows if handle.rows is None else handle.rows
+        check(given == rows, f"a hook has doses or a mask for {given} rows, not {rows} prompts.")
+    return [float(x) for x in dose] if isinstance(dose, Tensor) else [float(dose)] * rows
 
 
 @torch.no_grad()
@@ -137,8 +140,7 @@ def _decode_batch(
     ended = [False] * len(rows)
     new: Tensor | None = None
     for step in range(config.max_new_tokens):
-        held = ROWS.set(torch.tensor([indices[i] for i in active]))
-        try:
+        with running(rows=[indices[i] for i in active], prompts=[len(rows[i]) for i in active]):
             if new is None:
                 residual, cache = prefill(model, rows, room=config.max_new_tokens)
             else:
@@ -149,9 +151,8 @@ def _decode_batch(
                 f"a logit of token {step}",
                 model,
                 lambda: [[*rows[i], *out[i]] for i in active],  # noqa: B023
+                [indices[i] for i in active],
             )
-        finally:
-            ROWS.reset(held)
         if step < config.min_new_tokens:
             logits = logits.masked_fill(torch.isin(ids, stop_ids), -torch.inf)
         chosen = sample(logits, draws[active, step], config, ids)

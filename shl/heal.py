@@ -108,10 +108,12 @@ def train_adapter(
     index: int = 0,
     rounds: int = 1,
     seed: int = 0,
+    axis: str | None = None,
     on_step: OnStep | None = None,
     resume: Training | None = None,
 ) -> Healed:
-    """`heal`, with the log of its steps; `index` of `rounds` places it in the lam schedule.
+    """`heal`, with the log of its steps; `index` of `rounds` places it in the lam schedule, and
+    `axis` is for the adapter's file.
 
     Args:
         on_step: called after each optimiser step.
@@ -121,7 +123,7 @@ def train_adapter(
     config = config or HealConfig()
     texts = [c for c in kept if c.tokens]
     check(len(texts) > 0, f"there is nothing to train on: {len(kept)} completions, all empty.")
-    adapter = fresh_adapter(model, config, seed=seed, round=index)
+    adapter = fresh_adapter(model, config, seed=seed, round=index, axis=axis)
     optimiser = torch.optim.AdamW(
         adapter.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
     )
@@ -136,7 +138,7 @@ def train_adapter(
         lam, log = restore(resume, adapter, optimiser, texts)
     rows = config.rows or config.batch_size
     with adapter.attach(model) as handle:
-        references = _references(model, handle, batches, config)
+        references = _references(model, handle, batches, config, rows)
         for step in range(len(log), total):
             epoch, place = divmod(step, len(batches))
             order = torch.randperm(len(batches), generator=generator_for(seed, "order", epoch))
@@ -166,22 +168,25 @@ def _references(
     handle: LowRank,
     batches: Sequence[Sequence[Completion]],
     config: HealConfig,
+    rows: int,
 ) -> list[Reference] | list[None]:
-    """Of each batch; none if nothing is compared."""
+    """Of each batch, none if nothing is compared; as many rows at a time as in training, so that
+    an untrained student differs from it in no bit."""
     if config.divergence == "none":
         return [None] * len(batches)
     # The base gates every hook of ours, the previous student only the new adapter.
     with suspended(model) if config.reference == "base" else suspended(model, handle):
-        return [_reference(model, batch) for batch in batches]
+        return [_reference(model, batch, rows) for batch in batches]
 
 
-def _reference(model: HookedTransformer, batch: Sequence[Completion]) -> Reference:
+def _reference(model: HookedTransformer, batch: Sequence[Completion], rows: int) -> Reference:
     parts: list[Hidden] = []
 
-    def work(rows: list[int]) -> None:
-        parts.append(completion_hidden(model, [batch[i] for i in rows]))
+    def work(part: list[int]) -> None:
+        parts.append(completion_hidden(model, [batch[i] for i in part]))
 
-    in_batches([list(range(len(batch)))], work, "the reference")
+    each = [list(range(len(batch)))[at : at + rows] for at in range(0, len(batch), rows)]
+    in_batches(each, work, "the reference")
     states = torch.cat(parts)
     return states, logsumexp(states, model.W_U, model.b_U)
 

@@ -190,8 +190,11 @@ def gradient_norm(adapter: Adapter, limit: float) -> float:
     Raises:
         NotFiniteError: a gradient that is not finite, with its site.
     """
-    norm = float(torch.nn.utils.clip_grad_norm_(adapter.parameters(), limit))
+    gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
+    total = torch.nn.utils.get_total_norm(gradients)
+    norm = float(total)
     if math.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(adapter.parameters(), limit, total)
         return norm
     for site in adapter.sites:
         for factor, table in (("A", adapter.down), ("B", adapter.up)):

@@ -3,15 +3,19 @@
 Every hook of this package is a plain torch hook owned by a `Handle`. TransformerLens keeps its
 own list of hooks, so `model.reset_hooks()` and `model.hooks(...)` neither remove ours nor are
 disturbed by them; ours go when their handle is removed or its `with` body ends, however it ends.
+
+Whoever runs the model on a part of the caller's rows says so through `running`, so that what
+differs by row (a dose, a mask, where the answer begins) stays with its row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
@@ -21,6 +25,8 @@ from shl.errors import check
 ROWS: ContextVar[Tensor | None] = ContextVar("shl_rows", default=None)
 """Which rows of the caller's list the current batch holds; `generate` sets it, so that per-row
 doses follow their rows when batches are cut, reordered or shrink."""
+PROMPTS: ContextVar[Tensor | None] = ContextVar("shl_prompts", default=None)
+"""How many prompt tokens each row of the current batch begins with; None: nothing but prompts."""
 
 _HANDLES: "WeakKeyDictionary[HookedTransformer, list[Handle]]" = WeakKeyDictionary()
 H = TypeVar("H", bound="Handle")
@@ -31,7 +37,18 @@ class Handle:
     """A set of hooks on one model: a context manager, and a handle with `remove()`.
 
     Subclasses add hooks in `__init__` through `_add`. Entering returns the handle itself; the
-    hooks are already on, so a handle works without `with` too.
+    hooks are already on, so a handle works without `with` too. `model.reset_hooks()` (with
+    `including_permanent=True` as well) leaves a handle on: only `remove()` and the end of its
+    `with` body take it off, and only `suspended` pauses it.
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> with Handle(model) as handle:
+        ...     handle._add(model.hook_embed, lambda x: 0 * x)
+        ...     model.reset_hooks(including_permanent=True)
+        ...     handle.on
+        True
     """
 
     def __init__(self, model: HookedTransformer) -> None:
@@ -43,6 +60,11 @@ class Handle:
     def per_row(self) -> bool:
         """Whether rows of a batch are treated differently, so that none may stand for all."""
         return False
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows it has values for; None where every row is treated alike."""
+        return None
 
     @property
     def on(self) -> bool:
@@ -58,18 +80,25 @@ class Handle:
         """Run `hook` on a module's output, which its return value replaces unless it is None, or
         (if `argument` is named) only show it that argument, given by keyword or in first place."""
 
+        if argument is not None:
+            self._before(module, lambda args, kwargs: hook(kwargs.get(argument, *args[:1])))
+            return
+
         def after(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
             return hook(output) if id(self) not in _SUSPENDED.get() else None
 
+        self._torch_handles.append(module.register_forward_hook(after))
+
+    def _before(
+        self, module: nn.Module, hook: Callable[[tuple[Any, ...], dict[str, Any]], object]
+    ) -> None:
+        """Show `hook` the arguments of a module before it runs."""
+
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if id(self) not in _SUSPENDED.get():
-                hook(kwargs[argument] if argument in kwargs else args[0])
+                hook(args, kwargs)
 
-        if argument is not None:
-            handle = module.register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(after)
-        self._torch_handles.append(handle)
+        self._torch_handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
     def _gate(self, closed: bool) -> None:
         """Called where `suspended` begins (closed) and ends, for what is more than hooks."""
@@ -142,20 +171,40 @@ def watched(module: nn.Module) -> bool:
     )
 
 
-def row_values(values: Tensor, batch: int) -> Tensor:
+@contextmanager
+def running(
+    *, rows: Sequence[int] | None = None, prompts: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Say for the body which of the caller's rows the batch holds, and how many prompt tokens
+    each of them begins with.
+
+    Example:
+        >>> with running(rows=[2, 0], prompts=[13, 9]):
+        ...     row_values(torch.tensor([0.1, 0.2, 0.3]), 2)
+        tensor([0.3000, 0.1000])
+    """
+    held = [
+        (variable, variable.set(torch.tensor(list(values))))
+        for variable, values in ((ROWS, rows), (PROMPTS, prompts))
+        if values is not None
+    ]
+    try:
+        yield
+    finally:
+        for variable, token in held:
+            variable.reset(token)
+
+
+def row_values(values: Tensor, batch: int, what: str = "per-row doses") -> Tensor:
     """Per-row `values` of the rows that the current batch holds.
 
     Raises:
         ShlError: there are not as many values as rows.
     """
-    rows = ROWS.get()
+    rows, n = ROWS.get(), len(values)
     if rows is not None:
-        check(
-            int(rows.max()) < len(values),
-            f"{len(values)} per-row doses were given for at least {int(rows.max()) + 1} rows.",
-        )
+        least = int(rows.max()) + 1
+        check(least <= n, f"{n} {what} were given for at least {least} rows.")
         return values[rows.to(values.device)]
-    check(
-        len(values) == batch, f"{len(values)} per-row doses were given for a batch of {batch} rows."
-    )
+    check(n == batch, f"{n} {what} were given for a batch of {batch} rows.")
     return values

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import linear
 from transformer_lens import HookedTransformer
 
 from shl.errors import check
 from shl.hooks import Handle
+from shl.scope import Scope, follow
 from shl.shapes import Down, Up
 from shl.sites import Site, linear_input, linear_output, residual_after
 
@@ -17,7 +19,8 @@ class LowRank(Handle):
     """Adds s B A x to each site's output, where x is that site's own input; B A is never formed.
 
     Sites that read the same x (q, k and v; gate and up) share one product with their stacked A.
-    Computed in the factors' dtype, returned in that of the output.
+    Computed in the factors' dtype, returned in that of the output. `scope` scales the update per
+    token; `model.reset_hooks()` leaves all of it on.
     """
 
     def __init__(
@@ -27,9 +30,17 @@ class LowRank(Handle):
         down: Mapping[str, Down],
         up: Mapping[str, Up],
         scale: float,
+        scope: Scope | None = None,
     ) -> None:
         super().__init__(model)
+        self.scope = scope = scope or Scope(model)
         self.scale = scale
+        self._factors: dict[int, Tensor] = {}
+        self._per_token = not scope.plain
+        if not isinstance(scope.dose, Tensor) and not self._per_token:
+            self.scale = scale * scope.dose  # nothing to do per token
+        else:
+            follow(self, [site.layer for site in sites], self._place)
         # [rank, d_out] in memory, where one row times a wide B is twice as fast.
         self.up = {k: b if b.requires_grad else b.T.contiguous().T for k, b in up.items()}
         # A x waits here between the hook that sees x and the hooks that add.
@@ -45,12 +56,12 @@ class LowRank(Handle):
             fixed = None if any(a.requires_grad for a in factors) else torch.cat(factors)
             if group[0].kind == "resid":
                 for site in group:
-                    self._add(residual_after(model, site.layer), self._whole(site.name, factors))
+                    self._add(residual_after(model, site.layer), self._whole(site, factors))
                 continue
             module, argument = linear_input(model, group[0])
             self._add(module, self._see(names, factors, fixed), argument=argument)
             for site in group:
-                self._add(linear_output(model, site), self._outer(site.name))
+                self._add(linear_output(model, site), self._outer(site))
 
     def _see(
         self, names: list[str], factors: list[Tensor], fixed: Tensor | None
@@ -70,20 +81,36 @@ class LowRank(Handle):
 
         return see
 
-    def _outer(self, name: str) -> Callable[[Tensor], Tensor]:
+    @property
+    def per_row(self) -> bool:
+        """Whether rows of a batch have a dose or mask of their own."""
+        return self.scope.per_row
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows have one; None where all are treated alike."""
+        return self.scope.rows
+
+    def _place(self, layer: int, at: Tensor) -> None:
+        self._factors[layer] = rearrange(self.scope.factor(at), "batch pos 1 -> (batch pos) 1")
+
+    def _outer(self, site: Site) -> Callable[[Tensor], Tensor]:
         def add(y: Tensor) -> Tensor:
-            return self._added(y, self._inner.pop(name), self.up[name])
+            return self._added(y, self._inner.pop(site.name), site)
 
         return add
 
-    def _whole(self, name: str, factors: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def _whole(self, site: Site, factors: list[Tensor]) -> Callable[[Tensor], Tensor]:
         def add(h: Tensor) -> Tensor:
             inner = linear(h.reshape(-1, h.shape[-1]).to(factors[0].dtype), factors[0])
-            return self._added(h, inner, self.up[name])
+            return self._added(h, inner, site)
 
         return add
 
-    def _added(self, y: Tensor, inner: Tensor, up: Tensor) -> Tensor:
+    def _added(self, y: Tensor, inner: Tensor, site: Site) -> Tensor:
+        up = self.up[site.name]
+        if self._per_token:
+            inner = inner * self._factors[site.layer].to(inner.dtype)
         flat = y.reshape(-1, len(up))
         if y.dtype == up.dtype:
             return torch.addmm(flat, inner, up.T, alpha=self.scale).view(y.shape)

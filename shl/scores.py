@@ -11,7 +11,7 @@ from transformer_lens import HookedTransformer
 from shl.finite import require_finite
 from shl.generate import Completion
 from shl.halving import in_batches
-from shl.hooks import suspended
+from shl.hooks import running, suspended
 from shl.kl import nll, reverse_kl_and_nll
 from shl.shapes import Float, Tensor
 from shl.sites import final_hidden, readout
@@ -55,7 +55,8 @@ def token_nll(
 
     def work(indices: list[int]) -> None:
         chosen = [full[j] for j in indices]
-        hidden = completion_hidden(model, [completions[i] for i in chosen])
+        with running(rows=chosen):
+            hidden = completion_hidden(model, [completions[i] for i in chosen])
         targets = torch.cat([torch.tensor(completions[i].tokens) for i in chosen])
         losses = nll(hidden, model.W_U, targets.to(hidden.device), **readout(model))
         require_finite(losses, "a completion's NLL", model, lambda: [rows[i] for i in chosen])
@@ -72,7 +73,8 @@ def completion_hidden(model: HookedTransformer, completions: Sequence[Completion
     completion's tokens, one completion after the other; prompt and padding have none."""
     rows = [[*c.prompt_tokens, *c.tokens] for c in completions]
     batch = pad_left(model, rows)
-    residual = model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
+    with running(prompts=[len(c.prompt_tokens) for c in completions]):
+        residual = model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
     picked = [residual[i, -len(c.tokens) - 1 : -1] for i, c in enumerate(completions)]
     return final_hidden(model, torch.cat(picked))
 

@@ -39,6 +39,20 @@ HF_NAMES = {
 }
 """The linear sites' names in transformers, within `model.layers.i` (Gemma-3 and Llama alike)."""
 
+HOOKS = {
+    "q": ("attn:query_input", "attn.hook_q"),
+    "k": ("attn:query_input", "attn.hook_k"),
+    "v": ("attn:query_input", "attn.hook_v"),
+    "o": ("attn.hook_z", "attn"),
+    "gate": ("mlp:x", "mlp.hook_pre"),
+    "up": ("mlp:x", "mlp.hook_pre_linear"),
+    "down": ("mlp.hook_post", "mlp"),
+    "resid": ("hook_resid_post", "hook_resid_post"),
+}
+"""Where a site's input is read and its update added, within `blocks.i`: a module's output, or
+after a colon its argument. q, k and v read one tensor, unless a TransformerLens option splits it
+by head."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -58,6 +72,17 @@ class Site:
     def name(self) -> str:
         """The key under which an adapter's factors are stored."""
         return f"blocks.{self.layer}.{self.kind}"
+
+    @property
+    def hooks(self) -> tuple[str, str]:
+        """Full names of where the input is read and where the update is added.
+
+        Example:
+            >>> Site("gate", 3, 640, 2048).hooks
+            ('blocks.3.mlp:x', 'blocks.3.mlp.hook_pre')
+        """
+        seen, added = HOOKS[self.kind]
+        return f"blocks.{self.layer}.{seen}", f"blocks.{self.layer}.{added}"
 
 
 def sites_of(
@@ -122,47 +147,26 @@ def band(model: HookedTransformer, low: float, high: float) -> tuple[int, ...]:
     return tuple(range(round(low * n), min(n - 1, round(high * n)) + 1))
 
 
-def _block(model: HookedTransformer, layer: int) -> Any:
-    """Any: torch types what a module holds as Tensor | Module."""
+def block_of(model: HookedTransformer, layer: int) -> Any:
+    """The block of a layer; Any: torch types what a module holds as Tensor | Module."""
     return model.blocks[layer]
 
 
 def residual_after(model: HookedTransformer, layer: int) -> nn.Module:
     """The HookPoint of the residual stream after `layer`, `[batch, pos, d_model]`."""
     check_layers(model, [layer])
-    return _block(model, layer).hook_resid_post
+    return block_of(model, layer).hook_resid_post
 
 
 def linear_input(model: HookedTransformer, site: Site) -> tuple[nn.Module, str | None]:
-    """The module that shows a site's input: its keyword argument, or (None) its output.
-
-    q, k and v read one tensor, unless a TransformerLens option splits it by head.
-    """
-    block = _block(model, site.layer)
-    return {
-        "resid": (block.hook_resid_post, None),
-        "q": (block.attn, "query_input"),
-        "k": (block.attn, "query_input"),
-        "v": (block.attn, "query_input"),
-        "o": (block.attn.hook_z, None),
-        "gate": (block.mlp, "x"),
-        "up": (block.mlp, "x"),
-        "down": (block.mlp.hook_post, None),
-    }[site.kind]
+    """The module that shows a site's input: its keyword argument, or (None) its output."""
+    path, _, argument = HOOKS[site.kind][0].partition(":")
+    return block_of(model, site.layer).get_submodule(path), argument or None
 
 
 def linear_output(model: HookedTransformer, site: Site) -> nn.Module:
-    """The module whose output is a linear site's own output, before any norm."""
-    block = _block(model, site.layer)
-    return {
-        "q": block.attn.hook_q,
-        "k": block.attn.hook_k,
-        "v": block.attn.hook_v,
-        "o": block.attn,
-        "gate": block.mlp.hook_pre,
-        "up": block.mlp.hook_pre_linear,
-        "down": block.mlp,
-    }[site.kind]
+    """The module whose output is a site's own output, before any norm."""
+    return block_of(model, site.layer).get_submodule(HOOKS[site.kind][1])
 
 
 def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, dict[str, int]]:
@@ -175,7 +179,7 @@ def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, 
         >>> as_linear(model, sites_of(model, ["q"], [0])[0])[1]
         'head d d_head -> (head d_head) d'
     """
-    block = _block(model, site.layer)
+    block = block_of(model, site.layer)
     sizes = {"d_head": model.cfg.d_head}
     heads_out = "head d d_head -> (head d_head) d"
     table: dict[str, tuple[nn.Parameter, str, dict[str, int]]] = {

@@ -135,6 +135,7 @@ class Study:
                     ask.layers,
                     contexts=ask.contexts,
                     batch_size=ask.batch_size,
+                    round=index,
                 )
             },
         )["vector"]
@@ -165,6 +166,7 @@ class Study:
                 index=index,
                 rounds=self.config.rounds,
                 seed=seed_for(self.config.seed, "heal", index),
+                axis=self.axis.name,
                 resume=left["state"] if left else None,
                 on_step=lambda step, total, state: self.observe(
                     "step", index, {"step": step, "total": total, "state": state}

@@ -42,7 +42,8 @@ class Training:
         Raises:
             ShlError: missing, damaged, changed, or not one of ours.
         """
-        meta, tensors = read_safetensors(path, FORMAT)
+        kinds = {"lam": (float,), "steps": (list,), "texts": (str,)}
+        meta, tensors = read_safetensors(path, FORMAT, kinds)
         try:
             steps = tuple(
                 HealStep(int(epoch), int(step), *map(float, rest))

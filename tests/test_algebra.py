@@ -6,8 +6,9 @@ from helpers import tokens_of
 
 from shl.axes import load_axis
 from shl.errors import ShlError
+from shl.rules import first_component, mean_difference
 from shl.tiny import tiny_gemma
-from shl.vector import SteeringVector, extract_vector, first_component, mean_difference
+from shl.vector import SteeringVector, extract_vector
 
 
 def vector(axis="a", model="m", **directions):

@@ -59,7 +59,8 @@ def by_dose(monkeypatch, highest):
 def test_rounds_come_in_order_with_everything_in_them(run):
     _, rounds, _ = run
     assert [r.index for r in rounds] == [0, 1]
-    assert [r.adapter.round for r in rounds] == [0, 1]
+    assert [r.adapter.round for r in rounds] == [r.vector.round for r in rounds] == [0, 1]
+    assert {r.adapter.axis for r in rounds} == {r.vector.axis for r in rounds}
     for r in rounds:
         # Everything survives, so kappa is 1, and 2 probes and 4 dreams make the 6 needed.
         assert (r.kappa, r.dose) == (1.0, 1.5)

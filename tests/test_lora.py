@@ -9,10 +9,11 @@ from helpers import merged, one_sentence, random_adapter, tokens_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from shl.adapter import FORMAT, Adapter
 from shl.config import LINEAR_SITES, SITE_KINDS, HealConfig
 from shl.errors import ShlError
 from shl.files import identity
-from shl.lora import FORMAT, Adapter, default_layers, fresh_adapter
+from shl.lora import default_layers, fresh_adapter
 from shl.tiny import tiny_gemma
 
 TOKENS = tokens_of(2, 20)  # past the window of 8
@@ -119,6 +120,9 @@ def test_a_round_trip_through_a_file_is_exact(model, tmp_path):
         assert not two.requires_grad
 
 
+HOOKS_9 = ["blocks.9.attn:query_input", "blocks.9.attn.hook_q"]
+
+
 def tampered(path, change, meta_change=(), *, signed=True):
     """The saved file with other tensors and metadata; signed, with an identity that fits them."""
     with safe_open(str(path), "pt") as file:
@@ -136,11 +140,16 @@ def tampered(path, change, meta_change=(), *, signed=True):
         (lambda t: t.pop("blocks.1.q.A"), {}, "differs from its own site table"),
         (lambda t: t.update(x=torch.ones(1)), {}, "differs from its own site table"),
         (lambda t: t.update({"blocks.9.q.A": t.pop("blocks.1.q.A")}), {}, "blocks.1.q.A"),
-        (lambda t: t["blocks.1.q.B"].fill_(torch.nan), {}, "blocks.1.q.B .* not finite"),
-        (lambda t: t.update({"blocks.1.q.A": torch.ones(3, 31)}), {}, "have shapes"),
+        (lambda t: t["blocks.1.q.B"].fill_(torch.nan), {}, "blocks.1.q.B.* not finite"),
+        (lambda t: t.update({"blocks.1.q.A": torch.ones(3, 31)}), {}, r"shape \(3, 31\)"),
         (lambda t: None, {"format": "shl-vector-1"}, "format 'shl-vector-1'"),
         (lambda t: None, {"model": "gpt2"}, "made for gpt2"),
-        (lambda t: None, {"sites": [["q", 9, 32, 64]]}, "differs from its own"),
+        (lambda t: None, {"sites": [["q", 9, 32, 64, 3, *HOOKS_9]]}, "differs from its own"),
+        (lambda t: None, {"sites": [["q", 1, 32, 64, 3, *HOOKS_9]]}, "blocks.1.q at the hooks"),
+        (lambda t: None, {"alpha": 5.0}, r"alpha = 5.0, by its tensors that is 6.0"),
+        (lambda t: None, {"weights": "0" * 64}, "the hash 000000000000, the model's"),
+        (lambda t: None, {"dtype": "bfloat16"}, "in bfloat16, the model is in float32"),
+        (lambda t: None, {"weights": None}, "does not say on which weights"),
     ],
 )
 def test_a_tampered_file_is_refused(gemma, tmp_path, change, meta, named):

@@ -1,8 +1,18 @@
 """The embedded gemma-3-270m itself, against transformers on the same cached folder."""
 
+import json
+import warnings
+
+import pytest
 import torch
+from helpers import random_adapter
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from shl.adapter import Adapter
+from shl.bake import baked
+from shl.errors import ShlError
+from shl.export import export_peft
 from shl.generate import generate
 from shl.models import load_model
 from shl.tokens import encode
@@ -13,11 +23,18 @@ PROMPTS = ["What helps you fall asleep after an exciting day at the sea?", "Hi, 
 SETTINGS = {"temperature": 0.0, "max_new_tokens": 8}
 
 
-def test_the_real_model_agrees_with_transformers_and_batches_with_single_rows():
-    model = load_model(device="cpu")
-    hf = AutoModelForCausalLM.from_pretrained(
-        model_folder("gemma-3-270m"), dtype=torch.float32
-    ).eval()
+@pytest.fixture(scope="module")
+def model():
+    return load_model(device="cpu")
+
+
+@pytest.fixture
+def hf():
+    folder = model_folder("gemma-3-270m")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_the_real_model_agrees_with_transformers_and_batches_with_single_rows(model, hf):
     rows = [encode(model, prompt) for prompt in PROMPTS]
     assert len(rows[0]) > len(rows[1]) + 4
     ids = torch.tensor(rows[:1])
@@ -42,3 +59,39 @@ def test_the_real_model_agrees_with_transformers_and_batches_with_single_rows():
         single = [generate(model, [prompt], **SETTINGS)[0] for prompt in PROMPTS]
     assert [c.tokens for c in batched] == [c.tokens for c in single]
     assert [c.tokens for c in batched] != [c.tokens for c in plain]
+
+
+def test_peft_computes_the_logits_of_all_rounds_on_the_real_weights(model, hf, tmp_path):
+    layers = (3, 9, 15)
+    adapters = [
+        random_adapter(model, layers=layers[: 2 + i], seed=i, rank=i + 2, size=0.02)
+        for i in range(2)
+    ]
+    folder = export_peft(adapters, tmp_path / "peft")
+    ids = torch.tensor([encode(model, PROMPTS[0])])
+    with torch.no_grad():
+        plain = model(ids)
+        with baked(model, adapters):
+            ours = model(ids)
+        with warnings.catch_warnings():
+            # PEFT's own use of a transformers name that is about to go.
+            warnings.simplefilter("ignore", FutureWarning)
+            theirs = PeftModel.from_pretrained(hf, folder).eval()(ids).logits
+    assert float((ours - plain).abs().max()) > 1.0
+    assert float((ours - theirs).abs().max()) <= 1e-4
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "google/gemma-3-270m"
+
+
+def test_files_of_the_real_model_know_its_weights(model, tmp_path):
+    path = tmp_path / "a.safetensors"
+    random_adapter(model, ("q",), (9,)).save(path)
+    assert Adapter.load(path, model).dtype == "float32"
+    weight = model.blocks[9].mlp.W_in
+    own = weight.data
+    weight.data = own + 1e-3
+    try:
+        with pytest.raises(ShlError, match="on weights of gemma-3-270m with the hash"):
+            Adapter.load(path, model)
+    finally:
+        weight.data = own
