@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from shl.config import FOUNDATIONS
+from shl.config import FOUNDATIONS, EvalConfig
 from shl.dose import Walk
 from shl.evaluation import Evaluation
 from shl.heal import Healed
@@ -16,7 +16,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def stage_numbers(stage: Stage) -> dict[str, Any]:
+def stage_numbers(stage: Stage, config: EvalConfig) -> dict[str, Any]:
     """A stage as JSON: every raw score, so that any statistic can be taken again later."""
     e = stage.evaluation
     return {
@@ -24,7 +24,7 @@ def stage_numbers(stage: Stage) -> dict[str, Any]:
         "style": e.style,
         "nats": e.nats,
         "coherence": e.coherence,
-        "coherence_interval": e.coherence_interval(),
+        "coherence_interval": e.coherence_interval(config),
         "mass": e.mass.tolist(),
         "accuracy": e.accuracy,
         "noise": list(e.noise),
@@ -32,15 +32,17 @@ def stage_numbers(stage: Stage) -> dict[str, Any]:
         "perplexity": finite(stage.perplexity),
         "samples": len(stage.samples),
         "labels": list(e.labels),
-        "log_probs": e.log_probs.round(5).tolist(),
+        "log_probs": e.log_probs.tolist(),
     }
 
 
-def shift_numbers(reading: Evaluation, base: Evaluation) -> dict[str, Any]:
+def shift_numbers(reading: Evaluation, base: Evaluation, config: EvalConfig) -> dict[str, Any]:
     """A stage's shifts from base in nats, with intervals paired by vignette."""
     return {
         "shift": reading.shift(base),
-        "shift_interval": {name: reading.shift_interval(base, name) for name in FOUNDATIONS},
+        "shift_interval": {
+            name: reading.shift_interval(base, name, config) for name in FOUNDATIONS
+        },
         "centred_shift": reading.centred_shift(base),
     }
 

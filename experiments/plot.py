@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.record import read
+from experiments.folder import axis_of, read
+from experiments.journal import write
 from experiments.summary import Event, of_round, on_axis, stages
-from shl.axes import Axis, load_axis
+from shl.axes import Axis
 
 RED, GREEN, GREY = "#c0392b", "#1e8449", "#555555"
 
@@ -122,15 +124,19 @@ def kl_tokens(events: Sequence[Event], index: int = 0) -> Figure:
 
 def draw(folder: Path) -> list[Path]:
     """Write trajectory.png, plane.png and kl_tokens.png into the run folder."""
-    config, events, _ = read(folder)
-    axis = load_axis(config["axis"])
+    _, events, _ = read(folder)
+    axis = axis_of(folder)
+    if not stages(events, "healed"):
+        return []
     figures = {"trajectory": trajectory(events, axis), "plane": plane(events)}
     if of_round(events, "token_kl"):
         figures["kl_tokens"] = kl_tokens(events)
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=130)
+        picture = BytesIO()
+        figure.savefig(picture, format="png", dpi=130)
+        write(paths[-1], picture.getvalue())
         plt.close(figure)
     return paths
 

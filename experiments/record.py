@@ -1,27 +1,28 @@
-"""The run folder: config, versions, one JSON line per event, vectors and adapters.
+"""The run folder: what is run, one line per finished stage, vectors and adapters.
 
-    config.json     the settings, as run
-    versions.json   python, packages, commit, device, threads
-    events.jsonl    one line per finished stage
-    texts.jsonl     one line per completion, with every reason to drop it
-    rounds/N/       vector.safetensors, adapter.safetensors
+    config.json      the settings, as asked for
+    axis.json        the axis, as read
+    versions.json    python, packages, code, commit, device, threads
+    events.jsonl     one line per finished stage; a stage counts once its line is whole
+    texts.jsonl      one line per completion, with every reason to drop it
+    rounds/N/        vector.safetensors, adapter.safetensors (training.safetensors meanwhile)
+    processes.jsonl  when each process began and ended, and its peak memory
 
-Plots and reports are made from these files alone.
+Plots and reports are made from these files alone. All but the last hold no times of day, so that
+a run that was killed and went on leaves the same bits as one that was not (`seconds` apart).
 """
 
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformer_lens import HookedTransformer
 
+from experiments.events import check_lines, name_of
+from experiments.folder import FILES, check_files, digest, read_json, same
+from experiments.journal import Journal, Line, Lock, failed, read_lines, write
 from experiments.numbers import (
     finite,
     healing_numbers,
@@ -30,11 +31,10 @@ from experiments.numbers import (
     walk_numbers,
 )
 from shl.bake import baked
-from shl.dose import Walk
-from shl.errors import ShlError
+from shl.config import EvalConfig
+from shl.errors import check
 from shl.evaluation import Evaluation
 from shl.filters import Verdict
-from shl.heal import Healed
 from shl.loop import Round
 from shl.lora import Adapter
 from shl.scores import token_divergence
@@ -42,113 +42,141 @@ from shl.stages import Stage
 from shl.tokens import decode
 from shl.vector import SteeringVector
 
-PACKAGES = ("torch", "transformer-lens", "transformers", "numpy", "einops", "safetensors")
-
-
-def write(path: Path, text: str) -> None:
-    """Write beside the place and rename, so that a reader never sees half a file."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, "utf-8")
-    scratch.replace(path)
-
-
-def versions(device: str) -> dict[str, Any]:
-    """What a later reader needs to repeat the run."""
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-    }
+SAVE_EVERY = 20.0
+"""Seconds of training between two saved states: what a killed run repeats at most."""
 
 
 class Record:
-    """Appends to one run folder.
+    """Appends to one run folder, after what is there already; one process at a time.
+
+    Args:
+        settings: by file of `FILES`, what is run; on a folder that holds a run, what is on disk
+            must be the same.
+        config: for the intervals of what is measured.
 
     Raises:
-        ShlError: the folder exists with something in it, or cannot be written.
+        ShlError: another process is at work on the folder, it holds something else or another
+            run, it has been changed, or it cannot be written.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], device: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Mapping[str, Any]],
+        config: EvalConfig | None = None,
+    ) -> None:
         self.folder = folder
+        self.config = config or EvalConfig()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                raise ShlError(f"the run folder {folder} is not empty, name a new one with --out.")
-            write(folder / "config.json", json.dumps(config, indent=2))
-            write(folder / "versions.json", json.dumps(versions(device), indent=2))
+            names = {path.name for path in folder.iterdir()}
         except OSError as error:
-            raise ShlError(
-                f"the run folder {folder} cannot be written ({error.strerror})."
-            ) from error
-        self.started = time.time()
+            raise failed(folder, error) from error
+        check(
+            "config.json" in names or not names - {".lock", ".config.json.tmp"},
+            f"the run folder {folder} holds something else, name a new one with --out.",
+        )
+        self.lock = Lock(folder)
+        try:
+            self._open(settings)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _open(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        folder = self.folder
+        self._events = Journal(folder / "events.jsonl")
+        check_lines(self.events, read_lines(folder / "texts.jsonl"), str(folder))
+        done = self.events[-1]["texts"] if self.events else 0
+        self._texts = Journal(folder / "texts.jsonl", keep=done)
+        for name in FILES:
+            told = json.loads(json.dumps(settings[name]))
+            if self.events:
+                same(read_json(folder / name), told, folder / name)
+            else:
+                write(folder / name, json.dumps(told, indent=2) + "\n")
+        for left in folder.glob("**/.*.tmp"):
+            left.unlink(missing_ok=True)
+        self._before = self.events[-1]["seconds"] if self.events else 0.0
+        self._started = self._saved = time.monotonic()
         self.base: Evaluation | None = None
+        if self.events:
+            check_files(folder, self.events[0])
+        else:
+            self.event("start", -1, {"files": {name: digest(folder / name) for name in FILES}})
 
-    def event(self, name: str, index: int, values: Mapping[str, Any]) -> None:
-        """One line of events.jsonl; `seconds` counts from the start of the run."""
-        line = {"event": name, "round": index, "seconds": round(time.time() - self.started, 2)}
-        self._append("events.jsonl", {**line, **values})
+    @property
+    def events(self) -> list[Line]:
+        """Every finished stage so far."""
+        return self._events.lines
 
-    def texts(self, stage: str, index: int, verdicts: Iterable[Verdict]) -> None:
-        """One line of texts.jsonl per judged completion."""
-        for v in verdicts:
-            c = v.completion
-            self._append(
-                "texts.jsonl",
-                {
-                    "round": index,
-                    "stage": stage,
-                    "prompt": c.prompt.text,
-                    "persona": c.prompt.persona,
-                    "dose": c.dose,
-                    "text": c.text,
-                    "ended": c.ended,
-                    "tokens": list(c.tokens),
-                    "reasons": list(v.reasons),
-                    "perplexity": finite(v.perplexity),
-                    "tail_perplexity": finite(v.tail_perplexity),
-                },
-            )
+    @property
+    def texts(self) -> list[Line]:
+        """Every judged completion so far."""
+        return self._texts.lines
 
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    def find(self, name: str, index: int, batch: int | None = None) -> Line | None:
+        """The event of a name (of a stage: its own) in a round, if it has been written."""
+        for event in self.events:
+            if (name_of(event), event["round"], event.get("batch")) == (name, index, batch):
+                return event
+        return None
+
+    def texts_of(self, event: Line) -> list[Line]:
+        """The completions that came with an event."""
+        before = self.events[self.events.index(event) - 1]["texts"]
+        return self.texts[before : event["texts"]]
+
+    def place(self, index: int, name: str) -> Path:
+        """Where a round's tensors of that name are."""
+        return self.folder / "rounds" / str(index) / f"{name}.safetensors"
+
+    def event(
+        self, name: str, index: int, values: Mapping[str, Any], texts: Sequence[Line] = ()
+    ) -> None:
+        """The line that makes a stage count, after its texts; once per stage."""
+        self._texts.append(texts)
+        seconds = round(self._before + time.monotonic() - self._started, 2)
+        line = {"event": name, "round": index, "seconds": seconds, "texts": len(self.texts)}
+        self._events.append([{**line, **values}])
 
     def observe(self, name: str, index: int, values: Mapping[str, Any]) -> None:
         """What `shl.love` calls: each finished stage goes to disk before the next begins."""
         if name == "stage":
             stage: Stage = values["stage"]
-            extra = {key: values[key] for key in ("kappa", "dose") if key in values}
             if stage.name == "base":
                 self.base = stage.evaluation
-            if self.base is not None:
-                extra |= shift_numbers(stage.evaluation, self.base)
-            self.event("stage", index, {**stage_numbers(stage), **extra})
-            if stage.name != "steered":  # its texts are those of the probe and the batches
-                self.texts(stage.name, index, stage.samples)
+            assert self.base is not None
+            extra = {key: values[key] for key in ("kappa", "dose") if key in values}
+            numbers = stage_numbers(stage, self.config)
+            numbers |= shift_numbers(stage.evaluation, self.base, self.config)
+            # The steered stage's texts are those of the probe and the batches.
+            own = () if stage.name == "steered" else stage.samples
+            self.event("stage", index, numbers | extra, _texts(stage.name, index, own))
         elif name == "vector":
             vector: SteeringVector = values["vector"]
-            folder = self.folder / "rounds" / str(index)
-            folder.mkdir(parents=True, exist_ok=True)
-            vector.save(folder / "vector.safetensors")
+            self._save(vector, index, "vector")
             self.event("vector", index, {"norms": vector.norms(), "contexts": vector.contexts})
         elif name in ("probe", "batch"):
-            walk: Walk = values["walk"]
-            self.texts(name, index, values["verdicts"])
-            self.event(name, index, walk_numbers(walk))
+            extra = {"batch": values["batch"]} if name == "batch" else {}
+            texts = _texts(name, index, values["verdicts"])
+            self.event(name, index, walk_numbers(values["walk"]) | extra, texts)
+        elif name == "step":
+            if time.monotonic() - self._saved >= SAVE_EVERY:
+                self._save(values["state"](), index, "training")
+                self._saved = time.monotonic()
         elif name == "healed":
-            healing: Healed = values["healing"]
-            healing.adapter.save(self.folder / "rounds" / str(index) / "adapter.safetensors")
-            self.event("healing", index, healing_numbers(healing))
+            self._save(values["healing"].adapter, index, "adapter")
+            self.event("healing", index, healing_numbers(values["healing"]))
+            self.place(index, "training").unlink(missing_ok=True)
+
+    def _save(self, tensors: Any, index: int, name: str) -> None:
+        path = self.place(index, name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise failed(path, error) from error
+        tensors.save(path)
 
     def round(self, finished: Round, first: SteeringVector) -> None:
         """The round's own line, once all of it is done."""
@@ -165,51 +193,50 @@ class Record:
             },
         )
 
-    def token_curves(
-        self, model: HookedTransformer, finished: Round, before: Sequence[Adapter]
-    ) -> None:
-        """Per-token KL to base of one kept and one dropped completion, under the adapters and the
-        steering that made them."""
-        everything = (*finished.probes, *finished.dreams)
-        kept = [v for v in everything if v.kept]
-        dropped = [
-            v for v in everything if "incoherent" in v.reasons and len(v.completion.tokens) > 20
-        ]
-        curves = []
-        for name, group in (("kept", kept), ("dropped", dropped)):
-            if group:
-                v = sorted(group, key=lambda v: v.tail_perplexity)[len(group) // 2]
-                with (
-                    baked(model, before),
-                    finished.vector.steering(model, v.completion.dose),
-                ):
-                    kl = token_divergence(model, v.completion)
-                pieces = [decode(model, [t]) for t in v.completion.tokens]
-                curves.append(
-                    {
-                        "verdict": name,
-                        "reasons": list(v.reasons),
-                        "dose": v.completion.dose,
-                        "pieces": pieces,
-                        "kl": [round(float(x), 5) for x in kl],
-                    }
-                )
-        self.event("token_kl", finished.index, {"curves": curves})
+
+def token_curves(
+    model: HookedTransformer, finished: Round, before: Sequence[Adapter]
+) -> list[dict[str, Any]]:
+    """Per-token KL to base of one kept and one dropped completion, under the adapters and the
+    steering that made them."""
+    everything = (*finished.probes, *finished.dreams)
+    kept = [v for v in everything if v.kept]
+    dropped = [v for v in everything if "incoherent" in v.reasons and len(v.completion.tokens) > 20]
+    curves = []
+    for name, group in (("kept", kept), ("dropped", dropped)):
+        if group:
+            v = sorted(group, key=lambda v: v.tail_perplexity)[len(group) // 2]
+            with (
+                baked(model, before),
+                finished.vector.steering(model, v.completion.dose),
+            ):
+                kl = token_divergence(model, v.completion)
+            curves.append(
+                {
+                    "verdict": name,
+                    "reasons": list(v.reasons),
+                    "dose": v.completion.dose,
+                    "pieces": [decode(model, [t]) for t in v.completion.tokens],
+                    "kl": [round(float(x), 5) for x in kl],
+                }
+            )
+    return curves
 
 
-def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Config, events and texts of a run folder.
-
-    Raises:
-        ShlError: it is none, or a line in it is torn.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        lines = []
-        for name in ("events.jsonl", "texts.jsonl"):
-            path = folder / name
-            text = path.read_text("utf-8") if path.exists() else ""
-            lines.append([json.loads(line) for line in text.split("\n") if line])
-    except (OSError, json.JSONDecodeError) as error:
-        raise ShlError(f"{folder} cannot be read as a run folder ({error}).") from error
-    return config, lines[0], lines[1]
+def _texts(stage: str, index: int, verdicts: Iterable[Verdict]) -> list[Line]:
+    return [
+        {
+            "round": index,
+            "stage": stage,
+            "prompt": v.completion.prompt.text,
+            "persona": v.completion.prompt.persona,
+            "dose": v.completion.dose,
+            "text": v.completion.text,
+            "ended": v.completion.ended,
+            "tokens": list(v.completion.tokens),
+            "reasons": list(v.reasons),
+            "perplexity": finite(v.perplexity),
+            "tail_perplexity": finite(v.tail_perplexity),
+        }
+        for v in verdicts
+    ]

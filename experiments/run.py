@@ -1,29 +1,39 @@
-"""Run the study: `python -m experiments.run --axis care_auth`."""
+"""Run the study: `python -m experiments.run --axis care_auth`.
+
+The same command, run again, goes on where an earlier process ended.
+"""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
+import shlex
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from transformer_lens import HookedTransformer
 
-from experiments.diary import diary
-from experiments.record import Record, read, write
-from experiments.summary import answers, rows
-from shl.axes import load_axis
+from experiments.bar import Bar
+from experiments.folder import finished
+from experiments.memory import Usage
+from experiments.recall import Recall
+from experiments.record import Record, token_curves
+from experiments.report import report
+from experiments.stop import Stop, Stopped
+from experiments.versions import versions
+from shl.axes import Axis, load_axis
 from shl.config import LoopConfig
 from shl.errors import ShlError
-from shl.loop import baselines, love
+from shl.loop import StarvedError, baselines, love
 from shl.lora import Adapter
+from shl.memory import fit
 from shl.models import load_model
 from shl.vector import SteeringVector
 
@@ -37,143 +47,174 @@ class RunConfig:
     model: str = "gemma-3-270m"
     """Embedded model (gemma-3-270m, smollm2-135m-instruct), hub name, or local folder."""
     out: Path | None = None
-    """Run folder, new or empty; default runs/AXIS-MODEL-TIME."""
+    """Run folder: a new one, or the one that this run began in; default
+    runs/AXIS-MODEL-seedSEED-DIGEST, the digest of settings, axis, code and packages."""
     device: str | None = None
     """Where the model lives; default CUDA if there is any, else the CPU."""
+    max_memory: float | None = None
+    """Batches are made small enough for this much memory, the GPU's or resident [GB]."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
     """The settings of every stage."""
 
 
-# Seconds that each stage takes relative to the others on a CPU; they only steer the time left.
-_WEIGHTS = {"measure": 5.0, "vector": 1.5, "probe": 5.0, "batch": 5.0, "steered": 3.0, "heal": 12.0}
+def settings_of(config: RunConfig, axis: Axis) -> dict[str, dict[str, Any]]:
+    """What is run, by file of the record."""
+    asked = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    asked.pop("out")
+    asked["device"] = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    told = {key: getattr(axis, key) for key in ("name", "description", "positive", "negative")}
+    lists = {"contexts": axis.contexts, "prompts": axis.prompts, "expected": dict(axis.expected)}
+    return {
+        "config.json": asked,
+        "axis.json": told | lists,
+        "versions.json": versions(asked["device"]),
+    }
 
 
-class Bar:
-    """One progress bar over the whole run: stage, round, time left."""
-
-    def __init__(self, config: LoopConfig, console: Console) -> None:
-        round_weight = sum(_WEIGHTS.values())
-        self.config = config
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-        )
-        self.task = self.progress.add_task(
-            "base", total=3 * _WEIGHTS["measure"] + config.rounds * round_weight
-        )
-
-    def say(self, what: str, index: int) -> None:
-        """Show what runs now."""
-        where = f"round {index + 1}/{self.config.rounds}: " if index >= 0 else ""
-        self.progress.update(self.task, description=f"{where}{what}")
-
-    def observe(self, name: str, index: int, values: Mapping[str, Any]) -> None:
-        """Advance after a finished stage."""
-        after = {
-            "vector": ("probing doses", _WEIGHTS["vector"]),
-            "probe": ("dreaming", _WEIGHTS["probe"]),
-            "batch": ("measuring steered", _WEIGHTS["batch"] if values.get("batch") == 0 else 0.0),
-            "healed": ("measuring healed", 0.0),
-        }
-        if name == "step":
-            step, total = values["step"], values["total"]
-            self.progress.advance(self.task, _WEIGHTS["heal"] / total)
-            self.say(f"healing {step.step + 1}/{total}, D {step.d:.2f}", index)
-            return
-        if name == "stage":
-            stage = values["stage"].name
-            then = {"base": "prompted +", "prompted+": "prompted -", "steered": "healing"}
-            weight = _WEIGHTS["steered" if stage == "steered" else "measure"]
-            after["stage"] = (then.get(stage, "extracting the vector"), weight)
-            index = index + 1 if stage in ("healed", "prompted-") else index
-        what, weight = after[name]
-        self.progress.advance(self.task, weight)
-        self.say(what, min(index, self.config.rounds - 1))
+def folder_of(config: RunConfig, settings: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Where the run is kept: the same for the same run, another for any other."""
+    if config.out is not None:
+        return config.out
+    name = config.model.rstrip("/").split("/")[-1]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    axis = settings["axis.json"]["name"]
+    return Path("runs") / f"{axis}-{name}-seed{config.loop.seed}-{digest}"
 
 
-def run(config: RunConfig, console: Console) -> Path:
-    """Run the study and return its folder.
+def run(
+    config: RunConfig,
+    record: Record,
+    model: HookedTransformer,
+    axis: Axis,
+    console: Console,
+    stop: Stop,
+) -> None:
+    """Run what the record does not hold yet.
 
     Raises:
         ShlError: bad input, too few survivors, or numbers that are not finite.
+        Stopped: a signal; the record is complete up to the last stage.
+    """
+    loop = config.loop
+    if config.max_memory is not None:
+        loop = fit(model, axis, loop, config.max_memory * 1e9)
+        console.print(f"for {config.max_memory:g} GB: {_batches(loop)}")
+    bar = Bar(loop, console)
+    known = Recall(record, model, loop)
+
+    def observe(event: str, index: int, values: Mapping[str, Any]) -> None:
+        with stop.held():
+            record.observe(event, index, values)
+        bar.observe(event, index, values)
+
+    def recall(event: str, index: int, part: str) -> Mapping[str, Any] | None:
+        values = known(event, index, part)
+        if values is not None:
+            bar.recalled(event, index, values)
+        return values
+
+    adapters: list[Adapter] = []
+    first: SteeringVector | None = None
+    with bar.progress:
+        baselines(model, axis, loop, observe, recall)
+        for done in love(model, axis, loop, observe=observe, recall=recall):
+            first = first or done.vector
+            with stop.held():
+                if record.find("round", done.index) is None:
+                    record.round(done, first)
+            if done.index == 0 and record.find("token_kl", 0) is None:
+                curves = token_curves(model, done, adapters)
+                with stop.held():
+                    record.event("token_kl", 0, {"curves": curves})
+            adapters.append(done.adapter)
+    with stop.held():
+        record.event("end", loop.rounds - 1, {})
+
+
+def _batches(loop: LoopConfig) -> str:
+    sizes = {
+        "generation": loop.generate.batch_size,
+        "scoring": loop.filter.batch_size,
+        "extraction": loop.vector.batch_size,
+        "evaluation": loop.eval.batch_size,
+        "training": loop.heal.rows,
+    }
+    return ", ".join(f"{name} by {size}" for name, size in sizes.items())
+
+
+def study(config: RunConfig, console: Console) -> Path:
+    """Run the study, or what is left of it, and return its folder.
+
+    Raises:
+        ShlError: as `run`, and a folder that holds another run or is in use.
+        Stopped: a signal.
     """
     axis = load_axis(config.axis)
     needed = config.loop.vector.contexts
     if needed > len(axis.contexts):
         raise ShlError(f"vector.contexts is {needed}, axis {axis.name!r} has {len(axis.contexts)}.")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = config.model.rstrip("/").split("/")[-1]
-    folder = config.out or Path("runs") / f"{axis.name}-{name}-{stamp}"
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    console.print(f"loading {config.model} (the first start converts its weights, about a minute)")
-    model = load_model(config.model, device=config.device)
-    record = Record(folder, settings, str(model.cfg.device))
-    bar = Bar(config.loop, console)
-
-    def observe(event: str, index: int, values: Mapping[str, Any]) -> None:
-        record.observe(event, index, values)
-        bar.observe(event, index, values)
-
-    adapters: list[Adapter] = []
-    first: SteeringVector | None = None
-    with bar.progress:
-        baselines(model, axis, config.loop, observe)
-        for finished in love(model, axis, config.loop, observe=observe):
-            first = first or finished.vector
-            record.round(finished, first)
-            if finished.index == 0:
-                record.token_curves(model, finished, adapters)
-            adapters.append(finished.adapter)
-    record.event("end", config.loop.rounds - 1, {})
+    settings = settings_of(config, axis)
+    folder = folder_of(config, settings)
+    if finished(folder):
+        # Refuses a folder of another run.
+        Record(folder, settings).lock.release()
+        console.print(f"{folder} is finished; name another with --out to run it again")
+        return folder
+    with Stop() as stop:
+        console.print(f"loading {config.model} (the first start converts its weights in a minute)")
+        model = load_model(config.model, device=config.device)
+        record = Record(folder, settings, config.loop.eval)
+        last = record.events[-1]["event"]
+        if len(record.events) > 1:
+            console.print(f"going on with {folder} after {len(record.events)} events")
+        usage = Usage(folder, len(record.events))
+        ended = "error"
+        try:
+            run(config, record, model, axis, console, stop)
+            ended = "end"
+        except StarvedError as error:
+            ended = "starved"
+            if last != "starved":
+                with stop.held():
+                    index = record.events[-1]["round"]
+                    record.event("starved", index, {"sentence": str(error)})
+            report(folder, console)
+            raise
+        except Stopped as stopped:
+            ended = str(stopped)
+            console.print(_goodbye(record, folder))
+            raise
+        finally:
+            usage.close(ended)
+            record.lock.release()
+    console.print(usage.sentence())
     return folder
 
 
-def report(folder: Path, console: Console) -> None:
-    """Table, answers, pictures and diary of a run folder, from its record alone."""
-    # matplotlib is slow to import and only needed at the end.
-    from experiments.plot import draw
-
-    config, events, texts = read(folder)
-    axis = load_axis(config["axis"])
-    table = Table(title=f"{config['model']}, axis {axis.name}, seed {config['loop']['seed']}")
-    lines = rows(events)
-    columns = list(dict.fromkeys(key for line in lines for key in line))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for line in lines:
-        table.add_row(*(line.get(column, "") for column in columns))
-    console.print(table)
-    found = answers(events, texts, axis)
-    for question, answer in found.items():
-        console.print(f"[bold]{question}[/] {answer}", highlight=False)
-    markdown = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    markdown += ["| " + " | ".join(line.get(c, "") for c in columns) + " |" for line in lines]
-    write(folder / "table.md", "\n".join(markdown) + "\n")
-    write(folder / "answers.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    write(folder / "diary.md", diary(texts, config["loop"]["rounds"]))
-    draw(folder)
-    ended = next((e["seconds"] for e in events if e["event"] == "end"), None)
-    if ended is not None:
-        console.print(f"{ended / 60:.1f} minutes")
+def _goodbye(record: Record, folder: Path) -> str:
+    done = len(record.events) - 1
+    again = shlex.join([sys.executable, "-m", "experiments.run", *sys.argv[1:]])
+    return (
+        f"stopped; {folder} is complete up to its {done} finished stages; the same command goes on "
+        f"from there:\n{again}"
+    )
 
 
 def main() -> None:
-    """The command line; bad input ends with one sentence and status 2."""
+    """The command line; bad input ends with one sentence and status 2, a signal with 128 and its
+    number."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config = tyro.cli(RunConfig, description=__doc__)
     console = Console(width=max(120, Console().width), soft_wrap=True)
     try:
-        folder = run(config, console)
+        folder = study(config, console)
         report(folder, console)
     except ShlError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)
     print(f"run folder: {folder}")
 
 

@@ -75,10 +75,12 @@ def _column(name: str, foundation: str, events: Sequence[Event]) -> str:
 
 def answers(events: Sequence[Event], texts: Sequence[Event], axis: Axis) -> dict[str, str]:
     """Q0 to Q3 in a sentence each, with the numbers that decide."""
-    (base,) = stages(events, "base")
     steered, healed = stages(events, "steered"), stages(events, "healed")
+    stopped = [e["sentence"] for e in events if e["event"] == "starved"]
+    ended = {"stopped early": stopped[0]} if stopped else {}
     if not healed:
-        return {"Q0-Q3": "no round was finished, nothing can be answered."}
+        return {"Q0-Q3": "no round was finished, nothing can be answered."} | ended
+    (base,) = stages(events, "base")
     return {
         "Q0 can we filter?": _filter(events, texts),
         "Q1 does healing heal?": _heals(base, steered, healed, axis),
@@ -87,12 +89,26 @@ def answers(events: Sequence[Event], texts: Sequence[Event], axis: Axis) -> dict
         "can we read it?": _probe(base),
         "on the axis?": _selective(healed[-1], axis),
         "beyond prompting?": _prompting(events, base, healed, axis),
+        "the dose": _dose(events),
         "the barrier": "; ".join(
             f"round {e['round']}: {e['barrier']} (last epoch D {e['epochs'][-1]['d']:.2f} at tau "
             f"{e['tau']:g}, lam {e['epochs'][-1]['lam']:.1f})"
+            + ("" if e["moved"] else ", and the adapter did not move")
             for e in of_round(events, "healing")
         ),
-    }
+    } | ended
+
+
+def _dose(events: Sequence[Event]) -> str:
+    return "; ".join(
+        f"round {e['round']}: kappa {e['kappa']:.2f}{_floor(e)}, {e['kept']} of {e['generated']} "
+        "completions kept"
+        for e in of_round(events, "round")
+    )
+
+
+def _floor(e: Event) -> str:
+    return " (the floor: no lower dose was left to step down to)" if e["at_floor"] else ""
 
 
 def _probe(base: Event) -> str:

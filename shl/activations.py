@@ -8,6 +8,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.errors import check
+from shl.finite import require_finite
+from shl.halving import in_batches
 from shl.hooks import Handle, running, suspended
 from shl.recorder import Recorder
 from shl.shapes import Float
@@ -143,10 +145,20 @@ def residual_at_tag(
     check(len(layers) > 0, "layers is empty, name at least one.")
     rows = [encode(model, prompt) for prompt in prompts]
     out = {layer: torch.empty(len(rows), model.cfg.d_model) for layer in layers}
-    for indices in length_batches([len(row) for row in rows], batch_size):
+
+    def work(indices: list[int]) -> None:
         batch = pad_left(model, [rows[i] for i in indices])
         with running(rows=indices), Capture(model, layers) as capture, torch.no_grad():
             model(batch.tokens, attention_mask=batch.mask, stop_at_layer=max(layers) + 1)
         for layer in layers:
+            require_finite(
+                capture.last[layer],
+                f"a residual after layer {layer}",
+                model,
+                lambda: [rows[i] for i in indices],
+                indices,
+            )
             out[layer][indices] = capture.last[layer].float().cpu()
+
+    in_batches(length_batches([len(row) for row in rows], batch_size), work, "extraction")
     return out

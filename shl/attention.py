@@ -82,12 +82,15 @@ class FastAttention(GroupedQueryAttention):
         q = self.hook_rot_q(_rotated(q, cos, sin)).transpose(1, 2)
         k = self.hook_rot_k(_rotated(k, cos, sin)).transpose(1, 2)
         v = v.transpose(1, 2)
+        # torch's fused kernels turn a row of NaN scores into zeros, and so does TransformerLens;
+        # 0 times NaN or infinity keeps it visible.
+        seen = 0 * (q.detach().sum(dtype=torch.float32) + k.detach().sum(dtype=torch.float32))
         if entry is not None:
             k, v = entry.append(k, v)
         allowed = self._allowed(attention_mask, offset, q.shape[2], q.device)
         if explicit:
-            return self._project(self._explicit(q, k, v, allowed))
-        return self._project(self.hook_z(self._fused(q, k, v, allowed)))
+            return self._project(self._explicit(q, k, v, allowed) + seen.to(v.dtype))
+        return self._project(self.hook_z(self._fused(q, k, v, allowed) + seen.to(v.dtype)))
 
     def _rotary(
         self, attention_mask: Tensor | None, offset: int, new: int, device: torch.device

@@ -116,13 +116,28 @@ def _parse(text: str, where: str) -> Axis:
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ShlError(f"axis file {where} is not TOML ({error}).") from error
+    return axis_from(table, where)
+
+
+def axis_from(table: Mapping[str, Any], where: str) -> Axis:
+    """An axis from the keys and values of its file; `where` is for the sentence of an error.
+
+    Raises:
+        ShlError: a missing or unknown key, or a value that `Axis` refuses.
+
+    Example:
+        >>> table = dict(name="bold", description="", positive="Bold.", negative="Timid.")
+        >>> lists = dict(contexts=["Tea?"], prompts=["Jump?"], expected={"liberty": 1})
+        >>> axis_from(table | lists, "here").targets
+        ('liberty',)
+    """
     missing = [key for key in _KEYS if key not in table]
     unknown = [key for key in table if key not in _KEYS]
     check(not missing, f"axis file {where} lacks {', '.join(missing)}.")
     check(not unknown, f"axis file {where} has unknown {', '.join(unknown)}; allowed: {_KEYS}.")
     for key in ("name", "description", "positive", "negative"):
         check(isinstance(table[key], str), f"{key} in {where} must be a text.")
-    check(isinstance(table["expected"], dict), f"expected in {where} must be a table.")
+    check(isinstance(table["expected"], Mapping), f"expected in {where} must be a table.")
     contexts = table["contexts"]
     if isinstance(contexts, str):
         lists = tomllib.loads((DATA / "contexts.toml").read_text("utf-8"))
@@ -141,7 +156,7 @@ def _parse(text: str, where: str) -> Axis:
 
 def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
     check(
-        isinstance(value, list) and all(isinstance(text, str) for text in value),
+        isinstance(value, list | tuple) and all(isinstance(text, str) for text in value),
         f"{key} in {where} must be a list of texts.",
     )
     return tuple(value)

@@ -226,6 +226,9 @@ class HealConfig:
     """AdamW's learning rate, after a warm-up over the first tenth of the steps."""
     batch_size: int = 4
     """Completions per optimiser step [count]."""
+    rows: int | None = None
+    """Of these, completions that go through the model at a time, None for all: fewer take less
+    memory and give the same gradient but for the last bits [count]."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this 2-norm."""
     divergence: Literal["kl_rev", "kl_fwd", "none"] = "kl_rev"
@@ -266,6 +269,8 @@ class HealConfig:
         check(len(set(self.sites)) == len(self.sites), f"sites {self.sites} names one twice.")
         _between("epochs", self.epochs, 1)
         _between("batch_size", self.batch_size, 1)
+        if self.rows is not None:
+            _between("rows", self.rows, 1, self.batch_size)
         for name in ("lr", "tau", "lam", "weight_decay", "sv_penalty", "calibrate_rate"):
             _between(name, getattr(self, name), 0)
         _between("max_grad_norm", self.max_grad_norm, 0)

@@ -1,8 +1,10 @@
 """Safetensors files that say what they are, and notice if they have been changed."""
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
@@ -89,9 +91,14 @@ def write_safetensors(
     told["identity"] = identity(kept, told)
     scratch = path.with_name(f".{path.name}.tmp")
     try:
-        scratch.write_bytes(save(kept, metadata={"shl": json.dumps(told)}))
+        with scratch.open("wb") as stream:
+            stream.write(save(kept, metadata={"shl": json.dumps(told)}))
+            stream.flush()
+            os.fsync(stream.fileno())
         scratch.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
         raise ShlError(f"{path} cannot be written ({error.strerror}).") from error
 
 

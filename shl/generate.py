@@ -13,6 +13,8 @@ from transformer_lens import HookedTransformer
 
 from shl.config import GenerateConfig
 from shl.errors import check
+from shl.finite import require_finite
+from shl.halving import in_batches
 from shl.hooks import handles_on, running
 from shl.prefill import prefill, run
 from shl.sampling import next_logits, sample
@@ -96,11 +98,14 @@ def generate(
     )
     doses = _doses(model, len(rows))
     done: dict[int, Completion] = {}
-    for indices in length_batches([len(row) for row in rows], batch_size):
+
+    def work(indices: list[int]) -> None:
         decoded = _decode_batch(model, indices, [rows[i] for i in indices], config, seed)
         for i, (tokens, ended) in zip(indices, decoded, strict=True):
             text = decode(model, tokens)
             done[i] = Completion(asked[i], text, tuple(tokens), tuple(rows[i]), doses[i], ended)
+
+    in_batches(length_batches([len(row) for row in rows], batch_size), work, "generation")
     return [done[i] for i in range(len(rows))]
 
 
@@ -147,6 +152,13 @@ def _decode_batch(
             else:
                 residual = run(model, new, torch.ones_like(new), cache)
             logits, ids = next_logits(model, residual, k=wanted)
+            require_finite(
+                logits.amax(1),
+                f"a logit of token {step}",
+                model,
+                lambda: [[*rows[i], *out[i]] for i in active],  # noqa: B023
+                [indices[i] for i in active],
+            )
         if step < config.min_new_tokens:
             logits = logits.masked_fill(torch.isin(ids, stop_ids), -torch.inf)
         chosen = sample(logits, draws[active, step], config, ids)

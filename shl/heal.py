@@ -12,41 +12,31 @@ Vandenberghe 2004, section 5), in the log so that lam stays positive.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.config import HealConfig
-from shl.errors import ShlError, check
+from shl.errors import check
+from shl.finite import named
 from shl.generate import Completion
+from shl.halving import in_batches
+from shl.heal_step import HealStep, Reference, backward, gradient_norm
 from shl.hooks import suspended
-from shl.kl import aggregate, differentiable_nll, forward_kl_and_nll, reverse_kl_and_nll
-from shl.lora import Adapter, fresh_adapter, singular_value_penalty
+from shl.lora import Adapter, fresh_adapter
+from shl.low_rank import LowRank
 from shl.scores import completion_hidden
 from shl.seeds import generator_for
-from shl.sites import readout
+from shl.shapes import Hidden
 from shl.sweep import logsumexp
 from shl.tokens import length_batches
+from shl.training import Training, restore, snapshot
 
 Barrier = Literal["off", "never fired", "fired but did not bind", "bound"]
-
-
-@dataclass(frozen=True)
-class HealStep:
-    """One optimiser step, measured before its update; means over the batch's completions."""
-
-    epoch: int
-    step: int
-    nll: float  # nats per token
-    d: float  # nats
-    lam: float
-    fired: float  # share of completions with D > tau
-    tokens_over: float  # share of tokens with divergence > tau
-    grad_nll: float  # 2-norm of the gradient at the final hidden states
-    grad_barrier: float  # likewise, lam included
-    grad_adapter: float  # 2-norm over A and B, before clipping
+OnStep = Callable[[HealStep, int, Callable[[], Training]], None]
+"""Called as `on_step(step, total, state)`; `state()` is what training needs to go on from here."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +109,16 @@ def train_adapter(
     rounds: int = 1,
     seed: int = 0,
     axis: str | None = None,
-    on_step: Callable[[HealStep, int], None] | None = None,
+    on_step: OnStep | None = None,
+    resume: Training | None = None,
 ) -> Healed:
     """`heal`, with the log of its steps; `index` of `rounds` places it in the lam schedule, and
     `axis` is for the adapter's file.
 
-    `on_step(step, total)` is called after each optimiser step.
+    Args:
+        on_step: called after each optimiser step.
+        resume: a state that `on_step` was given in an earlier process, by the same call; training
+            goes on from there and ends with the same bits.
     """
     config = config or HealConfig()
     texts = [c for c in kept if c.tokens]
@@ -133,106 +127,68 @@ def train_adapter(
     optimiser = torch.optim.AdamW(
         adapter.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
     )
-    batches = length_batches(
+    places = length_batches(
         [len(c.prompt_tokens) + len(c.tokens) for c in texts], config.batch_size
     )
+    batches = [[texts[i] for i in place] for place in places]
     total = config.epochs * len(batches)
-    floor = config.lam_at(index, rounds)
-    lam = floor
+    lam = floor = config.lam_at(index, rounds)
     log: list[HealStep] = []
+    if resume is not None:
+        lam, log = restore(resume, adapter, optimiser, texts)
+    rows = config.rows or config.batch_size
     with adapter.attach(model) as handle:
-        references: list[tuple[Tensor, Tensor] | None] = [None] * len(batches)
-        if config.divergence != "none":
-            # The base gates every hook of ours, the previous student only the new adapter.
-            gate = suspended(model) if config.reference == "base" else suspended(model, handle)
-            with torch.no_grad(), gate:
-                for k, batch in enumerate(batches):
-                    states = completion_hidden(model, [texts[i] for i in batch])
-                    references[k] = states, logsumexp(states, model.W_U, model.b_U)
-        for epoch in range(config.epochs):
+        references = _references(model, handle, batches, config, rows)
+        for step in range(len(log), total):
+            epoch, place = divmod(step, len(batches))
             order = torch.randperm(len(batches), generator=generator_for(seed, "order", epoch))
-            for k in order.tolist():
-                _set_lr(optimiser, config.lr, len(log), total)
-                optimiser.zero_grad()
-                own = [texts[i] for i in batches[k]]
-                # Forming gradients on demand costs 2 + 3 f products for a share f of fired
-                # completions, forming all of them 4; the last step predicts f.
-                lazy = bool(log) and log[-1].fired < 2 / 3
-                step = _step(model, adapter, own, references[k], config, lam, epoch, len(log), lazy)
-                norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
-                where = f"round {index}, epoch {epoch}, step {len(log)}"
-                for name, value in (("loss", step.nll + step.d), ("gradient", float(norm))):
-                    if not math.isfinite(value):
-                        raise ShlError(f"the {name} is {value} at {where}, it must be finite.")
-                optimiser.step()
-                log.append(HealStep(**{**vars(step), "grad_adapter": float(norm)}))
-                if config.calibrate and config.divergence != "none":
-                    lam = _next_lam(lam, step.d, config, floor)
-                if on_step is not None:
-                    on_step(log[-1], total)
+            k = int(order[place])
+            # Forming gradients on demand costs 2 + 3 f products for a share f of fired
+            # completions, forming all of them 4; the last step predicts f.
+            lazy = bool(log) and log[-1].fired < 2 / 3
+            _set_lr(optimiser, config.lr, step, total)
+            with named(f"epoch {epoch}, step {step}"):
+                terms, rows = backward(
+                    model, adapter, batches[k], references[k], config, lam, lazy=lazy, rows=rows
+                )
+                norm = gradient_norm(adapter, config.max_grad_norm)
+            optimiser.step()
+            weight = 0.0 if references[k] is None else lam
+            log.append(HealStep(epoch, step, lam=weight, grad_adapter=norm, **vars(terms)))
+            if config.calibrate and config.divergence != "none":
+                lam = _next_lam(lam, terms.d, config, floor)
+            if on_step is not None:
+                on_step(log[-1], total, partial(snapshot, adapter, optimiser, lam, log, texts))
     return Healed(adapter.frozen(), tuple(log), config)
 
 
-def _step(
+@torch.no_grad()
+def _references(
     model: HookedTransformer,
-    adapter: Adapter,
-    batch: Sequence[Completion],
-    reference: tuple[Tensor, Tensor] | None,
+    handle: LowRank,
+    batches: Sequence[Sequence[Completion]],
     config: HealConfig,
-    lam: float,
-    epoch: int,
-    step: int,
-    lazy: bool,
-) -> HealStep:
-    """Forward and backward of one batch; gradients end in the adapter."""
-    hidden = completion_hidden(model, batch)
-    targets = torch.tensor([t for c in batch for t in c.tokens], device=hidden.device)
-    sizes = [len(c.tokens) for c in batch]
-    # The two terms' gradients are taken apart at the hidden states, where both are already
-    # formed, and go through the model together.
-    leaf = hidden.detach().requires_grad_(True)
-    fire = torch.zeros(len(batch), device=hidden.device)
-    d = torch.zeros(len(batch), device=hidden.device)
-    kl = torch.zeros(len(targets), device=hidden.device)
-    if reference is None:
-        nll = differentiable_nll(leaf, model.W_U, targets, **readout(model))
-    else:
-        states, ref_lse = reference
-        if config.divergence == "kl_fwd":
-            kl, nll = forward_kl_and_nll(leaf, states, model.W_U, targets, **readout(model))
-        else:
-            kl, nll = reverse_kl_and_nll(
-                leaf,
-                states,
-                model.W_U,
-                targets,
-                **readout(model),
-                ref_lse=ref_lse if lazy else None,
-                lazy=lazy,
-            )
-        d = torch.stack([aggregate(part, config.aggregate) for part in kl.split(sizes)])
-        fire = (d > config.tau).float()
-    nll_term = torch.stack([part.mean() for part in nll.split(sizes)]).mean()
-    (grad_nll,) = torch.autograd.grad(nll_term, leaf, retain_graph=True)
-    grad_barrier = torch.zeros_like(grad_nll)
-    if reference is not None:
-        barrier = lam * torch.relu(d - config.tau).mean()
-        (grad_barrier,) = torch.autograd.grad(barrier, leaf)
-    hidden.backward(grad_nll + grad_barrier)
-    if config.sv_penalty > 0:
-        (config.sv_penalty * singular_value_penalty(adapter)).backward()
-    return HealStep(
-        epoch=epoch,
-        step=step,
-        nll=float(nll_term.detach()),
-        d=float(d.detach().mean()),
-        lam=lam if reference is not None else 0.0,
-        fired=float(fire.mean()),
-        tokens_over=float((kl.detach() > config.tau).float().mean()),
-        grad_nll=float(grad_nll.norm()),
-        grad_barrier=float(grad_barrier.norm()),
-        grad_adapter=0.0,
-    )
+    rows: int,
+) -> list[Reference] | list[None]:
+    """Of each batch, none if nothing is compared; as many rows at a time as in training, so that
+    an untrained student differs from it in no bit."""
+    if config.divergence == "none":
+        return [None] * len(batches)
+    # The base gates every hook of ours, the previous student only the new adapter.
+    with suspended(model) if config.reference == "base" else suspended(model, handle):
+        return [_reference(model, batch, rows) for batch in batches]
+
+
+def _reference(model: HookedTransformer, batch: Sequence[Completion], rows: int) -> Reference:
+    parts: list[Hidden] = []
+
+    def work(part: list[int]) -> None:
+        parts.append(completion_hidden(model, [batch[i] for i in part]))
+
+    each = [list(range(len(batch)))[at : at + rows] for at in range(0, len(batch), rows)]
+    in_batches(each, work, "the reference")
+    states = torch.cat(parts)
+    return states, logsumexp(states, model.W_U, model.b_U)
 
 
 def _set_lr(optimiser: torch.optim.Optimizer, lr: float, step: int, total: int) -> None:

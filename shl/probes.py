@@ -14,6 +14,8 @@ from shl.axes import DATA
 from shl.cache import KeyValues
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.errors import check
+from shl.finite import require_finite
+from shl.halving import in_batches
 from shl.kl import log_probs_at
 from shl.prefill import prefill, run
 from shl.sites import final_hidden, readout
@@ -61,12 +63,22 @@ def read_completions(
     before = f"{persona}\n\n" if persona else ""
     rows = [encode_text(model, before + v.text, bos=True) for v in items]
     out = torch.zeros(len(rows), len(stems), len(FOUNDATIONS))
-    for chosen in length_batches([len(row) for row in rows], config.batch_size):
+
+    def work(chosen: list[int]) -> None:
         _, start = prefill(model, [rows[i] for i in chosen])
         for k, stem in enumerate(stems):
             # Stems go one by one: padding between a stem and its options would count towards
             # the sliding window.
-            out[chosen, k] = _score_options(model, start, stem, options[k], len(chosen))
+            scores = _score_options(model, start, stem, options[k], len(chosen))
+            require_finite(
+                scores,
+                f"a score of stem {k} on vignettes {chosen}",
+                model,
+                lambda: [[*rows[i], *stem, *o] for i in chosen for o in options[k]],  # noqa: B023
+            )
+            out[chosen, k] = scores
+
+    in_batches(length_batches([len(row) for row in rows], config.batch_size), work, "the probe")
     return out
 
 
@@ -138,7 +150,8 @@ def read_digits(
             places.append((item, k))
     out = torch.zeros(len(items), len(orders), n)
     words = torch.tensor([ids[0] for ids in digits], device=model.W_U.device)
-    for indices in length_batches([len(row) for row in rows], 2 * config.batch_size):
+
+    def work(indices: list[int]) -> None:
         residual, _ = prefill(model, [rows[i] for i in indices])
         scores = log_probs_at(
             final_hidden(model, residual[:, 0]),
@@ -148,5 +161,8 @@ def read_digits(
         ).cpu()
         for i, row in zip(indices, scores, strict=True):
             item, k = places[i]
+            require_finite(row, f"a score of vignette {item}", model, lambda: [rows[i]])  # noqa: B023
             out[item, k, orders[k]] = row
+
+    in_batches(length_batches([len(row) for row in rows], 2 * config.batch_size), work, "the probe")
     return out

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from transformer_lens import HookedTransformer
 
-from shl.errors import check
+from shl.finite import require_finite
 from shl.generate import Completion
+from shl.halving import in_batches
 from shl.hooks import running, suspended
 from shl.kl import nll, reverse_kl_and_nll
 from shl.shapes import Float, Tensor
@@ -51,16 +52,19 @@ def token_nll(
     out = [torch.empty(0)] * len(completions)
     full = [i for i, c in enumerate(completions) if c.tokens]
     rows = {i: [*completions[i].prompt_tokens, *completions[i].tokens] for i in full}
-    for indices in length_batches([len(rows[i]) for i in full], batch_size):
+
+    def work(indices: list[int]) -> None:
         chosen = [full[j] for j in indices]
         with running(rows=chosen):
             hidden = completion_hidden(model, [completions[i] for i in chosen])
         targets = torch.cat([torch.tensor(completions[i].tokens) for i in chosen])
         losses = nll(hidden, model.W_U, targets.to(hidden.device), **readout(model))
-        check(bool(torch.isfinite(losses).all()), "a completion's NLL under base is not finite.")
+        require_finite(losses, "a completion's NLL", model, lambda: [rows[i] for i in chosen])
         parts = losses.cpu().split([len(completions[i].tokens) for i in chosen])
         for i, part in zip(chosen, parts, strict=True):
             out[i] = part
+
+    in_batches(length_batches([len(rows[i]) for i in full], batch_size), work, "scoring")
     return out
 
 

@@ -50,16 +50,43 @@ def evaluate(
     # A reading of base that was taken just now, with nothing of ours on, is the answer itself.
     plain = fresh and persona is None and not handles_on(model)
     log_probs = base if plain else _read(model, style, persona, config)
+    return reading(style, log_probs, base)
+
+
+def reading(style: str, log_probs: np.ndarray, base: np.ndarray) -> Evaluation:
+    """An `Evaluation` from raw scores `[item, asked, option]` of a stage and of base."""
     prior = base.mean(0, keepdims=True) if style == "completion" else np.zeros((1, 1, 1))
     base_mass = np.exp(logsumexp(base)).mean(0)[:, 0]
     labels = tuple(v.foundation for v in vignettes())
     return Evaluation(style, labels, log_probs, prior, base_mass)
 
 
+def remember_base(model: HookedTransformer, reading: Evaluation) -> None:
+    """Take a reading of base that was made earlier instead of making it again.
+
+    Raises:
+        ShlError: a reading of another style or of other vignettes.
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> model, again = tiny_gemma(), tiny_gemma()
+        >>> base = evaluate(model)
+        >>> remember_base(again, base)
+        >>> float(evaluate(again).coherence)
+        1.0
+    """
+    style = "digits" if is_chat(model) else "completion"
+    labels = tuple(v.foundation for v in vignettes())
+    check(
+        (reading.style, reading.labels) == (style, labels),
+        f"the reading of base has style {reading.style!r} and {len(reading.labels)} vignettes, "
+        f"this model is read in style {style!r} on {len(labels)}.",
+    )
+    _BASE[model] = {"log_probs": reading.log_probs}
+
+
 def _read(
     model: HookedTransformer, style: str, persona: str | None, config: EvalConfig
 ) -> np.ndarray:
     read = read_completions if style == "completion" else read_digits
-    scores = read(model, vignettes(), persona, config).double().numpy()
-    check(bool(np.isfinite(scores).all()), "a vignette's score is not finite.")
-    return scores
+    return read(model, vignettes(), persona, config).double().numpy()

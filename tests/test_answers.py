@@ -1,17 +1,11 @@
 """The four answers on constructed events whose yes or no is known, and what a record refuses."""
 
 import pytest
-from helpers import one_sentence
 
 from experiments.diary import diary
-from experiments.record import Record, read
 from experiments.summary import answers, on_axis, rows, stages
 from shl.axes import load_axis
 from shl.config import FOUNDATIONS
-from shl.errors import ShlError
-from shl.filters import Verdict
-from shl.generate import Completion
-from shl.tokens import Prompt
 
 AXIS = load_axis("care_auth")  # care up, authority down
 
@@ -46,10 +40,18 @@ def run(*, last=(-1.2, -3.4), coherence=1.0, cosine=0.9, first=(-1.5, -3.0)):
         events.append(stage("healed", index, *healed, coherence=coherence))
         epoch = {"d": 0.48, "lam": 1.5, "tokens_over": 0.1}
         events.append(
-            {"event": "healing", "round": index, "barrier": "bound", "tau": 0.5, "epochs": [epoch]}
+            {
+                "event": "healing",
+                "round": index,
+                "barrier": "bound",
+                "moved": True,
+                "tau": 0.5,
+                "epochs": [epoch],
+            }
         )
-        cosines = {"6": 1.0 if index == 0 else cosine}
-        events.append({"event": "round", "round": index, "cosine_to_first": cosines})
+        short = {"kappa": 0.2, "kept": 6, "generated": 9, "at_floor": index == 1}
+        short["cosine_to_first"] = {"6": 1.0 if index == 0 else cosine}
+        events.append({"event": "round", "round": index, **short})
     return events
 
 
@@ -126,32 +128,20 @@ def test_the_axis_decides_the_sign():
     assert on_axis(base, healed, AXIS) == pytest.approx(-1.1)
 
 
-def test_the_diary_fences_backticks(tmp_path):
-    record = Record(tmp_path / "run", {}, "cpu")
+def test_the_diary_fences_backticks():
     evil = "one\n```\n# not a heading\n````\ntwo"
 
-    def verdict(text, dose=0.0):
-        return Verdict(Completion(Prompt("Why?"), text, (5,), (2,), dose), (), 2.0, 2.0)
+    def line(stage, index, text, dose=0.0):
+        told = {"prompt": "Why?", "text": text, "dose": dose, "reasons": []}
+        return told | {"stage": stage, "round": index}
 
-    record.texts("base", -1, [verdict("plain")])
-    record.texts("batch", 0, [verdict(evil, 1.5)])
-    record.texts("healed", 0, [verdict("by day")])
-    text = diary(read(tmp_path / "run")[2], 1)
+    lines = [line("base", -1, "plain"), line("batch", 0, evil, 1.5), line("healed", 0, "by day")]
+    text = diary(lines, 1)
     fenced = text.split("`````text\n")
     assert len(fenced) == 2  # five, one more than the four inside
     assert fenced[1].startswith(f"{evil}\n`````\n")
     assert "```text\nplain\n```" in text
     assert "**dreamt** (dose 1.50, kept)" in text
-
-
-def test_a_run_folder_that_is_not_empty_is_refused(tmp_path):
-    Record(tmp_path / "new" / "deep", {}, "cpu")
-    with pytest.raises(ShlError) as error:
-        Record(tmp_path / "new", {}, "cpu")
-    assert "is not empty" in one_sentence(error)
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ShlError, match="cannot be written"):
-        Record(tmp_path / "file", {}, "cpu")
 
 
 def test_a_wrong_way_shift_does_not_heal():
@@ -162,3 +152,23 @@ def test_a_wrong_way_shift_does_not_heal():
 
 def test_a_negative_alpha_is_ordered_by_size():
     assert verdicts(run(), probes((-0.3, 4, 8.0), (-1.5, 1, 40.0)))["Q0"] == "yes"
+
+
+def test_a_dose_at_its_floor_and_an_adapter_that_did_not_move_are_said():
+    events = run()
+    found = answers(events, [], AXIS)
+    first, second = found["the dose"].split("; ")
+    assert first == "round 0: kappa 0.20, 6 of 9 completions kept"
+    assert "(the floor: no lower dose was left to step down to)" in second
+    assert "did not move" not in found["the barrier"]
+    still = [e | {"moved": False, "barrier": "never fired"} if "moved" in e else e for e in events]
+    assert "never fired" in answers(still, [], AXIS)["the barrier"]
+    assert "the adapter did not move" in answers(still, [], AXIS)["the barrier"]
+
+
+def test_a_run_that_starved_says_so_with_what_it_has():
+    ended = {"event": "starved", "round": 2, "sentence": "round 2: 3 completions survived."}
+    found = answers([*run(), ended], [], AXIS)
+    assert found["stopped early"] == "round 2: 3 completions survived."
+    assert "Q0 can we filter?" in found
+    assert "stopped early" in answers([ended], [], AXIS)

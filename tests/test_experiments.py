@@ -1,6 +1,7 @@
 """The program: a whole tiny run through the command line, its record, and bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,10 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 
 from experiments import run as program
+from experiments.folder import read
 from experiments.plot import draw
-from experiments.record import read
-from experiments.run import RunConfig, report
+from experiments.report import report
+from experiments.run import RunConfig
 from experiments.summary import rows
 from shl.errors import ShlError
 from shl.lora import Adapter
@@ -62,9 +64,16 @@ def test_a_run_leaves_every_file_and_every_line_of_it_is_json(folder):
     assert config["loop"]["heal"]["tau"] == 0.01
     assert config["loop"]["seed"] == 42
     lines = (folder / "events.jsonl").read_text("utf-8").split("\n")
-    assert [json.loads(line) for line in lines if line] == events
+    told = [json.loads(line) for line in lines if line]
+    assert [{k: v for k, v in line.items() if k != "check"} for line in told] == events
     one = ["vector", "probe", "batch", "stage", "healing", "stage", "round"]
-    assert [e["event"] for e in events] == ["stage"] * 3 + one + ["token_kl"] + one + ["end"]
+    assert [e["event"] for e in events] == [
+        *("start", "stage", "stage", "stage"),
+        *one,
+        "token_kl",
+        *one,
+        "end",
+    ]
     # 3 baselines of 3 samples; per round 4 probes, 4 dreams and 3 samples.
     assert len(texts) == 3 * 3 + 2 * (4 + 4 + 3)
     assert {t["stage"] for t in texts} == {
@@ -123,14 +132,22 @@ def test_a_report_can_be_made_again_from_the_record(folder, capsys):
     assert [q[:2] for q in before][:4] == ["Q0", "Q1", "Q2", "Q3"]
 
 
-def test_a_torn_line_is_one_sentence(folder, tmp_path):
-    for name in ("config.json", "events.jsonl"):
-        (tmp_path / name).write_text((folder / name).read_text("utf-8"), "utf-8")
-    with (tmp_path / "events.jsonl").open("a") as stream:
+def test_a_torn_last_line_counts_as_never_written(folder, tmp_path):
+    whole = read(folder)
+    torn = shutil.copytree(folder, tmp_path / "torn")
+    with (torn / "events.jsonl").open("a") as stream:
         stream.write('{"event": "sta')
+    assert read(torn) == whole
+
+
+@pytest.mark.parametrize("name", ["config.json", "axis.json", "versions.json"])
+def test_what_was_run_cannot_be_changed_afterwards(name, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with (copy / name).open("a") as stream:
+        stream.write(" ")
     with pytest.raises(ShlError) as error:
-        read(tmp_path)
-    assert "cannot be read as a run folder" in one_sentence(error)
+        read(copy)
+    assert "has been changed since the run began" in one_sentence(error)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +157,7 @@ def test_a_torn_line_is_one_sentence(folder, tmp_path):
         (("--model", "nonsense"), "unknown model 'nonsense'"),
         (("--vector.layers", "7"), "layer 7 is out of range"),
         (("--vector.contexts", "9999"), "contexts is 9999"),
-        (("--out", "."), "is not empty"),
+        (("--out", "."), "holds something else"),
         (("--heal.aggregate", "median"), "aggregate is 'median'"),
     ],
 )
@@ -168,7 +185,15 @@ def test_starving_is_bad_input_too(call, monkeypatch, capsys, tmp_path):
     assert "error: round 0: 0 completions survived" in capsys.readouterr().err
     # What was computed before is on disk.
     events = read(tmp_path / "run")[1]
-    assert [e["event"] for e in events[-8:]] == ["vector", "probe", *["batch"] * 6]
+    assert [e["event"] for e in events[-9:]] == ["vector", "probe", *["batch"] * 6, "starved"]
+    assert (
+        "completions survived"
+        in json.loads((tmp_path / "run/answers.json").read_text())["stopped early"]
+    )
+    # The same command says the same again, without a second line on it.
+    with pytest.raises(SystemExit):
+        call("--out", "run")
+    assert read(tmp_path / "run")[1] == events
 
 
 def test_defaults_are_the_librarys_and_help_works():

@@ -175,7 +175,8 @@ def test_logits_that_are_not_finite_are_refused(temperature, bad):
     model.unembed.b_U.data[5] = bad
     with pytest.raises(ShlError) as error:
         generate(model, ["Hi?"], temperature=temperature)
-    assert "not finite" in one_sentence(error)
+    assert f"a logit of token 0 is {bad}" in one_sentence(error)
+    assert "the first site with such a number is unembed" in str(error.value)
     assert ROWS.get() is None
 
 

@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_a_number_names_its_place_and_leaves_no_hook(gemma, t
         made.append(fresh_adapter(*args, **kwargs))
         return made[-1]
 
-    def poison(step, total):
+    def poison(step, total, _):
         assert total == 12  # 6 epochs of 2 batches
         if step.step == 2:
             next(iter(made[-1].up.values())).data.fill_(torch.nan)
@@ -156,7 +156,9 @@ def test_a_loss_that_is_not_a_number_names_its_place_and_leaves_no_hook(gemma, t
     monkeypatch.setattr(import_module("shl.heal"), "fresh_adapter", fresh)
     with pytest.raises(ShlError) as error:
         train_adapter(gemma, texts, HELD, index=5, rounds=9, on_step=poison)
-    assert "nan at round 5, epoch 1, step 3" in one_sentence(error)
+    sentence = one_sentence(error)
+    assert sentence.startswith("epoch 1, step 3: a hidden state is nan")
+    assert sentence.endswith(f"{made[0].sites[0].layer}.attn.hook_q.")
     assert hook_count(gemma) == 0
 
 

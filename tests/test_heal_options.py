@@ -72,8 +72,9 @@ def test_each_option_changes_the_adapter(option, gemma, texts):
 
 
 def test_every_option_is_tried():
-    # The reference needs an adapter below: tests/test_heal.py.
-    assert {*OPTIONS, "reference"} == {field.name for field in fields(HealConfig)}
+    # The reference needs an adapter below: tests/test_heal.py. Rows change only the last bits:
+    # tests/test_halving.py.
+    assert {*OPTIONS, "reference", "rows"} == {field.name for field in fields(HealConfig)}
 
 
 def test_shapes_and_steps_are_those_asked_for(gemma, texts):

@@ -66,8 +66,14 @@ FLOORS = {
     "filters": 4.5,
     "probes": 4.5,
     "vignettes": 5,
+    "halving": 0.5,
+    "finite": 1.6,
+    "heal_step": 4.6,
+    "training": 4.7,
     "heal": 5,
     "stages": 5.5,
+    "memory": 5.6,
+    "study": 5.75,
     "loop": 6,
 }
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")

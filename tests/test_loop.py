@@ -53,7 +53,7 @@ def by_dose(monkeypatch, highest):
     def judge(model, texts, config, **_):
         return [Verdict(c, () if c.dose <= highest else ("soup",), 9.0, 8.0) for c in texts]
 
-    monkeypatch.setattr(import_module("shl.loop"), "judge", judge)
+    monkeypatch.setattr(import_module("shl.study"), "judge", judge)
 
 
 def test_rounds_come_in_order_with_everything_in_them(run):

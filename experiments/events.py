@@ -1,0 +1,270 @@
+"""What a run's record may hold: one model per kind of line, checked when a record is read."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from shl.config import FOUNDATIONS
+from shl.errors import ShlError, check
+
+Count = Annotated[int, Field(ge=0)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+PerFoundation = Annotated[dict[str, Number], Field(min_length=7, max_length=7)]
+Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
+
+
+class Strict(BaseModel):
+    """No other keys, no conversions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Event(Strict):
+    """One line of events.jsonl.
+
+    `round` is -1 before the first; `seconds` is computing time since the start of the run; `texts`
+    counts the lines of texts.jsonl that are there when the event is written.
+    """
+
+    event: str
+    round: Annotated[int, Field(ge=-1, lt=10_000)]
+    seconds: Number
+    texts: Count
+
+
+class StartEvent(Event):
+    """SHA-256 of the files that say what is run."""
+
+    event: Literal["start"]
+    files: dict[str, str]
+
+
+class StageEvent(Event):
+    """One model measured."""
+
+    event: Literal["stage"]
+    stage: Literal["base", "prompted+", "prompted-", "steered", "healed"]
+    style: Literal["completion", "digits"]
+    nats: PerFoundation
+    coherence: Number
+    coherence_interval: Pair
+    mass: list[Number]
+    accuracy: Number
+    noise: list[str]
+    survival: Number
+    perplexity: Number | None
+    samples: Count
+    labels: list[str]
+    log_probs: list[list[list[Number]]]
+    shift: PerFoundation
+    shift_interval: dict[str, Pair]
+    centred_shift: PerFoundation
+    kappa: Number | None = None
+    dose: Number | None = None
+
+
+class VectorEvent(Event):
+    """A round's vector, in rounds/N/vector.safetensors."""
+
+    event: Literal["vector"]
+    norms: dict[str, Number]
+    contexts: Count
+
+
+class Rung(Strict):
+    """What was counted at one dose."""
+
+    kappa: Number
+    dose: Number
+    kept: Count
+    generated: Count
+
+
+class WalkEvent(Event):
+    """The dose ladder, or a full batch, judged; its texts are the new lines of texts.jsonl."""
+
+    event: Literal["probe", "batch"]
+    batch: Count | None = None
+    kappa: Number
+    dose: Number
+    at_floor: bool
+    ladder: Annotated[list[Rung], Field(min_length=1)]
+
+
+class Means(Strict):
+    """What is measured of a training step (see `shl.heal_step.HealStep`), or its mean."""
+
+    nll: Number
+    d: Number
+    lam: Number
+    fired: Number
+    tokens_over: Number
+    grad_nll: Number
+    grad_barrier: Number
+    grad_adapter: Number
+
+
+class Step(Means):
+    """One training step."""
+
+    epoch: Count
+    step: Count
+
+
+class HealingEvent(Event):
+    """A round's training, its adapter in rounds/N/adapter.safetensors."""
+
+    event: Literal["healing"]
+    barrier: Literal["off", "never fired", "fired but did not bind", "bound"]
+    moved: bool
+    tau: Number
+    epochs: Annotated[list[Means], Field(min_length=1)]
+    steps: Annotated[list[Step], Field(min_length=1)]
+    norms: dict[str, Number]
+
+
+class RoundEvent(Event):
+    """A round in short, once all of it is done."""
+
+    event: Literal["round"]
+    kappa: Number
+    dose: Number
+    kept: Count
+    generated: Count
+    at_floor: bool
+    cosine_to_first: Annotated[dict[str, Number], Field(min_length=1)]
+
+
+class Curve(Strict):
+    """Per-token KL to base of one completion, nats."""
+
+    verdict: Literal["kept", "dropped"]
+    reasons: list[str]
+    dose: Number
+    pieces: list[str]
+    kl: Annotated[list[Number], Field(min_length=1)]
+
+
+class TokenKlEvent(Event):
+    """A kept and a dropped completion, token by token."""
+
+    event: Literal["token_kl"]
+    curves: list[Curve]
+
+
+class StarvedEvent(Event):
+    """Too few completions survived; the run ends here."""
+
+    event: Literal["starved"]
+    sentence: str
+
+
+class EndEvent(Event):
+    """All rounds are done."""
+
+    event: Literal["end"]
+
+
+class Text(Strict):
+    """One line of texts.jsonl: a completion, judged."""
+
+    round: Annotated[int, Field(ge=-1, lt=10_000)]
+    stage: Literal["base", "prompted+", "prompted-", "probe", "batch", "healed"]
+    prompt: str
+    persona: str | None
+    dose: Number
+    text: str
+    ended: bool
+    tokens: list[Count]
+    reasons: list[str]
+    perplexity: Number | None
+    tail_perplexity: Number | None
+
+
+_EVENT: TypeAdapter[Any] = TypeAdapter(
+    Annotated[
+        StartEvent
+        | StageEvent
+        | VectorEvent
+        | WalkEvent
+        | HealingEvent
+        | RoundEvent
+        | TokenKlEvent
+        | StarvedEvent
+        | EndEvent,
+        Field(discriminator="event"),
+    ]
+)
+_TEXT: TypeAdapter[Any] = TypeAdapter(Text)
+
+
+def check_lines(events: list[dict[str, Any]], texts: list[dict[str, Any]], where: str) -> None:
+    """Raise unless every line of a record has the shape that its kind must have.
+
+    Raises:
+        ShlError: the first line that has not, and what is wrong with it.
+    """
+    for name, lines, shape in (("event", events, _EVENT), ("text", texts, _TEXT)):
+        for number, line in enumerate(lines, 1):
+            try:
+                shape.validate_python(line)
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_input=False)[0]
+                place = ".".join(map(str, first["loc"]))
+                raise ShlError(
+                    f"{name} {number} of {where} is malformed: {place}: {first['msg']}."
+                ) from error
+    for line in events:
+        for key in ("nats", "shift", "shift_interval", "centred_shift"):
+            check(
+                line["event"] != "stage" or set(line[key]) == set(FOUNDATIONS),
+                f"{key} of a stage of {where} is not of the foundations {FOUNDATIONS}.",
+            )
+    _check_order(events, len(texts), where)
+
+
+def name_of(event: dict[str, Any]) -> str:
+    """What tells events of one round apart: the kind, or the stage's name.
+
+    Example:
+        >>> name_of({"event": "stage", "stage": "healed"}), name_of({"event": "probe"})
+        ('healed', 'probe')
+    """
+    return str(event["stage"] if event["event"] == "stage" else event["event"])
+
+
+AFTER: dict[str | None, tuple[str, ...]] = {
+    None: ("start",),
+    "start": ("base",),
+    "base": ("prompted+",),
+    "prompted+": ("prompted-",),
+    "prompted-": ("vector",),
+    "vector": ("probe", "batch", "steered", "starved"),
+    "probe": ("batch", "steered", "starved"),
+    "batch": ("batch", "steered", "starved"),
+    "steered": ("healing",),
+    "healing": ("healed",),
+    "healed": ("round",),
+    "round": ("token_kl", "vector", "end"),
+    "token_kl": ("vector", "end"),
+    "starved": (),
+    "end": (),
+}
+"""What may follow what; a run that was cut off stops anywhere in between."""
+
+
+def _check_order(events: list[dict[str, Any]], texts: int, where: str) -> None:
+    last, index, count = None, -1, 0
+    for number, event in enumerate(events, 1):
+        name = name_of(event)
+        index += name == "vector"
+        check(
+            name in AFTER[last] and event["round"] == index,
+            f"event {number} of {where} is {name} of round {event['round']}, which cannot follow "
+            f"{last}.",
+        )
+        check(
+            count <= event["texts"] <= texts,
+            f"event {number} of {where} counts {event['texts']} texts, {count} to {texts} can be.",
+        )
+        last, count = name, event["texts"]

@@ -1,0 +1,98 @@
+"""Reading a run folder, and telling one run from another."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.events import check_lines
+from experiments.journal import Line, read_lines
+from shl.axes import Axis, axis_from
+from shl.errors import ShlError, check
+
+FILES = ("config.json", "axis.json", "versions.json")
+"""What is run; none of it changes while a run goes on."""
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ShlError(f"{path} cannot be read ({error.strerror}).") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ShlError: the file cannot be read or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ShlError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise ShlError(f"{path} is not JSON ({error}).") from error
+    check(isinstance(found, dict), f"{path} holds {type(found).__name__}, it must be an object.")
+    return found
+
+
+def same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
+    """Raise at the first setting that is not as it was."""
+    was, now = _flat(old), _flat(new)
+    for key in (*was, *now):
+        check(
+            was.get(key) == now.get(key),
+            f"{path} has {key} {was.get(key)!r}, this run has {now.get(key)!r}; a run goes on only "
+            "as it began, name another folder with --out.",
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, inner in value.items()
+        for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def check_files(folder: Path, start: Line) -> None:
+    """Raise unless the files that say what is run are those that the run began with."""
+    for name in FILES:
+        found = digest(folder / name)
+        check(
+            start["files"].get(name) == found,
+            f"{folder / name} has been changed since the run began (its SHA-256 is {found[:12]}).",
+        )
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[Line], list[Line]]:
+    """Config, events and texts of a run folder; a line that was cut off counts as never written.
+
+    Raises:
+        ShlError: it is none, or something in it has been changed or is malformed.
+    """
+    check(
+        (folder / "config.json").is_file() and (folder / "events.jsonl").is_file(),
+        f"{folder} is no run folder, it has no config.json and events.jsonl.",
+    )
+    events, texts = read_lines(folder / "events.jsonl"), read_lines(folder / "texts.jsonl")
+    check_lines(events, texts, str(folder))
+    check(bool(events), f"the run in {folder} had not begun.")
+    check_files(folder, events[0])
+    return read_json(folder / "config.json"), events, texts[: events[-1]["texts"]]
+
+
+def finished(folder: Path) -> bool:
+    """Whether a folder holds a run with all of its rounds."""
+    lines = read_lines(folder / "events.jsonl")
+    return bool(lines) and lines[-1].get("event") == "end"
+
+
+def axis_of(folder: Path) -> Axis:
+    """The axis that a run was made with."""
+    return axis_from(read_json(folder / "axis.json"), str(folder / "axis.json"))

@@ -1,0 +1,43 @@
+"""Table, answers, pictures and diary of a run folder, from its record alone."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from experiments.diary import diary
+from experiments.folder import axis_of, read
+from experiments.journal import write
+from experiments.summary import answers, rows
+
+
+def report(folder: Path, console: Console) -> None:
+    """Table, answers, pictures and diary of a run folder, from its record alone."""
+    # matplotlib is slow to import and only needed at the end.
+    from experiments.plot import draw
+
+    config, events, texts = read(folder)
+    axis = axis_of(folder)
+    title = f"{config['model']}, axis {axis.name}, seed {config['loop']['seed']}"
+    table = Table(title=escape(title))
+    lines = rows(events)
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    for column in columns:
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for line in lines:
+        table.add_row(*(line.get(column, "") for column in columns))
+    console.print(table)
+    found = answers(events, texts, axis)
+    for question, answer in found.items():
+        console.print(f"[bold]{question}[/] {escape(answer)}", highlight=False)
+    markdown = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    markdown += ["| " + " | ".join(line.get(c, "") for c in columns) + " |" for line in lines]
+    write(folder / "table.md", "\n".join(markdown) + "\n")
+    write(folder / "answers.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    write(folder / "diary.md", diary(texts, config["loop"]["rounds"]))
+    draw(folder)
+    ended = next((e["seconds"] for e in events if e["event"] == "end"), None)
+    if ended is not None:
+        console.print(f"{ended / 60:.1f} minutes")

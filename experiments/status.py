@@ -1,0 +1,89 @@
+"""What a run has done and what remains: `python -m experiments.status [RUN]`."""
+
+import sys
+from pathlib import Path
+
+from experiments.events import name_of
+from experiments.folder import read
+from experiments.journal import held
+from shl.errors import ShlError, check
+from shl.training import Training
+
+
+def status(folder: Path) -> str:
+    """A few lines: settings, progress, what remains, and whether a process is at work.
+
+    Raises:
+        ShlError: the folder is no run folder, or has been changed.
+    """
+    config, events, texts = read(folder)
+    rounds = config["loop"]["rounds"]
+    last = events[-1]
+    lines = [
+        f"{folder}: {config['model']}, axis {config['axis']}, {rounds} rounds, seed "
+        f"{config['loop']['seed']}",
+        f"done     {_done(events)}",
+    ]
+    state = folder / "rounds" / str(last["round"]) / "training.safetensors"
+    if name_of(last) == "steered" and state.is_file():
+        lines.append(f"         healing is saved after {len(Training.load(state).steps)} steps")
+    lines.append(f"         {len(texts)} texts, {last['seconds'] / 60:.1f} minutes of computing")
+    if name_of(last) == "starved":
+        lines.append(f"ended    {last['sentence']}")
+    elif name_of(last) != "end":
+        lines.append(f"remains  {_remains(name_of(last), last['round'], rounds)}")
+    at_work = "a process is at work on it" if held(folder) else "no process is at work on it"
+    finished = name_of(last) in ("end", "starved")
+    go_on = "" if finished or held(folder) else "; the command that began it continues it"
+    lines.append(f"now      {at_work}{go_on}")
+    return "\n".join(lines)
+
+
+def _done(events: list[dict]) -> str:
+    rounds: dict[int, list[str]] = {}
+    for event in events:
+        rounds.setdefault(event["round"], []).append(name_of(event))
+    parts = []
+    for index, names in rounds.items():
+        if index >= 0 and "round" in names:
+            parts.append(f"round {index}")
+        else:
+            where = f"round {index}: " if index >= 0 else ""
+            parts.append(where + ", ".join(n for n in names if n not in ("start", "end")))
+    return "; ".join(part for part in parts if part) or "nothing yet"
+
+
+def _remains(last: str, index: int, rounds: int) -> str:
+    order = ["vector", "probe", "batch", "steered", "healing", "healed"]
+    first = ["base", "prompted+", "prompted-"]
+    if index < 0:
+        left = first[first.index(last) + 1 :] if last in first else first
+        return "; ".join([*([", ".join(left)] if left else []), f"{rounds} rounds"])
+    here = order[order.index(last) + 1 :] if last in order else []
+    whole = rounds - index - 1
+    parts = [f"round {index}: {', '.join(here)}"] if here else []
+    return "; ".join([*parts, *([f"{whole} more rounds"] if whole else [])]) or "the last line"
+
+
+def newest(runs: Path = Path("runs")) -> Path:
+    """The run folder that was written to last.
+
+    Raises:
+        ShlError: there is none.
+    """
+    found = [path.parent for path in runs.glob("*/events.jsonl")]
+    check(bool(found), f"there is no run folder in {runs.resolve()}.")
+    return max(found, key=lambda folder: (folder / "events.jsonl").stat().st_mtime)
+
+
+def main() -> None:
+    """The command line."""
+    try:
+        print(status(Path(sys.argv[1]) if len(sys.argv) > 1 else newest()))
+    except ShlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
