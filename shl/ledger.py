@@ -129,6 +129,8 @@ class Ledger:
 
     def __str__(self) -> str:
         lines = [f"{self.axis_name} on {self.model_name}, {len(self.rounds)} rounds"]
+        if any(entry.to_first and entry.to_first.random for entry in self.vectors):
+            lines.append("in brackets: 95 % of chance, random directions and shuffled labels")
         lines += ["", "round layer    norm  rel.  cos first          cos previous       cos shift"]
         for entry in self.vectors:
             cosines = (_told(c) for c in (entry.to_first, entry.to_previous, entry.to_shift))

@@ -15,9 +15,7 @@ from shl import pictures
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {name: getattr(shl, name) for name in shl.__all__} | {
-    f"pictures.{name}": f
-    for name, f in vars(pictures).items()
-    if inspect.isfunction(f) and f.__module__ == "shl.pictures"
+    f"pictures.{name}": getattr(pictures, name) for name in pictures.__all__
 }
 
 

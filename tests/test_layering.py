@@ -58,6 +58,7 @@ FLOORS = {
     "lens": 4,
     "response": 4.5,
     "canvas": 1,
+    "word_pictures": 6.75,
     "pictures": 7,
     "generate": 4,
     "scores": 4.25,
@@ -129,7 +130,7 @@ def test_the_library_keeps_to_itself(room):
     tree = tree_of(room)
     forbidden = {"experiments", "tests", "rich", "tyro", "matplotlib", "peft"}
     # Pictures of a run are for notebooks too, where `experiments` is not installed.
-    forbidden -= {"matplotlib"} if room in ("canvas", "pictures") else set()
+    forbidden -= {"matplotlib"} if room in ("canvas", "pictures", "word_pictures") else set()
     for module, name in imports_of(tree):
         assert module.split(".")[0] not in forbidden
         assert (module, name) != ("__future__", "annotations")

@@ -88,7 +88,8 @@ def test_it_reads_as_a_table(run):
     lines = str(Ledger(rounds, model, AXIS, draws=20)).splitlines()
     assert lines[0] == "care_auth on tiny-gemma, 2 rounds"
     assert len([line for line in lines if line.count("(")]) >= 6
-    assert "+1.00 (" in lines[3]
+    assert "in brackets" in lines[1]
+    assert "+1.00 (" in lines[4]
     # Without a model there is nothing in brackets but the chance of the updates.
     assert "(" not in str(Ledger(rounds)).splitlines()[3]
 
