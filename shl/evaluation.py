@@ -99,7 +99,7 @@ class Evaluation:
         pairs = np.stack([self.log_p[:, k], base.log_p[:, k]], 1)
         return bootstrap(
             pairs,
-            lambda x: float(nats_of(x[:, 0]) - nats_of(x[:, 1])),
+            lambda x: float(-np.diff(nats_of(x))[0]),
             resamples=config.bootstrap,
             confidence=config.confidence,
         )
