@@ -12,7 +12,11 @@ export GOMP_SPINCOUNT ?= 1000
 export TOKENIZERS_PARALLELISM ?= false
 BIN = .venv/bin
 RUN = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED)
-.PHONY: help install experiment smoke probe control bench test check
+.PHONY: help install experiment smoke probe control bench test check docs notebooks
+# Rooms that share their name with a public function (shl.heal) come with `shl` itself; shl.shapes
+# re-exports Tensor, whose pages are not ours to make, and kl_triton takes triton.
+FACE = $(shell sed -n 's/^    "\([a-z_]*\)",/shl.\1/p' shl/__init__.py)
+ROOMS = $(filter-out shl.__init__ shl.kl_triton shl.shapes $(FACE),$(patsubst shl/%.py,shl.%,$(wildcard shl/*.py)))
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -49,3 +53,9 @@ test: install  ## all tests
 
 check: install  ## format, lint and static types
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+docs: install  ## the API reference, from the docstrings, into runs/docs; a warning is an error
+	$(BIN)/python -W error -m pdoc --docformat google -o runs/docs shl $(ROOMS)
+
+notebooks: install  ## run the notebooks on the real model and store their outputs
+	$(BIN)/python -m experiments.notebooks

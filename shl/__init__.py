@@ -21,8 +21,11 @@ from shl.generate import Completion, generate
 from shl.heal import heal
 from shl.hooks import suspended
 from shl.kl import aggregate, reverse_kl_and_nll
+from shl.ledger import Ledger
+from shl.lens import logit_lens
 from shl.loop import Round, baselines, love
 from shl.models import load_model
+from shl.response import dose_response
 from shl.tokens import Prompt
 from shl.trust import check
 from shl.vector import extract_vector
@@ -37,6 +40,7 @@ __all__ = [
     "FilterConfig",
     "GenerateConfig",
     "HealConfig",
+    "Ledger",
     "LoopConfig",
     "Prompt",
     "Round",
@@ -49,6 +53,7 @@ __all__ = [
     "baselines",
     "check",
     "difference",
+    "dose_response",
     "evaluate",
     "export_hf",
     "export_peft",
@@ -59,6 +64,7 @@ __all__ = [
     "keep_coherent",
     "load_axis",
     "load_model",
+    "logit_lens",
     "love",
     "reverse_kl_and_nll",
     "stack",

@@ -21,21 +21,28 @@ from shl.tokens import Prompt, encode, length_batches, pad_left
 def activations(
     model: HookedTransformer,
     prompts: Sequence[str | Prompt],
-    names: Sequence[str],
+    sites: Sequence[str],
     *,
-    position: int = -1,
+    tokens: int | Sequence[int] = -1,
     batch_size: int = 16,
 ) -> dict[str, Float[Tensor, "n ..."]]:
-    """What passes the named HookPoints at one position of each prompt, one row per prompt.
+    """What passes the named HookPoints at chosen tokens of each prompt, on the model as it stands.
+
+    (`shl.recorder.Recorder` keeps every position, and each step of cached generation.)
 
     Args:
-        names: TransformerLens's names, of HookPoints with batch and position first
+        sites: TransformerLens's names, of HookPoints with batch and position first
             (`blocks.3.hook_resid_post`, `blocks.0.attn.hook_z`).
-        position: counted in the prompt's own tokens; -1 is the assistant tag, 0 the first.
+        tokens: absolute positions in the prompt's own tokens, padding not counted; -1 is the
+            assistant tag, 0 the first.
+
+    Returns:
+        Per site `[n, ...]`, one row per prompt, or `[n, len(tokens), ...]` for several tokens; in
+        the model's dtype, on the CPU.
 
     Raises:
-        ShlError: an unknown name, a position outside a prompt, or a HookPoint whose second axis
-            is not the position.
+        ShlError: an unknown name, a token outside a prompt, or a HookPoint whose second axis is
+            not the position.
 
     Example:
         >>> from shl.tiny import tiny_gemma
@@ -44,25 +51,31 @@ def activations(
         torch.Size([2, 4, 16])
     """
     rows = [encode(model, prompt) for prompt in prompts]
+    asked = [tokens] if isinstance(tokens, int) else list(tokens)
+    check(len(asked) > 0, "tokens is empty, name at least one.")
     for row in rows:
-        check(
-            -len(row) <= position < len(row),
-            f"position is {position}, a prompt has {len(row)} tokens.",
-        )
+        for token in asked:
+            check(
+                -len(row) <= token < len(row),
+                f"token {token} is asked for, a prompt has {len(row)} tokens.",
+            )
     out: dict[str, Tensor] = {}
     for indices in length_batches([len(row) for row in rows], batch_size):
         batch = pad_left(model, [rows[i] for i in indices])
         width = batch.tokens.shape[1]
-        with running(rows=indices), Recorder(model, names) as recorder:
+        with running(rows=indices), Recorder(model, sites) as recorder:
             model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
-        at = [position % len(rows[i]) + width - len(rows[i]) for i in indices]
+        at = torch.tensor(
+            [[t % len(rows[i]) + width - len(rows[i]) for t in asked] for i in indices]
+        )
         for name, seen in recorder.seen.items():
             check(
                 bool(seen) and seen[0].shape[1:2] == (width,),
                 f"{name!r} has no axis of positions where one is needed, or is not reached before "
                 "the unembedding.",
             )
-            picked = seen[0][torch.arange(len(indices)), at].cpu()
+            picked = seen[0].cpu()[torch.arange(len(indices))[:, None], at]
+            picked = picked[:, 0] if isinstance(tokens, int) else picked
             out.setdefault(name, picked.new_empty(len(rows), *picked.shape[1:]))[indices] = picked
     return out
 
@@ -78,6 +91,15 @@ def difference(
     package's hooks suspended), per layer, on the same tokens.
 
     Its mean over prompts is the shift that the student has made its own.
+
+    Args:
+        layers: the residual stream after each of these.
+
+    Returns:
+        Per layer `[n, d_model]`, one row per prompt, fp32.
+
+    Raises:
+        ShlError: no layer, or one that the model does not have.
 
     Example:
         >>> from shl.tiny import tiny_gemma

@@ -25,6 +25,16 @@ class Adapter:
     `scale` is s = lora_alpha / rank. `model_name`, `weights` (`shl.fingerprint.weights_hash`) and
     `dtype` tell on which base it was made, `axis` and `round` where in a loop it was trained;
     each may be None where it is not known.
+
+    Raises:
+        ShlError: factors of other sites than `sites`, or of other shapes.
+
+    Example:
+        >>> import torch
+        >>> site = Site("q", 0, 3, 2)
+        >>> a, b = torch.ones(1, 3), torch.ones(2, 1)
+        >>> Adapter((site,), {site.name: a}, {site.name: b}, 0.5, "tiny").norms()
+        {'blocks.0.q': 1.2247...}
     """
 
     sites: tuple[Site, ...]

@@ -91,6 +91,10 @@ def load_axis(name: str | Path) -> Axis:
     Raises:
         ShlError: unknown name (the sentence lists the axes), unreadable file, missing or unknown
             key, or a value that `Axis` refuses.
+
+    Example:
+        >>> load_axis("love").targets
+        ('care',)
     """
     if str(name) in axis_names():
         text = (DATA / "axes" / f"{name}.toml").read_text("utf-8")

@@ -44,7 +44,15 @@ def quantile_of(aggregate: str) -> float | None:
 
 @dataclass(frozen=True)
 class VectorConfig:
-    """How the steering vector is read (SPEC: mean difference at the assistant tag)."""
+    """How the steering vector is read: mean difference at the assistant tag.
+
+    Raises:
+        ShlError: a value out of its range; the sentence names it and what is allowed.
+
+    Example:
+        >>> VectorConfig(contexts=32).layers is None  # the middle third
+        True
+    """
 
     contexts: int = 64
     """Everyday questions that both personas are asked [count, from the axis file]."""
@@ -61,7 +69,15 @@ class VectorConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How completions are sampled. No repetition penalty: loops must stay visible."""
+    """How completions are sampled. No repetition penalty: loops must stay visible.
+
+    Raises:
+        ShlError: a value out of its range; the sentence names it and what is allowed.
+
+    Example:
+        >>> GenerateConfig(temperature=0).max_new_tokens
+        64
+    """
 
     max_new_tokens: int = 64
     """Longest completion [tokens]."""
@@ -88,7 +104,15 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """When a completion is dropped. Every rule that fires is recorded."""
+    """When a completion is dropped. Every rule that fires is recorded.
+
+    Raises:
+        ShlError: a value out of its range; the sentence names it and what is allowed.
+
+    Example:
+        >>> FilterConfig(min_words=4).max_tail_perplexity
+        30.0
+    """
 
     min_words: int = 8
     """Fewer words than this are too short to judge [words]."""
@@ -132,7 +156,15 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class DoseConfig:
-    """The walk over the dose multiplier kappa (walk-C)."""
+    """The walk over the dose multiplier kappa (walk-C).
+
+    Raises:
+        ShlError: a value out of its range; the sentence names it and what is allowed.
+
+    Example:
+        >>> DoseConfig(rungs=3).alpha
+        1.5
+    """
 
     alpha: float = 1.5
     """Nominal dose: the vector is added kappa * alpha times [multiples of the raw vector]."""
@@ -170,7 +202,15 @@ class DoseConfig:
 
 @dataclass(frozen=True)
 class HealConfig:
-    """One round of training: loss = NLL + lam * relu(D - tau), per completion."""
+    """One round of training: loss = NLL + lam * relu(D - tau), per completion.
+
+    Raises:
+        ShlError: a value out of its range; the sentence names it and what is allowed.
+
+    Example:
+        >>> HealConfig(rank=4, sites=("o", "down")).tau
+        0.5
+    """
 
     rank: int = 16
     """Inner width r of each adapter matrix pair [count]."""
@@ -273,7 +313,15 @@ class HealConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How a model is measured on the vignettes, and on free samples."""
+    """How a model is measured on the vignettes, and on free samples.
+
+    Raises:
+        ShlError: a value out of its range; the sentence names it and what is allowed.
+
+    Example:
+        >>> EvalConfig(samples=4).confidence
+        0.95
+    """
 
     bootstrap: int = 1000
     """Resamples of the vignettes behind each interval [count]."""
@@ -293,7 +341,15 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The whole study: rounds, seed, and the settings of each stage."""
+    """The whole study: rounds, seed, and the settings of each stage.
+
+    Raises:
+        ShlError: a value out of its range; the sentence names it and what is allowed.
+
+    Example:
+        >>> LoopConfig(rounds=2, heal=HealConfig(rank=4)).heal.rank
+        4
+    """
 
     rounds: int = 3
     """Rounds of steer, filter, heal [count]."""

@@ -122,6 +122,18 @@ def export_hf(
 
     Raises:
         ShlError: no adapter, or one that does not fit or sits on the residual stream.
+
+    Example:
+        >>> import tempfile
+        >>> from shl.config import HealConfig
+        >>> from shl.lora import fresh_adapter
+        >>> from shl.tiny import tiny_gemma, tiny_hf
+        >>> source, folder = tempfile.mkdtemp(), tempfile.mkdtemp()
+        >>> tiny_hf().save_pretrained(source)
+        >>> model = tiny_gemma()
+        >>> adapter = fresh_adapter(model, HealConfig(rank=2))
+        >>> export_hf(model, [adapter], folder, source).largest < 1e-3
+        True
     """
     stacked = stack(adapters)
     check_fits(model, stacked)

@@ -200,6 +200,12 @@ def judge(
 ) -> list[Verdict]:
     """Every completion with all reasons to drop it, in order.
 
+    Args:
+        persona: what the prompts carried, so that repeating it counts as narrating.
+
+    Raises:
+        ShlError: a completion whose NLL under base is not finite.
+
     Example:
         >>> from shl.generate import generate
         >>> from shl.tiny import tiny_gemma
@@ -226,5 +232,16 @@ def keep_coherent(
     completions: Sequence[Completion],
     config: FilterConfig | None = None,
 ) -> list[Completion]:
-    """The completions that no rule drops, in order."""
+    """The completions that no rule drops, in order.
+
+    Raises:
+        ShlError: a completion whose NLL under base is not finite.
+
+    Example:
+        >>> from shl.generate import generate
+        >>> from shl.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> keep_coherent(model, generate(model, ["Hello?"]))  # noise is all it says
+        []
+    """
     return [v.completion for v in judge(model, completions, config) if v.kept]

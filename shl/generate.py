@@ -39,6 +39,12 @@ class Completion:
     `tokens` are the completion's own, without prompt and turn end; `dose` is the nominal one of
     the innermost steering that was on (0 without any); `ended` tells whether the turn's end came
     before the token limit.
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> [text] = generate(tiny_gemma(), ["Hello?"], max_new_tokens=3, min_new_tokens=3)
+        >>> text.prompt.text, len(text.prompt_tokens), len(text.tokens)
+        ('Hello?', 13, 3)
     """
 
     prompt: Prompt

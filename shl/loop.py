@@ -36,7 +36,25 @@ def baselines(
     observe: Observer = _silent,
     recall: Recall = _forgetful,
 ) -> dict[str, Stage]:
-    """Base and both prompted personas, measured like every later stage, without training."""
+    """Base and both prompted personas, measured like every later stage, without training.
+
+    Returns:
+        `base`, `prompted+` and `prompted-`.
+
+    Raises:
+        ShlError: a score that is not finite, or a prompt that leaves no room in the context.
+
+    Example:
+        >>> from shl.axes import load_axis
+        >>> from shl.config import EvalConfig, GenerateConfig
+        >>> from shl.tiny import tiny_gemma
+        >>> config = LoopConfig(
+        ...     generate=GenerateConfig(max_new_tokens=4), eval=EvalConfig(samples=1)
+        ... )
+        >>> stages = baselines(tiny_gemma(), load_axis("care_auth"), config)
+        >>> stages["base"].coherence
+        1.0
+    """
     study = Study(model, axis, config or LoopConfig(), observe, recall)
     personas = {"base": None, "prompted+": axis.positive, "prompted-": axis.negative}
     stages = {}

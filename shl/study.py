@@ -42,6 +42,10 @@ class Round:
 
     `probes` are the judged rows of the dose ladder, `dreams` those of the full batches at
     `kappa`; `kept` is what the adapter was trained on.
+
+    Example:
+        >>> list(Round.__dataclass_fields__)[:5]
+        ['index', 'vector', 'walk', 'kappa', 'dose']
     """
 
     index: int

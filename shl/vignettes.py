@@ -34,6 +34,11 @@ def evaluate(
 
     Raises:
         ShlError: a score that is not finite.
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> evaluate(tiny_gemma()).coherence
+        1.0
     """
     config = config or EvalConfig()
     style = "digits" if is_chat(model) else "completion"
