@@ -166,6 +166,7 @@ def measure(
         factors = _factors(steering, texts)
     with vector.steering(model, nominal, **options):
         reading = evaluate(model)
+    print(f"{name} at {nominal:.2f} is read", file=sys.stderr)
     return Arm(name, nominal, factors, judge(model, texts), reading, along(model, texts, vector))
 
 

@@ -88,7 +88,8 @@ class Baked(LowRank):
 
 class Materialised(Handle):
     """The stack inside the weights: effective tensors, computed once in fp32, stand where base's
-    stood; base's own tensors wait untouched and come back by reference."""
+    stood; base's own tensors wait untouched and come back by reference. `model.reset_hooks()`
+    leaves it on."""
 
     def __init__(self, model: HookedTransformer, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
