@@ -100,7 +100,7 @@ def main() -> None:
     """The command line; bad input ends with one sentence and status 2."""
     config = tyro.cli(ControlConfig, description=__doc__)
     try:
-        compare(config, Console(width=150))
+        compare(config, Console(width=170))
     except ShlError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
