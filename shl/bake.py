@@ -75,8 +75,8 @@ class Baked(LowRank):
         twice = [name for name, count in carried.items() if count > 1]
         check(
             whole or not twice,
-            f"adapters follow each other at {', '.join(twice)}, where a dose of their product is not "
-            "the product of their doses; attach them one by one.",
+            f"adapters follow each other at {', '.join(twice)}, where a dose of their product is "
+            "not the product of their doses; attach them one by one.",
         )
         self.stacked = stack(adapters) if adapters else None
         if self.stacked is None:
