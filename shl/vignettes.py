@@ -33,7 +33,7 @@ def evaluate(
         persona: put before each vignette (system turn of a chat model).
 
     Raises:
-        ShlError: a score that is not finite.
+        ShlError: a score that is not finite, or a hook with doses or a mask by row.
 
     Example:
         >>> from shl.tiny import tiny_gemma
@@ -41,6 +41,11 @@ def evaluate(
         1.0
     """
     config = config or EvalConfig()
+    for handle in handles_on(model):
+        check(
+            handle.rows is None,
+            f"a hook has doses or a mask for {handle.rows} rows, the probe reads rows of its own.",
+        )
     style = "digits" if is_chat(model) else "completion"
     fresh = model not in _BASE
     if fresh:
