@@ -34,10 +34,11 @@ class Event(Strict):
 
 
 class StartEvent(Event):
-    """SHA-256 of the files that say what is run."""
+    """SHA-256 of the files that say what is run, and the hash of the model's weights."""
 
     event: Literal["start"]
     files: dict[str, str]
+    weights: str
 
 
 class StageEvent(Event):

@@ -35,6 +35,7 @@ from experiments.summary import answers, rows
 from shl import weights
 from shl.axes import load_axis
 from shl.errors import ShlError
+from shl.fingerprint import weights_hash
 from shl.generate import generate
 from shl.heal import train_adapter
 from shl.lora import Adapter
@@ -277,7 +278,7 @@ def test_sealed_but_hostile_records(name, run_folder, tmp_path, model):
 
 def known(folder, model):
     """Everything that a next process would take from the record."""
-    record = Record(folder, settings_of(CONFIG, AXIS))
+    record = Record(folder, settings_of(CONFIG, AXIS), weights=weights_hash(model))
     try:
         recall = Recall(record, model, CONFIG.loop)
         for name in ("base", "prompted+", "prompted-"):
