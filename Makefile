@@ -4,6 +4,7 @@ AXIS ?= care_auth
 MODEL ?= gemma-3-270m
 ROUNDS ?= 3
 SEED ?= 42
+RUN ?=
 ARGS ?=
 # Workers that spin for long cost more than the work beside a busy neighbour; those that never
 # spin are woken at every small product. A short spin costs little in both cases.
@@ -11,8 +12,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 1000
 export TOKENIZERS_PARALLELISM ?= false
 BIN = .venv/bin
-RUN = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED)
-.PHONY: help install experiment smoke probe control bench test check docs notebooks
+STUDY = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED)
+.PHONY: help install experiment smoke status probe control crash bench test check docs notebooks
 # Rooms that share their name with a public function (shl.heal) come with `shl` itself; shl.shapes
 # re-exports Tensor, whose pages are not ours to make, and kl_triton takes triton.
 FACE = $(shell sed -n 's/^    "\([a-z_]*\)",/shl.\1/p' shl/__init__.py)
@@ -32,12 +33,18 @@ install: .venv/installed  ## make .venv with everything pinned in constraints.tx
 	@touch $@
 
 experiment: install  ## the study: AXIS= MODEL= ROUNDS= SEED= ARGS="--heal.tau 1.0"
-	$(RUN) --rounds $(ROUNDS) $(ARGS)
+	$(STUDY) --rounds $(ROUNDS) $(ARGS)
 
 smoke: install  ## the same path on the same weights at the smallest honest scale
-	$(RUN) --rounds 1 --vector.contexts 16 --generate.max-new-tokens 32 --dose.rungs 2 \
+	$(STUDY) --rounds 1 --vector.contexts 16 --generate.max-new-tokens 32 --dose.rungs 2 \
 	  --dose.probe-size 4 --dose.min-train 8 --dose.batch-size 12 --heal.epochs 1 \
 	  --eval.samples 4 --eval.bootstrap 100 $(ARGS)
+
+status: install  ## what a run has done and what remains: RUN=, the newest by default
+	$(BIN)/python -m experiments.status $(RUN)
+
+crash: install  ## kill a small real run again and again, and compare it with one left alone
+	$(BIN)/python -m experiments.crash --model "$(MODEL)" $(ARGS)
 
 probe: install  ## the vignette probe's validity on MODEL
 	$(BIN)/python -m experiments.probe --axis "$(AXIS)" --model "$(MODEL)" $(ARGS)
@@ -49,7 +56,7 @@ bench: install  ## us and the peers side by side: BENCH=kernel|decode|heal|start
 	$(BIN)/python -m experiments.bench $(BENCH) $(ARGS)
 
 test: install  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov=shl --cov-report=term:skip-covered --cov-fail-under=95
 
 check: install  ## format, lint and static types
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

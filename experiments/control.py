@@ -100,7 +100,7 @@ def main() -> None:
     """The command line; bad input ends with one sentence and status 2."""
     config = tyro.cli(ControlConfig, description=__doc__)
     try:
-        compare(config, Console(width=150))
+        compare(config, Console(width=170))
     except ShlError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -166,6 +166,7 @@ def measure(
         factors = _factors(steering, texts)
     with vector.steering(model, nominal, **options):
         reading = evaluate(model)
+    print(f"{name} at {nominal:.2f} is read", file=sys.stderr)
     return Arm(name, nominal, factors, judge(model, texts), reading, along(model, texts, vector))
 
 

@@ -1,10 +1,11 @@
 """What a run's record may hold: one model per kind of line, checked when a record is read."""
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from shl.config import FOUNDATIONS
+from shl.config import FOUNDATIONS, LoopConfig
 from shl.errors import ShlError, check
 
 Count = Annotated[int, Field(ge=0)]
@@ -33,10 +34,11 @@ class Event(Strict):
 
 
 class StartEvent(Event):
-    """SHA-256 of the files that say what is run."""
+    """SHA-256 of the files that say what is run, and the hash of the model's weights."""
 
     event: Literal["start"]
     files: dict[str, str]
+    weights: str
 
 
 class StageEvent(Event):
@@ -144,6 +146,12 @@ class Curve(Strict):
     pieces: list[str]
     kl: Annotated[list[Number], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _one_piece_per_number(self) -> Self:
+        if len(self.pieces) != len(self.kl):
+            raise ValueError(f"{len(self.pieces)} pieces for {len(self.kl)} numbers")
+        return self
+
 
 class TokenKlEvent(Event):
     """A kept and a dropped completion, token by token."""
@@ -163,6 +171,16 @@ class EndEvent(Event):
     """All rounds are done."""
 
     event: Literal["end"]
+
+
+class Settings(Strict):
+    """config.json: what the command line asked for."""
+
+    axis: str
+    model: str
+    device: str
+    max_memory: Number | None
+    loop: LoopConfig
 
 
 class Text(Strict):
@@ -196,6 +214,26 @@ _EVENT: TypeAdapter[Any] = TypeAdapter(
     ]
 )
 _TEXT: TypeAdapter[Any] = TypeAdapter(Text)
+_SETTINGS: TypeAdapter[Any] = TypeAdapter(Settings)
+
+
+def _refused(what: str, error: ValidationError) -> ShlError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    reason = " ".join(str(first["msg"]).split()).rstrip(".")
+    return ShlError(f"{what} is malformed: {place}: {reason}.")
+
+
+def settings_in(told: dict[str, Any], where: str) -> dict[str, Any]:
+    """What config.json holds, checked; a setting that it lacks has its default.
+
+    Raises:
+        ShlError: the first setting that is unknown or out of range.
+    """
+    try:
+        return _SETTINGS.validate_json(json.dumps(told)).model_dump(mode="json")
+    except ValidationError as error:
+        raise _refused(where, error) from error
 
 
 def check_lines(events: list[dict[str, Any]], texts: list[dict[str, Any]], where: str) -> None:
@@ -209,11 +247,7 @@ def check_lines(events: list[dict[str, Any]], texts: list[dict[str, Any]], where
             try:
                 shape.validate_python(line)
             except ValidationError as error:
-                first = error.errors(include_url=False, include_input=False)[0]
-                place = ".".join(map(str, first["loc"]))
-                raise ShlError(
-                    f"{name} {number} of {where} is malformed: {place}: {first['msg']}."
-                ) from error
+                raise _refused(f"{name} {number} of {where}", error) from error
     for line in events:
         for key in ("nats", "shift", "shift_interval", "centred_shift"):
             check(

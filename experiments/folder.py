@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.events import check_lines
+from experiments.events import check_lines, settings_in
 from experiments.journal import Line, read_lines
 from shl.axes import Axis, axis_from
 from shl.errors import ShlError, check
@@ -84,7 +84,8 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Line], list[Line]]:
     check_lines(events, texts, str(folder))
     check(bool(events), f"the run in {folder} had not begun.")
     check_files(folder, events[0])
-    return read_json(folder / "config.json"), events, texts[: events[-1]["texts"]]
+    config = settings_in(read_json(folder / "config.json"), str(folder / "config.json"))
+    return config, events, texts[: events[-1]["texts"]]
 
 
 def finished(folder: Path) -> bool:

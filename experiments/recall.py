@@ -94,6 +94,11 @@ class Recall:
     def _completion(self, t: Line) -> Completion:
         prompt = Prompt(t["prompt"], t["persona"])
         ids = tuple(encode(self.model, prompt))
+        check(
+            all(token < self.model.cfg.d_vocab for token in t["tokens"]),
+            f"a text of round {t['round']} has a token beyond the vocabulary's "
+            f"{self.model.cfg.d_vocab}.",
+        )
         return Completion(prompt, t["text"], tuple(t["tokens"]), ids, t["dose"], t["ended"])
 
     def _walk(self, line: Line) -> Walk:

@@ -53,6 +53,7 @@ class Record:
         settings: by file of `FILES`, what is run; on a folder that holds a run, what is on disk
             must be the same.
         config: for the intervals of what is measured.
+        weights: hash of the model's weights; a run goes on only with those that it began with.
 
     Raises:
         ShlError: another process is at work on the folder, it holds something else or another
@@ -64,6 +65,7 @@ class Record:
         folder: Path,
         settings: Mapping[str, Mapping[str, Any]],
         config: EvalConfig | None = None,
+        weights: str = "",
     ) -> None:
         self.folder = folder
         self.config = config or EvalConfig()
@@ -78,12 +80,12 @@ class Record:
         )
         self.lock = Lock(folder)
         try:
-            self._open(settings)
+            self._open(settings, weights)
         except BaseException:
             self.lock.release()
             raise
 
-    def _open(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    def _open(self, settings: Mapping[str, Mapping[str, Any]], weights: str) -> None:
         folder = self.folder
         self._events = Journal(folder / "events.jsonl")
         check_lines(self.events, read_lines(folder / "texts.jsonl"), str(folder))
@@ -102,8 +104,14 @@ class Record:
         self.base: Evaluation | None = None
         if self.events:
             check_files(folder, self.events[0])
+            was = self.events[0]["weights"]
+            check(
+                was == weights,
+                f"the run in {folder} began with weights {was[:12]}, these are {weights[:12]}.",
+            )
         else:
-            self.event("start", -1, {"files": {name: digest(folder / name) for name in FILES}})
+            files = {name: digest(folder / name) for name in FILES}
+            self.event("start", -1, {"files": files, "weights": weights})
 
     @property
     def events(self) -> list[Line]:

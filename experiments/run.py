@@ -21,7 +21,7 @@ from rich.console import Console
 from transformer_lens import HookedTransformer
 
 from experiments.bar import Bar
-from experiments.folder import finished
+from experiments.folder import FILES, finished, read_json, same
 from experiments.memory import Usage
 from experiments.recall import Recall
 from experiments.record import Record, token_curves
@@ -31,6 +31,7 @@ from experiments.versions import versions
 from shl.axes import Axis, load_axis
 from shl.config import LoopConfig
 from shl.errors import ShlError
+from shl.fingerprint import weights_hash
 from shl.loop import StarvedError, baselines, love
 from shl.lora import Adapter
 from shl.memory import fit
@@ -156,14 +157,14 @@ def study(config: RunConfig, console: Console) -> Path:
     settings = settings_of(config, axis)
     folder = folder_of(config, settings)
     if finished(folder):
-        # Refuses a folder of another run.
-        Record(folder, settings).lock.release()
+        for name in FILES:
+            same(read_json(folder / name), json.loads(json.dumps(settings[name])), folder / name)
         console.print(f"{folder} is finished; name another with --out to run it again")
         return folder
     with Stop() as stop:
         console.print(f"loading {config.model} (the first start converts its weights in a minute)")
         model = load_model(config.model, device=config.device)
-        record = Record(folder, settings, config.loop.eval)
+        record = Record(folder, settings, config.loop.eval, weights_hash(model))
         last = record.events[-1]["event"]
         if len(record.events) > 1:
             console.print(f"going on with {folder} after {len(record.events)} events")

@@ -60,7 +60,8 @@ def activations(
                 f"token {token} is asked for, a prompt has {len(row)} tokens.",
             )
     out: dict[str, Tensor] = {}
-    for indices in length_batches([len(row) for row in rows], batch_size):
+
+    def work(indices: list[int]) -> None:
         batch = pad_left(model, [rows[i] for i in indices])
         width = batch.tokens.shape[1]
         with running(rows=indices), Recorder(model, sites) as recorder:
@@ -77,6 +78,8 @@ def activations(
             picked = seen[0].cpu()[torch.arange(len(indices))[:, None], at]
             picked = picked[:, 0] if isinstance(tokens, int) else picked
             out.setdefault(name, picked.new_empty(len(rows), *picked.shape[1:]))[indices] = picked
+
+    in_batches(length_batches([len(row) for row in rows], batch_size), work, "recording")
     return out
 
 

@@ -75,8 +75,8 @@ class Baked(LowRank):
         twice = [name for name, count in carried.items() if count > 1]
         check(
             whole or not twice,
-            f"{len(adapters)} adapters follow each other at {twice[:1]}, where a dose of their "
-            "product is not the product of their doses; attach them one by one.",
+            f"adapters follow each other at {', '.join(twice)}, where a dose of their product is "
+            "not the product of their doses; attach them one by one.",
         )
         self.stacked = stack(adapters) if adapters else None
         if self.stacked is None:
@@ -88,7 +88,8 @@ class Baked(LowRank):
 
 class Materialised(Handle):
     """The stack inside the weights: effective tensors, computed once in fp32, stand where base's
-    stood; base's own tensors wait untouched and come back by reference."""
+    stood; base's own tensors wait untouched and come back by reference. `model.reset_hooks()`
+    leaves it on."""
 
     def __init__(self, model: HookedTransformer, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:

@@ -49,12 +49,13 @@ class Evaluation:
     @property
     def mass(self) -> np.ndarray:
         """`[asked]`: mean probability of any valid answer."""
-        return np.exp(logsumexp(self.log_probs)).mean(0)[:, 0]
+        return np.exp(nats_of(logsumexp(self.log_probs)[:, :, 0]))
 
     @property
     def coherence(self) -> float:
         """Valid-answer mass relative to base, geometric mean over stems or orders."""
-        return float(np.exp(np.mean(np.log(self.mass) - np.log(self.base_mass))))
+        masses = nats_of(logsumexp(self.log_probs)[:, :, 0])
+        return float(np.exp(np.mean(masses - np.log(self.base_mass))))
 
     @property
     def accuracy(self) -> float:
@@ -95,10 +96,10 @@ class Evaluation:
         """Bootstrap interval of the shift, paired by vignette."""
         config = config or EvalConfig()
         k = FOUNDATIONS.index(foundation)
-        pairs = np.stack([np.exp(self.log_p[:, k]), np.exp(base.log_p[:, k])], 1)
+        pairs = np.stack([self.log_p[:, k], base.log_p[:, k]], 1)
         return bootstrap(
             pairs,
-            lambda x: float(np.log(x[:, 0].mean()) - np.log(x[:, 1].mean())),
+            lambda x: float(-np.diff(nats_of(x))[0]),
             resamples=config.bootstrap,
             confidence=config.confidence,
         )
@@ -112,24 +113,26 @@ class Evaluation:
     def coherence_interval(self, config: EvalConfig | None = None) -> tuple[float, float]:
         """Bootstrap interval of `coherence` over vignettes, base held fixed."""
         config = config or EvalConfig()
-        masses = np.exp(logsumexp(self.log_probs))[:, :, 0]
+        masses = logsumexp(self.log_probs)[:, :, 0]
         return bootstrap(
             masses,
-            lambda x: float(np.exp(np.mean(np.log(x.mean(0)) - np.log(self.base_mass)))),
+            lambda x: float(np.exp(np.mean(nats_of(x) - np.log(self.base_mass)))),
             resamples=config.bootstrap,
             confidence=config.confidence,
         )
 
 
 def nats_of(log_p: np.ndarray) -> np.ndarray:
-    """Log of the mean probability over items: `[item, option]` to `[option]`.
+    """Log of the mean probability over items: `[item, ...]` to `[...]`.
 
     Example:
         >>> import numpy as np
         >>> nats_of(np.log([[0.25, 0.75], [0.75, 0.25]])).round(3)
         array([-0.693, -0.693])
     """
-    return np.log(np.exp(log_p).mean(0))
+    # Without the largest taken out, what a broken model gives would underflow to log 0.
+    top = log_p.max(0)
+    return top + np.log(np.exp(log_p - top).mean(0))
 
 
 def selectivity(shift: Mapping[str, float], expected: Mapping[str, int]) -> float:

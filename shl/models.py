@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from safetensors import SafetensorError
@@ -55,18 +56,51 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     folder = model_folder(name)
-    try:
-        hf_config = AutoConfig.from_pretrained(folder)
+    with _Reading(folder):
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         state = _read_safetensors(folder)
         tokenizer = _read_tokenizer(folder, ours=name in EMBEDDED)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, ShlError):
-            raise
-        reason = (str(error).splitlines() or [""])[0].rstrip(".:")
-        raise ShlError(
-            f"the model folder {folder} cannot be read ({type(error).__name__}: {reason})."
-        ) from error
-    return build_model(hf_config, state, tokenizer, name=name, device=device, dtype=dtype)
+        return build_model(hf_config, state, tokenizer, name=name, device=device, dtype=dtype)
+
+
+class _Reading:
+    """One sentence for whatever a damaged or hostile model folder makes its readers raise.
+
+    The tokenizers library raises plain `Exception`, which is told by its exact type, so that
+    nothing else of that kind is swallowed.
+    """
+
+    KINDS = (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None or isinstance(error, ShlError | torch.OutOfMemoryError):
+            return
+        if kind is Exception or issubclass(kind, self.KINDS):
+            reason = (str(error).splitlines() or [""])[0].rstrip(".:")
+            raise ShlError(
+                f"the model folder {self.folder} cannot be read ({kind.__name__}: {reason})."
+            ) from error
 
 
 def build_model(
@@ -129,12 +163,16 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_tokenizer(folder: Path, *, ours: bool) -> PreTrainedTokenizerBase:
-    tokenizer = _read_own_tokenizer(folder) if ours else AutoTokenizer.from_pretrained(folder)
+    tokenizer = _read_own_tokenizer(folder) if ours else _of_the_hub(folder)
     check(
         tokenizer.bos_token is not None or tokenizer.eos_token is not None,
         f"the tokenizer in {folder} has neither a bos nor an eos token.",
     )
     return tokenizer
+
+
+def _of_the_hub(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _read_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

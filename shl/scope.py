@@ -96,7 +96,7 @@ class Scope:
                     "must be as many.",
                 )
         self.dose = dose
-        self.mask = mask
+        self.mask = None if mask is None else mask.to(model.W_U.device)
         self.half_life = half_life
         self.allowed = None if positions is None else _allowed(model, positions)
 
@@ -147,11 +147,11 @@ class Scope:
             tag = rearrange(prompts.to(at.device) - 1, "batch -> batch 1")
             out = out * 0.5 ** ((at - tag).clamp(min=0) / self.half_life)
         if self.mask is not None:
-            mask = row_values(self.mask.to(at.device), batch, "rows of a mask")
+            mask = row_values(self.mask, batch, "rows of a mask")
             width = mask.shape[1]
             real = real & (at < width) & mask.gather(1, at.clamp(0, width - 1))
         if self.allowed is not None:
-            real = real & self.allowed.to(at.device)[at.clamp(min=0)]
+            real = real & self.allowed[at.clamp(min=0)]
         return rearrange(torch.where(real, out, 0.0), "batch pos -> batch pos 1")
 
 
@@ -159,17 +159,17 @@ def _allowed(model: HookedTransformer, positions: Positions) -> Bool[Tensor, " p
     n_ctx = model.cfg.n_ctx
     if isinstance(positions, slice):
         ends = (positions.start, positions.stop, positions.step)
-        chosen = list(range(n_ctx))[positions]
-        good = all(end is None or end >= 0 for end in ends)
+        good = all(x is None or (type(x) is int and x >= 0) for x in ends) and ends[2] != 0
+        chosen = tuple(range(n_ctx)[positions]) if good else ()
     else:
-        chosen = list(positions)
+        chosen = tuple(positions)
         good = all(type(p) is int and 0 <= p < n_ctx for p in chosen)
     check(
         good and len(chosen) > 0,
         f"positions is {positions!r}, it must name some of 0 to {n_ctx - 1}.",
     )
-    out = torch.zeros(n_ctx, dtype=torch.bool)
-    out[chosen] = True
+    out = torch.zeros(n_ctx, dtype=torch.bool, device=model.W_U.device)
+    out[list(chosen)] = True
     return out
 
 

@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from transformer_lens import HookedTransformer
 
-from shl.config import EvalConfig
+from shl.config import FOUNDATIONS, EvalConfig
 from shl.errors import check
-from shl.evaluation import Evaluation, logsumexp
+from shl.evaluation import Evaluation, logsumexp, nats_of
 from shl.hooks import handles_on, suspended
 from shl.probes import read_completions, read_digits, vignettes
 from shl.tokens import is_chat
@@ -33,7 +33,7 @@ def evaluate(
         persona: put before each vignette (system turn of a chat model).
 
     Raises:
-        ShlError: a score that is not finite.
+        ShlError: a score that is not finite, or a hook with doses or a mask by row.
 
     Example:
         >>> from shl.tiny import tiny_gemma
@@ -41,6 +41,11 @@ def evaluate(
         1.0
     """
     config = config or EvalConfig()
+    for handle in handles_on(model):
+        check(
+            handle.rows is None,
+            f"a hook has doses or a mask for {handle.rows} rows, the probe reads rows of its own.",
+        )
     style = "digits" if is_chat(model) else "completion"
     fresh = model not in _BASE
     if fresh:
@@ -54,9 +59,25 @@ def evaluate(
 
 
 def reading(style: str, log_probs: np.ndarray, base: np.ndarray) -> Evaluation:
-    """An `Evaluation` from raw scores `[item, asked, option]` of a stage and of base."""
+    """An `Evaluation` from raw scores `[item, asked, option]` of a stage and of base.
+
+    Raises:
+        ShlError: other shapes than the built-in vignettes have.
+    """
+    items = len(vignettes())
+    for scores in (log_probs, base):
+        check(
+            scores.ndim == 3 and scores.shape == (items, base.shape[1], len(FOUNDATIONS)),
+            f"the scores have shape {scores.shape}, it must be ({items}, asked, 7).",
+        )
+        check(
+            bool(((scores > -1e5) & (scores < 1e-3)).all()),
+            f"the scores lie between {scores.min()} and {scores.max()}, log-probabilities must be "
+            "between -1e5 and 0.",
+        )
     prior = base.mean(0, keepdims=True) if style == "completion" else np.zeros((1, 1, 1))
-    base_mass = np.exp(logsumexp(base)).mean(0)[:, 0]
+    base_mass = np.exp(nats_of(logsumexp(base)[:, :, 0]))
+    check(bool((base_mass > 0).all()), f"base gives valid answers a mass of {base_mass.min()}.")
     labels = tuple(v.foundation for v in vignettes())
     return Evaluation(style, labels, log_probs, prior, base_mass)
 

@@ -14,8 +14,10 @@ from shl.generate import generate
 from shl.hooks import running, suspended
 from shl.prefill import prefill
 from shl.scores import completion_hidden, token_nll
+from shl.tiny import tiny_gemma
 from shl.tokens import Prompt, encode
 from shl.vector import SteeringVector
+from shl.vignettes import evaluate
 
 TOKENS = tokens_of(3, 20)
 PROMPTS = ["Tell me about your long and quiet day?", "Hi?", "Why is that so?", "A b?"]
@@ -144,6 +146,23 @@ def test_scores_of_a_completion_see_the_factors_of_its_generation(model, vector,
         assert torch.allclose(read.applied(1, row)[:n], made.applied(1, row)[:n], atol=1e-4)
 
 
+def test_rows_that_leave_the_batch_take_their_own_decay_and_mask_along():
+    model = tiny_gemma()
+    model.unembed.b_U.data[1] = 2.5  # the end comes now and then
+    v = SteeringVector({1: 2 * torch.linspace(-1, 1, 32)}, "tiny", "demo", 1)
+    mask = torch.rand(4, 70, generator=torch.Generator().manual_seed(0)) < 0.7
+    for options in ({"half_life": 4.0}, {"mask": mask, "half_life": 9.0}):
+        settings = {"max_new_tokens": 24, "seed": 5}
+        with v.steering(model, 1.0, record=True, **options) as handle:
+            completions = generate(model, PROMPTS, **settings)
+        assert len({len(c.tokens) for c in completions}) > 2
+        for row, c in enumerate(completions):
+            with v.steering(model, 1.0, record=True, **rows_of(options, row)) as whole:
+                completion_hidden(model, [c])
+            ran = handle.applied(1, row)
+            assert torch.allclose(ran, whole.applied(1)[: len(ran)], atol=1e-6)
+
+
 def test_a_decay_goes_on_through_a_long_answer(llama):
     v = SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1)
     with v.steering(llama, 2.0, half_life=4.0, record=True) as handle:
@@ -200,6 +219,13 @@ def test_a_mask_or_dose_of_other_rows_is_refused(gemma):
     with v.steering(gemma, 1.0, mask=mask), pytest.raises(ShlError) as error:
         gemma(TOKENS)
     assert "5 rows of a mask were given for a batch of 3 rows" in one_sentence(error)
+
+
+def test_the_probe_refuses_what_belongs_to_rows(gemma):
+    v = SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1)
+    for options in ({"dose": torch.ones(8)}, {"mask": torch.ones(8, 9, dtype=torch.bool)}):
+        with v.steering(gemma, **options), pytest.raises(ShlError, match="for 8 rows, the probe"):
+            evaluate(gemma)
 
 
 def test_an_unknown_gate_is_refused(gemma):

@@ -197,6 +197,14 @@ def test_metadata_that_cannot_be_true_is_refused(kind, key, value, request):
     refused(Adapter.read if kind == "adapter_file" else SteeringVector.load, path)
 
 
+def test_an_adapter_of_rank_zero_is_refused(adapter_file):
+    hooks = ["blocks.1.attn:query_input", "blocks.1.attn.hook_q"]
+    changed = {"sites": [["q", 1, 32, 64, 0, *hooks]], "rank": 0, "alpha": 0.0}
+    tensors = {"blocks.1.q.A": torch.ones(0, 32), "blocks.1.q.B": torch.ones(64, 0)}
+    signed(adapter_file, told(adapter_file) | changed, tensors)
+    refused(Adapter.read, adapter_file, "rank 1 or more")
+
+
 @pytest.mark.parametrize("kind", ["adapter_file", "vector_file"])
 def test_missing_and_unknown_keys_are_refused_by_name(kind, request):
     path = request.getfixturevalue(kind)

@@ -132,6 +132,14 @@ def finished_alike(folder, alone):
     assert differences(alone, folder) == []
 
 
+def unfinish(folder, count):
+    """Cut a record off in the middle of the line after `count`; 6 are the start, three baselines,
+    a vector and a probe."""
+    events = folder / "events.jsonl"
+    lines = events.read_text("utf-8").split("\n")
+    events.write_text("\n".join([*lines[:count], lines[count][:30]]), "utf-8")
+
+
 def test_killed_between_any_two_writes_and_in_the_middle_of_them(tmp_path):
     config = replace(CONFIG, loop=small_loop(rounds=1))
     folder, alone, rng = tmp_path / "run", tmp_path / "alone", random.Random(0)
@@ -253,8 +261,8 @@ def test_a_finished_run_is_not_run_again(alone, tmp_path):
 
 
 def test_a_second_process_is_refused_and_a_dead_ones_lock_is_not_in_the_way(alone, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(alone, folder)
+    folder = shutil.copytree(alone, tmp_path / "run")
+    unfinish(folder, 6)
     ready, release = os.pipe()
 
     def hold():
@@ -311,13 +319,26 @@ def test_a_folder_of_another_run_is_refused(alone, tmp_path):
     assert "has loop.seed 42, this run has 7" in one_sentence(error)
 
 
+def test_other_weights_do_not_go_on_with_a_run(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def stop(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record_room.Record, "observe", stop)
+        with pytest.raises(KeyboardInterrupt):
+            go(folder)
+    monkeypatch.setattr(program, "load_model", lambda name, device=None: tiny_gemma(seed=1))
+    with pytest.raises(ShlError) as error:
+        go(folder)
+    assert "began with weights" in one_sentence(error)
+
+
 def test_status_tells_what_is_done_and_what_remains(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run")
     assert "done     base, prompted+, prompted-; round 0; round 1" in status(folder)
-    events = folder / "events.jsonl"
-    lines = events.read_text("utf-8").splitlines(keepends=True)
-    # start, three baselines, vector, probe: the rest is cut off in the middle of a line.
-    events.write_text("".join(lines[:6]) + lines[6][:30], "utf-8")
+    unfinish(folder, 6)
     told = status(folder)
     assert "round 0: vector, probe" in told
     assert "remains  round 0: batch, steered, healing, healed; 1 more rounds" in told

@@ -89,6 +89,8 @@ def test_what_kind_of_scope_it_is(gemma):
         ({"positions": [512]}, "positions is [512]"),
         ({"positions": range(510, 514)}, "positions is range(510, 514)"),
         ({"positions": slice(-3, None)}, "positions is slice(-3, None, None)"),
+        ({"positions": slice(0, 9, 0)}, "positions is slice(0, 9, 0)"),
+        ({"positions": slice("a", None)}, "positions is slice('a', None, None)"),
         ({"positions": slice(600, None)}, "positions is slice(600, None, None)"),
     ],
 )
