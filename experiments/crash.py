@@ -95,7 +95,7 @@ def main() -> None:
     rng = random.Random(config.seed)
     for kill in range(config.kills):
         process = _start(config, killed)
-        wait = rng.uniform(0.1, 0.6) * whole
+        wait = rng.uniform(0.12, 0.3) * whole
         try:
             process.wait(wait)
             break

@@ -13,6 +13,9 @@ from shl.errors import ShlError, check
 
 FILES = ("config.json", "axis.json", "versions.json")
 """What is run; none of it changes while a run goes on."""
+TOLD = ("commit", "cores")
+"""Of versions.json, what is told of the first process and may differ in the next: the commit names
+texts as well as code, whose own digest is beside it."""
 
 
 def digest(path: Path) -> str:
@@ -40,9 +43,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
-    """Raise at the first setting that is not as it was."""
+    """Raise at the first setting that is not as it was, what is only told (`TOLD`) apart."""
     was, now = _flat(old), _flat(new)
-    for key in (*was, *now):
+    for key in (key for key in (*was, *now) if key not in TOLD):
         check(
             was.get(key) == now.get(key),
             f"{path} has {key} {was.get(key)!r}, this run has {now.get(key)!r}; a run goes on only "

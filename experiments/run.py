@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -21,7 +22,8 @@ from rich.console import Console
 from transformer_lens import HookedTransformer
 
 from experiments.bar import Bar
-from experiments.folder import FILES, finished, read_json, same
+from experiments.folder import FILES, TOLD, finished, read_json, same
+from experiments.journal import read_lines
 from experiments.memory import Usage
 from experiments.recall import Recall
 from experiments.record import Record, token_curves
@@ -76,10 +78,15 @@ def folder_of(config: RunConfig, settings: Mapping[str, Mapping[str, Any]]) -> P
     """Where the run is kept: the same for the same run, another for any other."""
     if config.out is not None:
         return config.out
-    name = config.model.rstrip("/").split("/")[-1]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    axis = settings["axis.json"]["name"]
-    return Path("runs") / f"{axis}-{name}-seed{config.loop.seed}-{digest}"
+    told = {
+        name: {key: value for key, value in values.items() if key not in TOLD}
+        for name, values in settings.items()
+    }
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+    parts = (settings["axis.json"]["name"], config.model.rstrip("/").split("/")[-1])
+    # An axis file may call itself anything, a path included.
+    names = "-".join(re.sub(r"[^\w.-]+", "_", part) for part in parts)
+    return Path("runs") / f"{names}-seed{config.loop.seed}-{digest}"
 
 
 def run(
@@ -161,44 +168,54 @@ def study(config: RunConfig, console: Console) -> Path:
             same(read_json(folder / name), json.loads(json.dumps(settings[name])), folder / name)
         console.print(f"{folder} is finished; name another with --out to run it again")
         return folder
-    with Stop() as stop:
-        console.print(f"loading {config.model} (the first start converts its weights in a minute)")
-        model = load_model(config.model, device=config.device)
-        record = Record(folder, settings, config.loop.eval, weights_hash(model))
-        last = record.events[-1]["event"]
-        if len(record.events) > 1:
-            console.print(f"going on with {folder} after {len(record.events)} events")
-        usage = Usage(folder, len(record.events))
-        ended = "error"
-        try:
-            run(config, record, model, axis, console, stop)
-            ended = "end"
-        except StarvedError as error:
-            ended = "starved"
-            if last != "starved":
-                with stop.held():
-                    index = record.events[-1]["round"]
-                    record.event("starved", index, {"sentence": str(error)})
-            report(folder, console)
-            raise
-        except Stopped as stopped:
-            ended = str(stopped)
-            console.print(_goodbye(record, folder))
-            raise
-        finally:
-            usage.close(ended)
-            record.lock.release()
-    console.print(usage.sentence())
+    try:
+        with Stop() as stop:
+            _continue(config, axis, folder, settings, console, stop)
+    except Stopped:
+        again = shlex.join([sys.executable, "-m", "experiments.run", *sys.argv[1:]])
+        events = read_lines(folder / "events.jsonl")
+        console.print(
+            f"stopped; {folder} is complete up to its {max(0, len(events) - 1)} finished stages; "
+            f"the same command goes on from there:\n{again}"
+        )
+        raise
     return folder
 
 
-def _goodbye(record: Record, folder: Path) -> str:
-    done = len(record.events) - 1
-    again = shlex.join([sys.executable, "-m", "experiments.run", *sys.argv[1:]])
-    return (
-        f"stopped; {folder} is complete up to its {done} finished stages; the same command goes on "
-        f"from there:\n{again}"
-    )
+def _continue(
+    config: RunConfig,
+    axis: Axis,
+    folder: Path,
+    settings: Mapping[str, Mapping[str, Any]],
+    console: Console,
+    stop: Stop,
+) -> None:
+    console.print(f"loading {config.model} (the first start converts its weights in a minute)")
+    model = load_model(config.model, device=config.device)
+    record = Record(folder, settings, config.loop.eval, weights_hash(model))
+    last = record.events[-1]["event"]
+    if len(record.events) > 1:
+        console.print(f"going on with {folder} after {len(record.events)} events")
+    usage = Usage(folder, len(record.events))
+    ended = "error"
+    try:
+        run(config, record, model, axis, console, stop)
+        ended = "end"
+    except StarvedError as error:
+        ended = "starved"
+        if last != "starved":
+            with stop.held():
+                index = record.events[-1]["round"]
+                record.event("starved", index, {"sentence": str(error)})
+        report(folder, console)
+        raise
+    except Stopped as stopped:
+        ended = str(stopped)
+        raise
+    finally:
+        usage.close(ended)
+        record.lock.release()
+    console.print(usage.sentence())
 
 
 def main() -> None:

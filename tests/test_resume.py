@@ -22,6 +22,7 @@ from experiments.journal import Journal, Lock
 from experiments.report import report
 from experiments.run import RunConfig, study
 from experiments.status import status
+from shl.axes import load_axis
 from shl.errors import ShlError
 from shl.study import Study
 from shl.tiny import tiny_gemma
@@ -317,6 +318,23 @@ def test_a_folder_of_another_run_is_refused(alone, tmp_path):
     with pytest.raises(ShlError) as error:
         go(folder, other)
     assert "has loop.seed 42, this run has 7" in one_sentence(error)
+
+
+def test_each_run_has_a_folder_of_its_own_and_none_outside_runs():
+    other = replace(CONFIG, loop=replace(CONFIG.loop, seed=7))
+    axis = replace(load_axis("love"), name="../../etc/[x]")
+
+    def folder(config, commit="one", threads=1):
+        settings = program.settings_of(config, axis)
+        told = settings["versions.json"] | {"commit": commit, "threads": threads}
+        return program.folder_of(config, settings | {"versions.json": told})
+
+    assert folder(CONFIG) == folder(CONFIG) == folder(CONFIG, commit="only the README changed")
+    assert len({folder(CONFIG), folder(other), folder(CONFIG, threads=2)}) == 3
+    assert folder(CONFIG).parts[0] == "runs"
+    assert len(folder(CONFIG).parts) == 2
+    assert folder(CONFIG).name.startswith(".._.._etc_x_-tiny-seed42-")
+    assert program.folder_of(replace(CONFIG, out="here"), {}) == "here"
 
 
 def test_other_weights_do_not_go_on_with_a_run(tmp_path, monkeypatch):
