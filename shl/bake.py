@@ -46,17 +46,17 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     sites = {site.name: site for adapter in adapters for site in adapter.sites}
     down: dict[str, Tensor] = {}
     up: dict[str, Tensor] = {}
-    for adapter in adapters:
-        for site in adapter.sites:
-            a = adapter.down[site.name].detach()
-            b = adapter.up[site.name].detach() * adapter.scale
-            if site.name not in down:
-                down[site.name], up[site.name] = a, b
-                continue
-            if site.kind == "resid":
-                a = a + (a @ up[site.name]) @ down[site.name]
-            down[site.name] = torch.cat([down[site.name], a])
-            up[site.name] = torch.cat([up[site.name], b], dim=1)
+    for name, site in sites.items():
+        own = [adapter for adapter in adapters if name in adapter.down]
+        a_of = [adapter.down[name].detach() for adapter in own]
+        b_of = [adapter.up[name].detach() * adapter.scale for adapter in own]
+        if site.kind == "resid":
+            for i in range(1, len(own)):
+                below = torch.cat(a_of[:i])
+                a_of[i] = a_of[i] + (a_of[i] @ torch.cat(b_of[:i], dim=1)) @ below
+        down[name] = torch.cat(a_of)
+        # [rank, d_out] in memory, as the hooks want it: theirs is then no second copy.
+        up[name] = torch.cat([b.T for b in b_of]).T
     ordered = tuple(sorted(sites.values(), key=lambda site: (site.layer, site.name)))
     return Adapter(ordered, down, up, 1.0, models.pop(), **told)
 
@@ -84,6 +84,8 @@ class Baked(LowRank):
         else:
             own = self.stacked
             super().__init__(model, own.sites, own.down, own.up, own.scale, scope)
+            # The hooks' own tensors, instead of a copy of each beside them.
+            own.down.update(self.down)
 
 
 class Materialised(Handle):

@@ -43,6 +43,7 @@ class LowRank(Handle):
             follow(self, [site.layer for site in sites], self._place)
         # [rank, d_out] in memory, where one row times a wide B is twice as fast.
         self.up = {k: b if b.requires_grad else b.T.contiguous().T for k, b in up.items()}
+        self.down = dict(down)
         # A x waits here between the hook that sees x and the hooks that add.
         self._inner: dict[str, Tensor] = {}
         groups: dict[tuple[int, bool], list[Site]] = {}
@@ -53,7 +54,11 @@ class LowRank(Handle):
             names = [site.name for site in group]
             factors = [down[name] for name in names]
             # Trainable factors change, so they are stacked anew each time.
-            fixed = None if any(a.requires_grad for a in factors) else torch.cat(factors)
+            fixed = None
+            if not any(a.requires_grad for a in factors):
+                fixed = torch.cat(factors) if len(factors) > 1 else factors[0]
+                factors = list(fixed.split([len(a) for a in factors]))
+                self.down.update(zip(names, factors, strict=True))
             if group[0].kind == "resid":
                 for site in group:
                     self._add(residual_after(model, site.layer), self._whole(site, factors))
