@@ -58,6 +58,8 @@ def needs(model: HookedTransformer, axis: Axis, config: LoopConfig) -> Needs:
     prompt = _longest(model, axis.prompts, personas)
     context = _longest(model, axis.contexts[: config.vector.contexts], personas[1:])
     whole = prompt + config.generate.max_new_tokens
+    # What is trained on was steered, not prompted with a persona.
+    learnt = _longest(model, axis.prompts, (None,)) + config.generate.max_new_tokens
     item = max(len(encode_text(model, v.text)) for v in vignettes()) + context
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     # The bf16 copy of the unembedding that decoding takes, and what making it takes meanwhile.
@@ -69,7 +71,7 @@ def needs(model: HookedTransformer, axis: Axis, config: LoopConfig) -> Needs:
         score=forward * whole + logits / 4,
         vector=forward * context,
         evaluate=8 * kv * item + forward * item + logits,
-        heal=backward * whole + logits,
+        heal=backward * learnt + logits,
     )
 
 
