@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.events import check_lines, settings_in
+from experiments.checks import check_lines, settings_in
 from experiments.journal import Line, read_lines
 from shl.axes import Axis, axis_from
 from shl.errors import ShlError, check

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from shl.errors import ShlError, check
+from shl.files import write_whole
 
 Line = dict[str, Any]
 _SEALED = re.compile(r'(.*), "check": "([0-9a-f]{16})"\}', re.DOTALL)
@@ -27,23 +28,13 @@ def failed(path: Path, error: OSError) -> ShlError:
     return ShlError(f"{path} cannot be written ({error.strerror or error}).")
 
 
-def write(path: Path, text: str | bytes) -> None:
-    """Write beside the place and rename, so that a reader never sees half a file.
+def write(path: Path, text: str) -> None:
+    """A whole text file; a reader never sees half of it.
 
     Raises:
         ShlError: the disk is full, or the folder is read-only or gone.
     """
-    scratch = path.with_name(f".{path.name}.tmp")
-    try:
-        with scratch.open("wb") as stream:
-            stream.write(text.encode() if isinstance(text, str) else text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        scratch.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise failed(path, error) from error
+    write_whole(path, text.encode())
 
 
 def _seal(before: str, body: str) -> str:

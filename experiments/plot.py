@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.folder import axis_of, read
-from experiments.journal import write
 from experiments.summary import Event, of_round, on_axis, stages
 from shl.axes import Axis
+from shl.files import write_whole
 
 RED, GREEN, GREY = "#c0392b", "#1e8449", "#555555"
 
@@ -136,7 +136,7 @@ def draw(folder: Path) -> list[Path]:
         paths.append(folder / f"{name}.png")
         picture = BytesIO()
         figure.savefig(picture, format="png", dpi=130)
-        write(paths[-1], picture.getvalue())
+        write_whole(paths[-1], picture.getvalue())
         plt.close(figure)
     return paths
 

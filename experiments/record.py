@@ -20,7 +20,7 @@ from typing import Any
 
 from transformer_lens import HookedTransformer
 
-from experiments.events import check_lines, name_of
+from experiments.checks import check_lines, name_of
 from experiments.folder import FILES, check_files, digest, read_json, same
 from experiments.journal import Journal, Line, Lock, failed, read_lines, write
 from experiments.numbers import (

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from experiments.events import name_of
+from experiments.checks import name_of
 from experiments.folder import read
 from experiments.journal import held
 from shl.errors import ShlError, check

@@ -82,24 +82,32 @@ def write_safetensors(
         ShlError: what could not be read back (numbers that are not finite, other dtypes than
             floating ones), or a place that cannot be written.
     """
-    path = Path(path)
     kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     for key, value in kept.items():
         check(value.dtype in DTYPES.values(), f"{key} has dtype {value.dtype}, it must be a float.")
         check(bool(torch.isfinite(value).all()), f"{key} holds numbers that are not finite.")
     told = {"format": file_format, **meta}
     told["identity"] = identity(kept, told)
+    write_whole(Path(path), save(kept, metadata={"shl": json.dumps(told)}))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write beside the place and rename, so that a reader never sees half a file.
+
+    Raises:
+        ShlError: the disk is full, or the folder is read-only or gone; what was there stays.
+    """
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         with scratch.open("wb") as stream:
-            stream.write(save(kept, metadata={"shl": json.dumps(told)}))
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         scratch.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             scratch.unlink()
-        raise ShlError(f"{path} cannot be written ({error.strerror}).") from error
+        raise ShlError(f"{path} cannot be written ({error.strerror or error}).") from error
 
 
 def read_safetensors(

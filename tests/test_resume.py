@@ -16,8 +16,8 @@ from rich.console import Console
 
 from experiments import record as record_room
 from experiments import run as program
+from experiments.checks import name_of
 from experiments.crash import differences
-from experiments.events import name_of
 from experiments.journal import Journal, Lock
 from experiments.report import report
 from experiments.run import RunConfig, study
