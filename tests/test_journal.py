@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,20 @@ def path(tmp_path):
     return journal.path
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """A file may grow to 4000 bytes and no more; the kernel writes what fits and then refuses."""
+    """A file may grow to 4000 bytes and no more; the kernel writes what fits and then refuses.
+
+    Not a fixture: pytest reports before it tears down, and its own output may be a longer file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def test_lines_come_back_and_more_can_follow(path):
@@ -98,9 +104,9 @@ def test_numbers_that_json_does_not_know_are_refused(number, path):
         read_lines(path)
 
 
-def test_a_full_disk_stops_with_a_sentence_and_leaves_what_was_there(path, full_disk):
+def test_a_full_disk_stops_with_a_sentence_and_leaves_what_was_there(path):
     journal = Journal(path)
-    with pytest.raises(ShlError) as error:
+    with pytest.raises(ShlError) as error, full_disk():
         journal.append([{"text": "x" * 5000}])
     assert "lines.jsonl cannot be written (File too large)" in one_sentence(error)
     assert read_lines(path) == LINES
@@ -108,17 +114,17 @@ def test_a_full_disk_stops_with_a_sentence_and_leaves_what_was_there(path, full_
     assert read_lines(path) == [*LINES, {"small": 1}]
 
 
-def test_a_full_disk_leaves_the_old_file_whole(tmp_path, full_disk):
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     import torch
 
     path = tmp_path / "table.md"
     write(path, "old")
-    with pytest.raises(ShlError, match="cannot be written"):
+    with pytest.raises(ShlError, match="cannot be written"), full_disk():
         write(path, "y" * 5000)
     tensors = tmp_path / "v.safetensors"
     write_safetensors(tensors, "f", {"x": torch.ones(2)}, {})
     before = tensors.read_bytes()
-    with pytest.raises(ShlError, match="cannot be written"):
+    with pytest.raises(ShlError, match="cannot be written"), full_disk():
         write_safetensors(tensors, "f", {"x": torch.ones(2000)}, {})
     assert path.read_text() == "old"
     assert tensors.read_bytes() == before
