@@ -60,10 +60,17 @@ class VectorConfig:
     """Layers of the band, or None for the middle third of the model [layer indices]."""
     batch_size: int = 16
     """Prompts in one forward pass [count]."""
+    against: Literal["opposite", "nobody"] = "opposite"
+    """What the positive persona is contrasted with: its opposite, or the question alone."""
+    direction: Literal["contrast", "random"] = "contrast"
+    """contrast = the axis; random = the control: one normal direction per layer, the same in every
+    round, scaled until it takes the student as far (mean KL per token) as the axis's vector."""
 
     def __post_init__(self) -> None:
         _between("contexts", self.contexts, 1)
         _between("batch_size", self.batch_size, 1)
+        _one_of("against", self.against, ("opposite", "nobody"))
+        _one_of("direction", self.direction, ("contrast", "random"))
         check(self.layers is None or len(self.layers) > 0, "layers is empty, name at least one.")
 
 
@@ -167,7 +174,8 @@ class DoseConfig:
     """
 
     alpha: float = 1.5
-    """Nominal dose: the vector is added kappa * alpha times [multiples of the raw vector]."""
+    """Nominal dose: the vector is added kappa * alpha times [multiples of the raw vector]; 0,
+    with the walk off, leaves the student unsteered."""
     walk: bool = True
     """Probe a ladder of doses each round; off: every round uses kappa = 1."""
     kappa_min: float = 0.2
@@ -186,9 +194,11 @@ class DoseConfig:
     """Batches after which a round with too few survivors stops [count]."""
 
     def __post_init__(self) -> None:
+        check(math.isfinite(self.alpha), f"alpha is {self.alpha!r}, it must be finite.")
         check(
-            math.isfinite(self.alpha) and self.alpha != 0,
-            f"alpha is {self.alpha!r}, it must be finite and not 0.",
+            self.alpha != 0 or not self.walk,
+            "alpha is 0, where a walk over doses has nothing to walk; set walk to False, or alpha "
+            "to something else.",
         )
         _between("kappa_min", self.kappa_min, 0, 1)
         check(self.kappa_min > 0, f"kappa_min is {self.kappa_min!r}, it must be above 0.")
@@ -355,6 +365,9 @@ class LoopConfig:
     """Rounds of steer, filter, heal [count]."""
     seed: int = 42
     """All randomness follows from it."""
+    prompted: bool = False
+    """The positive persona is in the prompt while the completions are made; what is learnt from
+    them is the answer to the question alone. With dose.alpha 0: distilled from prompting."""
     vector: VectorConfig = field(default_factory=VectorConfig)
     """The steering vector."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)

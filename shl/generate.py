@@ -5,7 +5,7 @@ position alone, one random stream per row, and finished rows leave the batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,23 @@ class Completion:
     prompt_tokens: tuple[int, ...]
     dose: float = 0.0
     ended: bool = True
+
+
+def without_persona(model: HookedTransformer, completion: Completion) -> Completion:
+    """The same answer to the question alone: what a student learns from a prompted teacher
+    (context distillation, Askell et al. 2021, arXiv:2112.00861, section 2.1).
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> [text] = generate(tiny_gemma(), [Prompt("Hello?", "You are calm.")], max_new_tokens=3)
+        >>> bare = without_persona(tiny_gemma(), text)
+        >>> bare.prompt.persona, bare.tokens == text.tokens, len(bare.prompt_tokens)
+        (None, True, 13)
+    """
+    if completion.prompt.persona is None:
+        return completion
+    bare = Prompt(completion.prompt.text)
+    return replace(completion, prompt=bare, prompt_tokens=tuple(encode(model, bare)))
 
 
 def generate(

@@ -12,15 +12,17 @@ from transformer_lens import HookedTransformer
 from shl.axes import Axis
 from shl.bake import baked
 from shl.config import LoopConfig
-from shl.dose import Walk, after_batch, settle, start
+from shl.dose import Walk, after_batch, ladder, settle, start
 from shl.errors import ShlError
 from shl.filters import Verdict, judge
 from shl.finite import named
-from shl.generate import Completion, generate
+from shl.generate import Completion, generate, without_persona
 from shl.heal import Healed, train_adapter
 from shl.lora import Adapter
+from shl.random_vector import random_like
 from shl.seeds import seed_for
 from shl.stages import Stage, measure, sample_texts
+from shl.tokens import Prompt
 from shl.vector import SteeringVector, extract_vector
 from shl.vignettes import evaluate
 
@@ -30,6 +32,10 @@ Recall = Callable[[str, int, str], Mapping[str, Any] | None]
 """Called as `recall(event, round, part)` before a stage; the values that `observe` was given when
 an earlier process finished it, or None. `part` is the stage's name or the batch's number. For the
 event "training" it is the `Training` of a healing that was cut off, under "state"."""
+
+
+MATCHED_ON = 8
+"""Questions whose answers by the student the random control is matched on [count]."""
 
 
 class StarvedError(ShlError):
@@ -85,6 +91,11 @@ class Study:
     observe: Observer
     recall: Recall
 
+    @property
+    def persona(self) -> str | None:
+        """What is in the prompt while completions are made."""
+        return self.axis.positive if self.config.prompted else None
+
     def once(
         self, event: str, index: int, part: str, make: Callable[[], Mapping[str, Any]]
     ) -> Mapping[str, Any]:
@@ -115,7 +126,8 @@ class Study:
             vector = self.vector(index)
             walk, probes = self.probe(index, vector)
             walk, dreams = self.dream(index, vector, walk, probes)
-            kept = _bank(config, walk, (*probes, *dreams))
+            banked = _bank(config, walk, (*probes, *dreams))
+            kept = tuple(without_persona(model, completion) for completion in banked)
             steered = self.steered(index, vector, walk, (*probes, *dreams))
             healing = self.heal(index, kept)
         with baked(model, (*before, healing.adapter)):
@@ -127,33 +139,46 @@ class Study:
 
     def vector(self, index: int) -> SteeringVector:
         """This round's vector, read on the student that enters it."""
-        ask = self.config.vector
         return self.once(
             "vector",
             index,
             "",
-            lambda: {
-                "vector": extract_vector(
-                    self.model,
-                    self.axis,
-                    ask.layers,
-                    contexts=ask.contexts,
-                    batch_size=ask.batch_size,
-                    round=index,
-                )
-            },
+            lambda: {"vector": self._extract(index)},
         )["vector"]
+
+    def _extract(self, index: int) -> SteeringVector:
+        ask, config = self.config.vector, self.config
+        vector = extract_vector(
+            self.model,
+            self.axis,
+            ask.layers,
+            contexts=ask.contexts,
+            batch_size=ask.batch_size,
+            round=index,
+            against=ask.against,
+        )
+        if ask.direction == "contrast":
+            return vector
+        # The middle of the ladder is where walks end up; at its top both are soup.
+        kappas = ladder(config.dose)
+        return random_like(
+            self.model,
+            vector,
+            self.axis.prompts[:MATCHED_ON],
+            dose=kappas[len(kappas) // 2] * config.dose.alpha,
+            seed=seed_for(config.seed, "random"),
+        )
 
     def steered(
         self, index: int, vector: SteeringVector, walk: Walk, verdicts: Sequence[Verdict]
     ) -> Stage:
-        """The steered student on the probe; its texts are those generated at its dose."""
+        """The student as it made this round's texts, on the probe: steered, or prompted."""
         dose = walk.kappa * self.config.dose.alpha
         own = tuple(v for v in verdicts if abs(v.completion.dose - dose) < 1e-9)
 
         def make() -> dict[str, Any]:
             with vector.steering(self.model, dose):
-                reading = evaluate(self.model, config=self.config.eval)
+                reading = evaluate(self.model, persona=self.persona, config=self.config.eval)
             return {"stage": Stage("steered", reading, own), "kappa": walk.kappa, "dose": dose}
 
         return self.once("stage", index, "steered", make)["stage"]
@@ -188,7 +213,7 @@ class Study:
         size = config.dose.probe_size
         doses = torch.tensor([k * config.dose.alpha for k in walk.kappas], dtype=torch.float64)
         prompts = [
-            self.axis.prompts[(index * size + i) % len(self.axis.prompts)]
+            Prompt(self.axis.prompts[(index * size + i) % len(self.axis.prompts)], self.persona)
             for _ in walk.kappas
             for i in range(size)
         ]
@@ -201,7 +226,7 @@ class Study:
                     **vars(config.generate),
                     seed=seed_for(config.seed, "probe", index),
                 )
-            verdicts = judge(self.model, texts, config.filter)
+            verdicts = judge(self.model, texts, config.filter, persona=self.persona)
             counts = {
                 kappa: (sum(v.kept for v in verdicts[j * size : (j + 1) * size]), size)
                 for j, kappa in enumerate(walk.kappas)
@@ -232,9 +257,14 @@ class Study:
         config = self.config
         with vector.steering(self.model, walk.kappa * config.dose.alpha):
             texts = sample_texts(
-                self.model, self.axis, config, config.dose.batch_size, ("dream", index, batch)
+                self.model,
+                self.axis,
+                config,
+                config.dose.batch_size,
+                ("dream", index, batch),
+                persona=self.persona,
             )
-        verdicts = judge(self.model, texts, config.filter)
+        verdicts = judge(self.model, texts, config.filter, persona=self.persona)
         walk = after_batch(walk, sum(v.kept for v in verdicts), len(verdicts))
         return {"verdicts": verdicts, "walk": walk, "batch": batch}
 

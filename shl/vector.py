@@ -6,6 +6,7 @@ Panickssery et al. 2023, arXiv:2312.06681. Raw, not normalised.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from transformer_lens import HookedTransformer
@@ -31,6 +32,7 @@ def extract_vector(
     batch_size: int = 16,
     rule: Rule = mean_difference,
     round: int | None = None,
+    against: Literal["opposite", "nobody"] = "opposite",
 ) -> SteeringVector:
     """The axis's steering vector on the model as it stands, hooks included.
 
@@ -40,6 +42,7 @@ def extract_vector(
         rule: `(positive, negative) -> direction`, each `[n, d_model]`, row i of both from
             context i.
         round: where in a loop it is taken, for its file.
+        against: the other side of the contrast, the opposite persona or the question alone.
 
     Raises:
         ShlError: a layer out of range, more contexts than the axis has, or residuals that are
@@ -65,7 +68,7 @@ def extract_vector(
             layers,
             batch_size=batch_size,
         )
-        for persona in (axis.positive, axis.negative)
+        for persona in (axis.positive, axis.negative if against == "opposite" else None)
     ]
     directions = {}
     for layer in sorted(set(layers)):

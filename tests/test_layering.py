@@ -61,6 +61,7 @@ FLOORS = {
     "word_pictures": 6.75,
     "pictures": 7,
     "generate": 4,
+    "random_vector": 4.5,
     "scores": 4.25,
     "export": 4.5,
     "trust": 4.75,
