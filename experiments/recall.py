@@ -7,7 +7,7 @@ import numpy as np
 from transformer_lens import HookedTransformer
 
 from experiments.journal import Line
-from experiments.record import Record
+from experiments.lines import Lines
 from shl.config import LoopConfig
 from shl.dose import Walk, ladder
 from shl.errors import check
@@ -30,7 +30,7 @@ class Recall:
         ShlError: a tensor file is missing, damaged or changed.
     """
 
-    def __init__(self, record: Record, model: HookedTransformer, config: LoopConfig) -> None:
+    def __init__(self, record: Lines, model: HookedTransformer, config: LoopConfig) -> None:
         self.record, self.model, self.config = record, model, config
 
     def __call__(self, event: str, index: int, part: str) -> Mapping[str, Any] | None:
@@ -64,7 +64,7 @@ class Recall:
         record, index = self.record, line["round"]
         base = record.find("base", -1)
         assert base is not None
-        evaluation = reading(line["style"], _scores(line), _scores(base))
+        evaluation = reading(line["style"], scores(line), scores(base))
         if line["stage"] == "base":
             record.base = evaluation
         if line["stage"] != "steered":
@@ -111,8 +111,8 @@ class Recall:
         return Walk(self.config.dose, kappas, counts, kappas.index(line["kappa"]))
 
 
-def _scores(line: Line) -> np.ndarray:
-    """`[item, asked, option]`, float64 as it was."""
+def scores(line: Line) -> np.ndarray:
+    """A stage line's raw scores, `[item, asked, option]`, float64 as they were."""
     sizes = {len(option) for item in line["log_probs"] for option in item}
     check(
         len(sizes) == 1 and len({len(item) for item in line["log_probs"]}) == 1,

@@ -20,9 +20,10 @@ from typing import Any
 
 from transformer_lens import HookedTransformer
 
-from experiments.checks import check_lines, name_of
+from experiments.checks import check_lines
 from experiments.folder import FILES, check_files, digest, read_json, same
 from experiments.journal import Journal, Line, Lock, failed, read_lines, write
+from experiments.lines import Lines
 from experiments.numbers import (
     finite,
     healing_numbers,
@@ -33,8 +34,8 @@ from experiments.numbers import (
 from shl.bake import baked
 from shl.config import EvalConfig
 from shl.errors import check
-from shl.evaluation import Evaluation
 from shl.filters import Verdict
+from shl.generate import without_persona
 from shl.loop import Round
 from shl.lora import Adapter
 from shl.scores import token_divergence
@@ -46,7 +47,7 @@ SAVE_EVERY = 20.0
 """Seconds of training between two saved states: what a killed run repeats at most."""
 
 
-class Record:
+class Record(Lines):
     """Appends to one run folder, after what is there already; one process at a time.
 
     Args:
@@ -101,7 +102,6 @@ class Record:
             left.unlink(missing_ok=True)
         self._before = self.events[-1]["seconds"] if self.events else 0.0
         self._started = self._saved = time.monotonic()
-        self.base: Evaluation | None = None
         if self.events:
             check_files(folder, self.events[0])
             was = self.events[0]["weights"]
@@ -122,22 +122,6 @@ class Record:
     def texts(self) -> list[Line]:
         """Every judged completion so far."""
         return self._texts.lines
-
-    def find(self, name: str, index: int, batch: int | None = None) -> Line | None:
-        """The event of a name (of a stage: its own) in a round, if it has been written."""
-        for event in self.events:
-            if (name_of(event), event["round"], event.get("batch")) == (name, index, batch):
-                return event
-        return None
-
-    def texts_of(self, event: Line) -> list[Line]:
-        """The completions that came with an event."""
-        before = self.events[self.events.index(event) - 1]["texts"]
-        return self.texts[before : event["texts"]]
-
-    def place(self, index: int, name: str) -> Path:
-        """Where a round's tensors of that name are."""
-        return self.folder / "rounds" / str(index) / f"{name}.safetensors"
 
     def event(
         self, name: str, index: int, values: Mapping[str, Any], texts: Sequence[Line] = ()
@@ -160,14 +144,14 @@ class Record:
             numbers |= shift_numbers(stage.evaluation, self.base, self.config)
             # The steered stage's texts are those of the probe and the batches.
             own = () if stage.name == "steered" else stage.samples
-            self.event("stage", index, numbers | extra, _texts(stage.name, index, own))
+            self.event("stage", index, numbers | extra, text_lines(stage.name, index, own))
         elif name == "vector":
             vector: SteeringVector = values["vector"]
             self._save(vector, index, "vector")
             self.event("vector", index, {"norms": vector.norms(), "contexts": vector.contexts})
         elif name in ("probe", "batch"):
             extra = {"batch": values["batch"]} if name == "batch" else {}
-            texts = _texts(name, index, values["verdicts"])
+            texts = text_lines(name, index, values["verdicts"])
             self.event(name, index, walk_numbers(values["walk"]) | extra, texts)
         elif name == "step":
             if time.monotonic() - self._saved >= SAVE_EVERY:
@@ -218,7 +202,7 @@ def token_curves(
                 baked(model, before),
                 finished.vector.steering(model, v.completion.dose),
             ):
-                kl = token_divergence(model, v.completion)
+                kl = token_divergence(model, v.completion, without_persona(model, v.completion))
             curves.append(
                 {
                     "verdict": name,
@@ -231,7 +215,8 @@ def token_curves(
     return curves
 
 
-def _texts(stage: str, index: int, verdicts: Iterable[Verdict]) -> list[Line]:
+def text_lines(stage: str, index: int, verdicts: Iterable[Verdict]) -> list[Line]:
+    """Judged completions as lines of texts.jsonl."""
     return [
         {
             "round": index,

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +60,14 @@ class RunConfig:
     """The settings of every stage."""
 
 
+Lent = Callable[[str, int, str], Mapping[str, Any] | None]
+"""Called as `lent(event, round, part)`."""
+
+
+def nothing_lent(event: str, index: int, part: str) -> None:
+    """No other run lends its stages."""
+
+
 def settings_of(config: RunConfig, axis: Axis) -> dict[str, dict[str, Any]]:
     """What is run, by file of the record."""
     asked = json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -78,15 +86,20 @@ def folder_of(config: RunConfig, settings: Mapping[str, Mapping[str, Any]]) -> P
     """Where the run is kept: the same for the same run, another for any other."""
     if config.out is not None:
         return config.out
+    return Path("runs") / name_for(settings, f"seed{config.loop.seed}")
+
+
+def name_for(settings: Mapping[str, Mapping[str, Any]], what: str) -> str:
+    """AXIS-MODEL-WHAT-DIGEST, the digest that of everything that is run."""
     told = {
         name: {key: value for key, value in values.items() if key not in TOLD}
         for name, values in settings.items()
     }
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
-    parts = (settings["axis.json"]["name"], config.model.rstrip("/").split("/")[-1])
+    model = settings["config.json"]["model"].rstrip("/").split("/")[-1]
     # An axis file may call itself anything, a path included.
-    names = "-".join(re.sub(r"[^\w.-]+", "_", part) for part in parts)
-    return Path("runs") / f"{names}-seed{config.loop.seed}-{digest}"
+    names = "-".join(re.sub(r"[^\w.-]+", "_", x) for x in (settings["axis.json"]["name"], model))
+    return f"{names}-{what}-{digest}"
 
 
 def run(
@@ -96,8 +109,13 @@ def run(
     axis: Axis,
     console: Console,
     stop: Stop,
+    lent: Lent = nothing_lent,
 ) -> None:
     """Run what the record does not hold yet.
+
+    Args:
+        lent: asked, like `shl.love`'s recall, for a stage that the record lacks; what another run
+            finished alike is written down here as if it had been computed.
 
     Raises:
         ShlError: bad input, too few survivors, or numbers that are not finite.
@@ -119,6 +137,10 @@ def run(
         values = known(event, index, part)
         if values is not None:
             bar.recalled(event, index, values)
+            return values
+        values = lent(event, index, part)
+        if values is not None:
+            observe(event, index, values)
         return values
 
     adapters: list[Adapter] = []
@@ -150,8 +172,18 @@ def _batches(loop: LoopConfig) -> str:
     return ", ".join(f"{name} by {size}" for name, size in sizes.items())
 
 
-def study(config: RunConfig, console: Console) -> Path:
+def study(
+    config: RunConfig,
+    console: Console,
+    *,
+    load: Callable[[], HookedTransformer] | None = None,
+    lent: Lent = nothing_lent,
+) -> Path:
     """Run the study, or what is left of it, and return its folder.
+
+    Args:
+        load: gives the model, by default `load_model`.
+        lent: as `run`.
 
     Raises:
         ShlError: as `run`, and a folder that holds another run or is in use.
@@ -170,7 +202,8 @@ def study(config: RunConfig, console: Console) -> Path:
         return folder
     try:
         with Stop() as stop:
-            _continue(config, axis, folder, settings, console, stop)
+            model = _model(config, console, load)
+            _continue(config, axis, model, folder, settings, console, stop, lent)
     except Stopped:
         again = shlex.join([sys.executable, "-m", "experiments.run", *sys.argv[1:]])
         events = read_lines(folder / "events.jsonl")
@@ -182,16 +215,25 @@ def study(config: RunConfig, console: Console) -> Path:
     return folder
 
 
+def _model(
+    config: RunConfig, console: Console, load: Callable[[], HookedTransformer] | None
+) -> HookedTransformer:
+    if load is not None:
+        return load()
+    console.print(f"loading {config.model} (the first start converts its weights in a minute)")
+    return load_model(config.model, device=config.device)
+
+
 def _continue(
     config: RunConfig,
     axis: Axis,
+    model: HookedTransformer,
     folder: Path,
     settings: Mapping[str, Mapping[str, Any]],
     console: Console,
     stop: Stop,
+    lent: Lent,
 ) -> None:
-    console.print(f"loading {config.model} (the first start converts its weights in a minute)")
-    model = load_model(config.model, device=config.device)
     record = Record(folder, settings, config.loop.eval, weights_hash(model))
     last = record.events[-1]["event"]
     if len(record.events) > 1:
@@ -199,7 +241,7 @@ def _continue(
     usage = Usage(folder, len(record.events))
     ended = "error"
     try:
-        run(config, record, model, axis, console, stop)
+        run(config, record, model, axis, console, stop, lent)
         ended = "end"
     except StarvedError as error:
         ended = "starved"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformer_lens import HookedTransformer
 
+from shl.errors import check
 from shl.finite import require_finite
 from shl.generate import Completion
 from shl.halving import in_batches
@@ -79,11 +80,35 @@ def completion_hidden(model: HookedTransformer, completions: Sequence[Completion
     return final_hidden(model, torch.cat(picked))
 
 
-def token_divergence(model: HookedTransformer, completion: Completion) -> Float[Tensor, " tok"]:
-    """KL(model as it stands || base) per token of one completion, in nats."""
+def token_divergence(
+    model: HookedTransformer, completion: Completion, asked: Completion | None = None
+) -> Float[Tensor, " tok"]:
+    """KL(model as it stands || base) per token of one completion, in nats.
+
+    Args:
+        asked: the same tokens after the prompt that base is given, if that is another: without
+            the persona, say (`shl.generate.without_persona`).
+
+    Raises:
+        ShlError: `asked` has other tokens.
+
+    Example:
+        >>> from shl.generate import generate
+        >>> from shl.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> [text] = generate(model, ["Hello?"], max_new_tokens=3, min_new_tokens=3)
+        >>> bool(token_divergence(model, text).abs().max() < 1e-6)
+        True
+    """
+    asked = asked or completion
+    check(
+        asked.tokens == completion.tokens,
+        f"base is asked about {len(asked.tokens)} other tokens, they must be the completion's own "
+        f"{len(completion.tokens)}.",
+    )
     with torch.no_grad():
         student = completion_hidden(model, [completion])
         with suspended(model):
-            base = completion_hidden(model, [completion])
+            base = completion_hidden(model, [asked])
         targets = torch.tensor(completion.tokens, device=student.device)
         return reverse_kl_and_nll(student, base, model.W_U, targets, **readout(model))[0].cpu()

@@ -1,0 +1,82 @@
+"""The arm without training: the first round's vector at each dose of the ladder."""
+
+from pathlib import Path
+from typing import Any
+
+from transformer_lens import HookedTransformer
+
+from experiments.journal import Journal, failed, read_lines
+from experiments.lines import Past
+from experiments.numbers import shift_numbers, stage_numbers
+from experiments.recall import scores
+from experiments.record import text_lines
+from experiments.stop import Stop
+from shl.axes import Axis
+from shl.config import LoopConfig
+from shl.dose import ladder
+from shl.errors import check
+from shl.stages import measure
+from shl.vector import SteeringVector
+from shl.vignettes import reading, remember_base
+
+FILE = "doses.jsonl"
+
+
+def measure_doses(
+    path: Path, past: Past, model: HookedTransformer, axis: Axis, loop: LoopConfig, stop: Stop
+) -> None:
+    """One line per dose: the steered base model, measured like every other stage.
+
+    Args:
+        path: the journal; doses that it holds are not measured again.
+        past: a run that has base's reading and the first round's vector.
+
+    Raises:
+        ShlError: the journal belongs to another run, or the run lacks what is needed.
+    """
+    journal = begun(path, past)
+    line = past.find("base", -1)
+    vector_line = past.find("vector", 0)
+    check(
+        line is not None and vector_line is not None,
+        f"{past.folder} has no base reading or no first vector yet.",
+    )
+    assert line is not None
+    base = reading(line["style"], scores(line), scores(line))
+    remember_base(model, base)
+    vector = SteeringVector.load(past.place(0, "vector"))
+    done = {entry["dose"] for entry in journal.lines[1:]}
+    for kappa in reversed(ladder(loop.dose)):
+        dose = kappa * loop.dose.alpha
+        if dose in done:
+            continue
+        with vector.steering(model, dose):
+            stage = measure(model, axis, loop, "steered")
+        numbers = stage_numbers(stage, loop.eval)
+        numbers |= shift_numbers(stage.evaluation, base, loop.eval)
+        texts = text_lines("steered", 0, stage.samples)
+        with stop.held():
+            journal.append([{"round": 0, "dose": dose, **numbers, "answers": texts}])
+
+
+def begun(path: Path, past: Past) -> Journal:
+    """A journal of what is measured with the tensors and texts of a run, which it names.
+
+    Raises:
+        ShlError: it names another run, or cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise failed(path, error) from error
+    journal = Journal(path)
+    told = {key: past.events[0][key] for key in ("files", "weights")}
+    if not journal.lines:
+        journal.append([told])
+    check(journal.lines[0] == told, f"{path} was begun beside another run, name a new --out.")
+    return journal
+
+
+def read_doses(path: Path) -> list[dict[str, Any]]:
+    """The measured doses, from the lowest."""
+    return sorted(read_lines(path)[1:], key=lambda line: abs(line["dose"]))

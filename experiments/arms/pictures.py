@@ -1,0 +1,109 @@
+"""The arms on one plane, and the three kinds of text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.arms.compare import LEVELS, Point
+from experiments.arms.kinds import HOWS, KINDS
+from experiments.journal import Line
+from shl.kl import aggregate
+
+# Okabe and Ito's palette, told apart by colour-blind readers, with a marker each.
+_LOOKS = {
+    "rmse": ("#009e73", "o"),
+    "mean": ("#56b4e9", "s"),
+    "p95": ("#0072b2", "^"),
+    "none": ("#d55e00", "X"),
+    "prompted": ("#cc79a7", "D"),
+    "unsteered": ("#999999", "v"),
+    "random": ("#e69f00", "P"),
+    "steered": ("#c0392b", "*"),
+    "persona": ("#000000", "h"),
+}
+
+
+def plane(found: Mapping[str, Mapping[int, Sequence[Point]]]) -> Figure:
+    """Trait shift against coherence: one curve per arm, points labelled by round or dose, means
+    over seeds with their range (with one seed: the trait's interval over vignettes)."""
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
+    for panel, key, name in (
+        (panels[0], "mass", "valid-answer mass over base (log)"),
+        (panels[1], "survival", "free samples that pass the filter, over base"),
+    ):
+        for arm, by_seed in found.items():
+            _curve(panel, arm, [path for path in by_seed.values() if path], key)
+        panel.axhline(0, color="#555555", lw=0.8)
+        panel.axvline(LEVELS[0], color="#555555", lw=0.8, ls=":")
+        panel.set_xlabel(name)
+        panel.grid(alpha=0.2)
+    panels[0].set_xscale("log")
+    panels[0].set_ylabel("on-axis trait shift from base [nats]")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=9, fontsize=9)
+    return figure
+
+
+def _curve(panel: Axes, arm: str, paths: Sequence[Sequence[Point]], key: str) -> None:
+    if not paths:
+        return
+    color, mark = _LOOKS.get(arm, ("#7f7f7f", "."))
+    steps = min(map(len, paths))
+    x = np.array([[getattr(path[i], key) for i in range(steps)] for path in paths])
+    y = np.array([[path[i].trait for i in range(steps)] for path in paths])
+    middle_x, middle_y = x.mean(0), y.mean(0)
+    if len(paths) > 1:
+        errors: dict[str, Any] = {
+            "xerr": np.stack([middle_x - x.min(0), x.max(0) - middle_x]),
+            "yerr": np.stack([middle_y - y.min(0), y.max(0) - middle_y]),
+        }
+    else:
+        low = [point.interval[0] for point in paths[0]]
+        high = [point.interval[1] for point in paths[0]]
+        # A percentile interval may miss the estimate by a hair.
+        errors = {"yerr": np.maximum(0, np.stack([middle_y - low, high - middle_y]))}
+    # The personas are two readings of one model, every other arm is a path that starts at base.
+    line = "none" if arm == "persona" else "-"
+    panel.errorbar(
+        middle_x, middle_y, **errors, fmt=mark, color=color, ls=line, lw=1.3, elinewidth=0.7,
+        capsize=2, label=arm,
+    )  # fmt: skip
+    if arm != "persona":
+        panel.plot([1.0, middle_x[0]], [0.0, middle_y[0]], color=color, lw=0.7, ls="--")
+    for i in range(steps):
+        label = paths[0][i].label
+        panel.annotate(
+            label, (middle_x[i], middle_y[i]), xytext=(5, 4), textcoords="offset points",
+            fontsize=7, color=color,
+        )  # fmt: skip
+
+
+def kinds(lines: Sequence[Line], tau: float) -> Figure:
+    """Distribution over texts of each aggregate of the per-token KL, by kind, with tau."""
+    figure, panels = plt.subplots(1, len(HOWS), figsize=(14, 4), sharey=True, layout="constrained")
+    looks: dict[str, Any] = dict(zip(KINDS, ("#0072b2", "#009e73", "#d55e00"), strict=True))
+    styles = dict(zip(KINDS, ("-", "--", "-."), strict=True))
+    for panel, how in zip(panels, HOWS, strict=True):
+        for kind in KINDS:
+            texts = [torch.tensor(t["kl"]) for t in lines if t["kind"] == kind]
+            if texts:
+                values = np.sort([float(aggregate(kl, how)) for kl in texts])
+                share = np.arange(1, len(values) + 1) / len(values)
+                panel.step(
+                    values, share, where="post", color=looks[kind], ls=styles[kind],
+                    label=f"{kind} ({len(values)})",
+                )  # fmt: skip
+        panel.axvline(tau, color="#555555", ls=":", lw=1)
+        panel.set_xscale("symlog", linthresh=0.1)
+        panel.set_xlabel(f"{how} of per-token KL to base [nats]")
+    panels[0].set_ylabel("share of texts up to here")
+    panels[0].legend(fontsize=9)
+    return figure
