@@ -64,7 +64,7 @@ class Recall:
         record, index = self.record, line["round"]
         base = record.find("base", -1)
         assert base is not None
-        evaluation = reading(line["style"], _scores(line), _scores(base))
+        evaluation = reading(line["style"], scores(line), scores(base))
         if line["stage"] == "base":
             record.base = evaluation
         if line["stage"] != "steered":
@@ -111,7 +111,7 @@ class Recall:
         return Walk(self.config.dose, kappas, counts, kappas.index(line["kappa"]))
 
 
-def _scores(line: Line) -> np.ndarray:
+def scores(line: Line) -> np.ndarray:
     """`[item, asked, option]`, float64 as it was."""
     sizes = {len(option) for item in line["log_probs"] for option in item}
     check(
