@@ -23,13 +23,12 @@ def answer(
     *more: str,
     told: Mapping[str, Any] | None = None,
     verdict: Verdict | None = None,
-    cause: Sequence[Figure] | None = None,
 ) -> Answer:
-    """All figures must hold, unless a `verdict` comes with its `cause`; a probe in doubt is said
-    wherever the trait is read."""
+    """All figures must hold, unless a `verdict` is given; a probe in doubt is said wherever the
+    trait is read."""
     verdict = verdict or all_of(f.verdict for f in figures)
     doubt = m.doubt if any(f.trait for f in figures) else ""
-    text = sentence(verdict, figures, *more, doubt, cause=cause)
+    text = sentence(verdict, figures, *more, doubt)
     decided = {"decided": [f.told() for f in figures]}
     return Answer(key, question, verdict, text, decided | dict(told or {}), thresholds)
 

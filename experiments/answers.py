@@ -44,14 +44,14 @@ def worked(claims: Sequence[Answer]) -> Answer:
     asked = [a for a in claims if a.verdict != "told"]
     verdict = all_of(a.verdict for a in asked)
     first = next((a for a in asked if a.verdict == verdict), None)
-    parts: list[str] = [verdict]
+    parts = [verdict.capitalize()]
     if first is not None and verdict != "yes":
-        parts.append(f"the first {verdict} is {first.key}, {first.question}")
+        parts.append(f"The first {verdict} is {first.key} {first.question.rstrip('?')}")
     for kind in ("yes", "no", "undecided"):
         names = [a.key for a in asked if a.verdict == kind]
-        parts += [f"{kind}: {', '.join(names)}"] if names else []
+        parts += [f"{kind.capitalize()}: {', '.join(names)}"] if names else []
     figures = {a.key: a.verdict for a in claims}
-    return Answer("worked", "did it work?", verdict, "; ".join(parts) + ".", figures)
+    return Answer("worked", "did it work?", verdict, ". ".join(parts) + ".", figures)
 
 
 def as_json(found: Sequence[Answer]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from experiments.answering import NO_ROUND, answer, missing
 from experiments.measured import Measured, Profiles, mass_of
 from experiments.shares import wilson
 from experiments.thresholds import CHANCE, COLLAPSED, MATCHED, SELECTIVE
-from experiments.verdicts import WILSON, Answer, Figure, all_of, any_of, number, rounds
+from experiments.verdicts import WILSON, Answer, Figure, all_of, any_of, number
 from shl.config import FOUNDATIONS
 
 
@@ -35,7 +35,7 @@ def prompting(m: Measured) -> Answer:
         groups.append(
             [
                 m.vignettes(
-                    "valid-answer mass over the prompted persona's (at most base's)",
+                    "valid-answer mass over the prompted persona's or base's, the smaller",
                     [plus, h],
                     lambda p: mass_of(p, 2) / min(1.0, mass_of(p, 1)),
                     MATCHED,
@@ -46,12 +46,13 @@ def prompting(m: Measured) -> Answer:
                     f"survival less {MATCHED:g} x the prompted persona's", h, plus, MATCHED, index
                 ),
                 m.vignettes(
-                    "on-axis shift less prompting's, nats",
+                    "on-axis shift less prompting's",
                     [plus, minus, h],
                     lead,
                     0.0,
                     index=index,
                     among=len(m.healed),
+                    unit=" nats",
                 ),
             ]
         )
@@ -59,32 +60,20 @@ def prompting(m: Measured) -> Answer:
     verdict = all_of([any_of(each), *(f.verdict for f in m.intact)])
     positive, negative, *reached = m.on_axis(m.profiles([plus, minus, *m.healed])).tolist()
     half = (positive - negative) / 2
-    open_ = [f for group, v in zip(groups, each, strict=True) if v != "no" for f in group]
-    winners = [h["round"] for h, v in zip(m.healed, each, strict=True) if v == "yes"]
+    winners = [str(h["round"]) for h, v in zip(m.healed, each, strict=True) if v == "yes"]
     matched = [all_of(f.verdict for f in group[:2]) for group in groups]
     said = (
         f"on-axis shift of the prompted persona {number(positive)}, half its contrast to the "
         f"opposite {number(half)}, healed {', '.join(map(number, reached))} nats",
-        f"won{rounds(winners)}" if winners else "",
+        f"ahead in round {', '.join(winners)}" if winners else "",
         "no healed round is as coherent as the prompted persona"
         if all(v == "no" for v in matched)
         else "",
     )
     figures = [f for column in zip(*groups, strict=True) for f in column]
     told = {"prompted": positive, "half_contrast": half, "healed": reached, "rounds": each}
-    # A round that is out already leaves nothing undecided.
-    cause = [*(open_ if verdict == "undecided" else figures), *m.intact]
-    return answer(
-        m,
-        key,
-        question,
-        [*figures, *m.intact],
-        thresholds,
-        *said,
-        told=told,
-        verdict=verdict,
-        cause=cause,
-    )
+    figures += m.intact
+    return answer(m, key, question, figures, thresholds, *said, told=told, verdict=verdict)
 
 
 def selective(m: Measured) -> Answer:
@@ -99,15 +88,16 @@ def selective(m: Measured) -> Answer:
     listed = ", ".join(f"{name} {number(shift[name])}" for name in m.axis.expected)
     others = [name for name in FOUNDATIONS if name not in m.axis.expected]
     if not others:
-        text = f"not asked: the axis expects every foundation to move; {listed} nats."
+        text = f"Not asked: the axis expects every foundation to move. Shifts: {listed} nats."
         return Answer(key, question, "told", text, {"shift": shift, "on": on}, thresholds)
     worst = max(others, key=lambda name: abs(shift[name]))
     figure = m.vignettes(
-        f"on-axis shift less {SELECTIVE:g} x the largest off-axis, nats",
+        f"on-axis shift less {SELECTIVE:g} x the largest off-axis",
         [last],
         lambda p: float(m.on_axis(p)[0] - SELECTIVE * m.off_axis(p)[0]),
         0.0,
         index=last["round"],
+        unit=" nats",
     )
     off = abs(shift[worst])
     more = (

@@ -17,29 +17,33 @@ def filters(m: Measured) -> Answer:
     """Q0: does survival fall and perplexity rise with the dose, and is what is kept on-trait?"""
     probes = [t for t in m.texts if t["stage"] == "probe" and t["round"] == 0]
     doses = sorted({t["dose"] for t in probes}, key=abs)
-    figures, told, listed = [], [], ""
+    figures, rungs, listed = [], [], ""
     if len(doses) < 2:
         why = "doses were not probed: the walk was off, or has not begun"
         figures.append(missing("trend over the dose ladder", why))
     else:
         ladder = [[t for t in probes if t["dose"] == dose] for dose in doses]
         figures += [_falls(m, ladder), _rises(m, probes)]
-        told = [_rung(dose, group) for dose, group in zip(doses, ladder, strict=True)]
+        rungs = [_rung(dose, group) for dose, group in zip(doses, ladder, strict=True)]
         listed = "kept and median base perplexity by dose " + ", ".join(
-            f"{r['dose']:.2f}: {r['kept']}/{r['generated']} {number(r['perplexity'])}" for r in told
+            f"{r['dose']:.2f}: {r['kept']}/{r['generated']} {number(r['perplexity'])}"
+            for r in rungs
         )
     if m.steered:
         shift = m.vignettes(
-            "on-axis shift of the steered model that writes the texts, nats",
+            "on-axis shift of the model that writes the texts",
             m.steered[:1],
             lambda p: float(m.on_axis(p)[0]),
             MOVES,
+            unit=" nats",
         )
         figures.append(shift)
     else:
         figures.append(missing("on-axis shift of the steered model", "not measured yet"))
     thresholds = {"FALLS": FALLS, "RISES": RISES, "MOVES": MOVES}
-    return answer(m, "Q0", "can we filter?", figures, thresholds, listed, told={"ladder": told})
+    honest = "the record has no reading of the kept texts themselves" if m.steered else ""
+    told = {"ladder": rungs}
+    return answer(m, "Q0", "can we filter?", figures, thresholds, listed, honest, told=told)
 
 
 def _falls(m: Measured, ladder: Sequence[Sequence[Event]]) -> Figure:

@@ -69,7 +69,7 @@ class Measured:
         index: int | None = None,
         trait: bool = True,
         among: int = 1,
-        note: str = "",
+        unit: str = "",
     ) -> Figure:
         """A number of the profiles of base and the stages `found`, bootstrapped over vignettes;
         one of `among` that are tried has an interval wider by Bonferroni."""
@@ -82,7 +82,7 @@ class Measured:
         )
         doubt = trait and bool(self.doubt)
         value = of(nats_of(items))
-        return Figure(what, value, low, high, needs, VIGNETTES, index, note, trait, doubt=doubt)
+        return Figure(what, value, low, high, needs, VIGNETTES, index, "", unit, trait, doubt=doubt)
 
     def profiles(self, found: Sequence[Event]) -> Profiles:
         """The profiles of base and the stages `found`."""
@@ -173,7 +173,15 @@ class Measured:
     def intact(self) -> tuple[Figure, ...]:
         """That no healed stage has collapsed: what every claim of success rests on."""
         found = [f for h in self.healed for f in self.coherence(h, COLLAPSED, h["round"])]
-        return tuple(replace(f, what=f"{f.what} (collapse)", quiet=True) for f in found)
+        what = ("mass", "survival")
+        return tuple(
+            replace(
+                f,
+                what=f"no collapse of {what[k % 2]} (below {COLLAPSED:.2f} of base's)",
+                quiet=True,
+            )
+            for k, f in enumerate(found)
+        )
 
 
 def mass_of(p: Profiles, stage: int = 1) -> float:

@@ -25,13 +25,18 @@ def heals(m: Measured) -> Answer:
         _broken(m, steered),
         *(replace(f, what=f"healed {f.what}") for f in m.coherence(healed)),
         m.vignettes(
-            "steered on-axis shift, nats", [steered], lambda p: float(m.on_axis(p)[0]), MOVES
+            "steered on-axis shift",
+            [steered],
+            lambda p: float(m.on_axis(p)[0]),
+            MOVES,
+            unit=" nats",
         ),
         m.vignettes(
-            f"healed on-axis shift less {KEEPS:g} x steered, nats",
+            f"healed on-axis shift less {KEEPS:g} x steered",
             [steered, healed],
             lambda p: float(m.on_axis(p) @ (-KEEPS, 1.0)),
             0.0,
+            unit=" nats",
         ),
     ]
     kept = [_kept(m, s, h) for s, h in zip(m.steered, m.healed, strict=False)]
@@ -125,11 +130,12 @@ def direction(m: Measured) -> Answer:
         before = m.healed[k - 1 : k]
         figures.append(
             m.vignettes(
-                "on-axis shift gained, nats",
+                "on-axis shift gained",
                 [*before, h],
                 lambda p: float(np.diff([0.0, *m.on_axis(p)])[-1]),
                 MOVES,
                 index=h["round"],
+                unit=" nats",
             )
         )
     if len(m.healed) > 1:
@@ -137,10 +143,11 @@ def direction(m: Measured) -> Answer:
         weights = (places - places.mean()) / ((places - places.mean()) ** 2).sum()
         figures.append(
             m.vignettes(
-                "trend, nats per round",
+                "trend",
                 m.healed,
                 lambda p: float(weights @ [0.0, *m.on_axis(p)]),
                 MOVES,
+                unit=" nats per round",
             )
         )
     figures += _cosines(m)

@@ -17,7 +17,7 @@ def barrier(m: Measured) -> Answer:
     key, question = "barrier", "did the barrier fire?"
     healing = of_round(m.events, "healing")
     if not healing:
-        return Answer(key, question, "undecided", "undecided; nothing was healed.", {})
+        return Answer(key, question, "undecided", "Undecided. Nothing was healed.", {})
     found = [_training(e) for e in healing]
     verdict: Verdict = "yes" if any(r["steps_fired"] for r in found) else "no"
     parts = [
@@ -27,17 +27,31 @@ def barrier(m: Measured) -> Answer:
         for r in found
     ]
     curves = _curves(m.events, {r["round"]: r["tau"] for r in found})
-    for curve in curves:
-        named = ", ".join(
-            f"{t['piece']!r} {number(t['kl'])}" + (f" x{t['count']}" if t["count"] > 1 else "")
-            for t in curve["tokens"][:SHOWN]
-        )
+    for kind in dict.fromkeys(curve["verdict"] for curve in curves):
+        group = [curve for curve in curves if curve["verdict"] == kind]
+        over, length = (sum(curve[key] for curve in group) for key in ("over", "length"))
+        named = ", ".join(_named(group)[:SHOWN])
         parts.append(
-            f"{curve['verdict']} text of round {curve['round']}: {curve['over']} of "
-            f"{curve['length']} tokens over tau" + (f", highest {named} nats" if named else "")
+            f"{kind} text on record: {over} of {length} tokens over tau"
+            + (f", highest {named} nats" if named else "")
         )
     figures = {"rounds": found, "texts": curves}
-    return Answer(key, question, verdict, f"{verdict}; {'; '.join(parts)}.", figures)
+    every = ". ".join(part[0].upper() + part[1:] for part in (verdict, *parts))
+    return Answer(key, question, verdict, f"{every}.", figures)
+
+
+def _named(curves: Sequence[dict[str, Any]]) -> list[str]:
+    """The pieces above tau in these texts, highest first, with their count."""
+    every = [t for curve in curves for t in curve["tokens"]]
+    count: dict[str, int] = defaultdict(int)
+    highest: dict[str, float] = defaultdict(float)
+    for t in every:
+        count[t["piece"]] += t["count"]
+        highest[t["piece"]] = max(highest[t["piece"]], t["kl"])
+    return [
+        f"{piece!r} {number(highest[piece])}" + (f" x{count[piece]}" if count[piece] > 1 else "")
+        for piece in sorted(highest, key=lambda piece: -highest[piece])
+    ]
 
 
 def _training(e: Event) -> dict[str, Any]:
@@ -91,7 +105,7 @@ def dose(m: Measured) -> Answer:
         "completions kept"
         for e in found
     )
-    return _told("dose", "the dose", said or "no round was finished", {"rounds": found})
+    return _told("dose", "which dose?", said or "no round was finished", {"rounds": found})
 
 
 def _floor(e: dict[str, Any]) -> str:
@@ -108,7 +122,9 @@ def moved(m: Measured) -> Answer:
         said = f"the adapter did not move in round {', '.join(still)}"
     else:
         said = "every adapter moved"
-    return _told("moved", "the adapters", said, {"rounds": {str(k): v for k, v in found.items()}})
+    return _told(
+        "moved", "did the adapters move?", said, {"rounds": {str(k): v for k, v in found.items()}}
+    )
 
 
 def ended(m: Measured) -> Answer:
@@ -120,8 +136,8 @@ def ended(m: Measured) -> Answer:
         said = f"stopped early, {early[0]}"
     else:
         said = f"{count} rounds, all done" if done else f"{count} rounds so far, it goes on"
-    return _told("ended", "the end", said, {"rounds": count, "done": done, "starved": early})
+    return _told("ended", "did it finish?", said, {"rounds": count, "done": done, "starved": early})
 
 
 def _told(key: str, question: str, said: str, figures: dict[str, Any]) -> Answer:
-    return Answer(key, question, "told", said if said.endswith(".") else f"{said}.", figures)
+    return Answer(key, question, "told", f"{said[0].upper()}{said[1:].rstrip('.')}.", figures)

@@ -24,7 +24,7 @@ class Figure:
 
     `value` is None where the record cannot give it, and `note` says why or from what. `trait`
     marks what rests on the probe's reading of the trait, which counts as undecided where the probe
-    is in `doubt`. `soft` cannot say no, `quiet` is told only where it does not say yes.
+    is in `doubt`. `soft` cannot say no; `quiet` is named without its number, where it says no yes.
     """
 
     what: str
@@ -35,6 +35,7 @@ class Figure:
     by: str
     round: int | None = None
     note: str = ""
+    unit: str = ""
     trait: bool = False
     soft: bool = False
     quiet: bool = False
@@ -56,7 +57,7 @@ class Figure:
         if self.value is None or not _all_finite(self):
             return self.note or "not known"
         inner += [self.note] if self.note else []
-        return number(self.value) + (f" ({'; '.join(inner)})" if inner else "")
+        return f"{number(self.value)}{self.unit}" + (f" ({'; '.join(inner)})" if inner else "")
 
     def told(self) -> dict[str, Any]:
         """As JSON, which knows no infinity."""
@@ -108,36 +109,31 @@ def any_of(verdicts: Iterable[Verdict]) -> Verdict:
     return "no" if found and all(v == "no" for v in found) else "undecided"
 
 
-def sentence(
-    verdict: Verdict,
-    figures: Sequence[Figure],
-    *more: str,
-    cause: Sequence[Figure] | None = None,
-) -> str:
-    """The verdict; where it is no yes, which numbers (of `cause`) make it so; all numbers; and what
-    else is told."""
-    shown = [f for f in figures if not f.quiet or f.verdict != "yes"]
-    lead: str = verdict
-    cause = [f for f in (figures if cause is None else cause) if f.verdict == verdict]
-    if verdict in ("no", "undecided") and cause:
-        names = dict.fromkeys(f.what for f in cause)
-        lead += ", by " + ", ".join(
-            name + rounds([f.round for f in cause if f.what == name]) for name in names
-        )
-    parts = [lead]
-    for name in dict.fromkeys(f.what for f in shown):
-        group = [f for f in shown if f.what == name]
-        values = ", ".join(
-            f.text if f.round is None else f"round {f.round}: {f.text}" for f in group
-        )
-        parts.append(f"{name} {values}, yes above {number(group[0].needs)}")
-    return "; ".join([*parts, *(m for m in more if m)]) + "."
+SIDES: dict[Verdict, str] = {"no": "fails", "undecided": "open", "yes": "holds"}
 
 
-def rounds(found: Sequence[int | None]) -> str:
-    """ " in rounds 0, 1", or nothing where a number belongs to none."""
-    known = [str(index) for index in found if index is not None]
-    return f" in round{'s' * (len(known) > 1)} {', '.join(known)}" if known else ""
+def sentence(verdict: Verdict, figures: Sequence[Figure], *more: str) -> str:
+    """The verdict; the numbers that fail, that are open, and that hold; and what else is told."""
+    parts = []
+    for side, word in SIDES.items():
+        group = [f for f in figures if f.verdict == side and not (f.quiet and side == "yes")]
+        if group:
+            names = dict.fromkeys(f.what for f in group)
+            listed = (_row(name, [f for f in group if f.what == name]) for name in names)
+            parts.append(f"{word}: {'; '.join(listed)}")
+    every = [verdict, *parts, *(m for m in more if m)]
+    return ". ".join(part[0].upper() + part[1:] for part in every) + "."
+
+
+def _row(name: str, group: Sequence[Figure]) -> str:
+    """One number, in each of its rounds, and what it takes to hold."""
+    if all(f.quiet for f in group):
+        listed = ", ".join(str(f.round) for f in group if f.round is not None)
+        return f"{name}, round {listed}"
+    values = ", ".join(f.text if f.round is None else f"round {f.round}: {f.text}" for f in group)
+    if all(f.value is None for f in group):
+        return f"{name}, {values}"
+    return f"{name} {values}, needs > {number(group[0].needs)}"
 
 
 def number(value: float | None) -> str:
