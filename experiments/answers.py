@@ -36,21 +36,25 @@ def answer_all(
     m = Measured(events, texts, axis, config or EvalConfig())
     claims = [ask(m) for ask in NEEDED]
     told = [ask(m) for ask in (readable, barrier, dose, moved, ended)]
-    return (*claims, *told, worked(claims))
+    return (*claims, *told, worked(claims, done=any(e["event"] == "end" for e in events)))
 
 
-def worked(claims: Sequence[Answer]) -> Answer:
-    """Yes if every claim is one; the first that is not is named."""
+def worked(claims: Sequence[Answer], *, done: bool) -> Answer:
+    """Yes if every claim is one and the run is `done`; the first that is not is named."""
     asked = [a for a in claims if a.verdict != "told"]
     verdict = all_of(a.verdict for a in asked)
     first = next((a for a in asked if a.verdict == verdict), None)
+    if verdict == "yes" and not done:
+        verdict = "undecided"
     parts = [verdict.capitalize()]
-    if first is not None and verdict != "yes":
+    if not done:
+        parts.append("The run did not reach its last round, which allows no yes")
+    if first is not None and verdict == first.verdict and verdict != "yes":
         parts.append(f"The first {verdict} is {first.key} {first.question.rstrip('?')}")
     for kind in ("yes", "no", "undecided"):
         names = [a.key for a in asked if a.verdict == kind]
         parts += [f"{kind.capitalize()}: {', '.join(names)}"] if names else []
-    figures = {a.key: a.verdict for a in claims}
+    figures = {a.key: a.verdict for a in claims} | {"done": done}
     return Answer("worked", "did it work?", verdict, ". ".join(parts) + ".", figures)
 
 

@@ -18,6 +18,7 @@ from experiments.thresholds import CHANCE, COHERENT, COLLAPSED
 from experiments.verdicts import SHARES, VIGNETTES, WILSON, Figure
 from shl.axes import Axis
 from shl.config import FOUNDATIONS, EvalConfig
+from shl.errors import check
 from shl.evaluation import Evaluation, logsumexp, nats_of
 from shl.stats import bootstrap
 from shl.vignettes import reading
@@ -27,16 +28,25 @@ Profiles = np.ndarray
 order; base is the first stage."""
 
 
+MOST = 100_000
+"""Resamples; 84 vignettes in so many take 70 MB, and no interval is the narrower for more."""
+
+
 class Measured:
     """The stages of a record, rebuilt without a model.
 
     Raises:
-        ShlError: scores that are none of the built-in vignettes' (when a number rests on them).
+        ShlError: more resamples than can be held, or scores that are none of the built-in
+            vignettes' (when a number rests on them).
     """
 
     def __init__(
         self, events: Sequence[Event], texts: Sequence[Event], axis: Axis, config: EvalConfig
     ) -> None:
+        check(
+            config.bootstrap <= MOST,
+            f"the settings ask for {config.bootstrap:,} resamples, answers take at most {MOST:,}.",
+        )
         self.events, self.texts, self.axis, self.config = events, texts, axis, config
         begun = bool(stages(events, "base"))
         self.healed = stages(events, "healed") if begun else []
