@@ -31,7 +31,7 @@ def answer_all(
         config: resamples and confidence of the intervals; the seed is fixed.
 
     Raises:
-        ShlError: scores that are none of the built-in vignettes'.
+        ShlError: more resamples than can be held, or scores that do not belong together.
     """
     m = Measured(events, texts, axis, config or EvalConfig())
     claims = [ask(m) for ask in NEEDED]

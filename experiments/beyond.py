@@ -134,7 +134,10 @@ def _own(m: Measured, confusion: np.ndarray) -> Sequence[Figure]:
     for name in m.axis.expected:
         row = confusion[FOUNDATIONS.index(name)]
         hits, total = int(row[FOUNDATIONS.index(name)]), int(row.sum())
-        low, high = wilson(hits, total, m.config.confidence)
         what = f"of those of {name}"
+        if not total:
+            found.append(missing(what, "there are none"))
+            continue
+        low, high = wilson(hits, total, m.config.confidence)
         found.append(Figure(what, hits / total, low, high, CHANCE, WILSON, soft=True))
     return found

@@ -36,8 +36,8 @@ class Measured:
     """The stages of a record, rebuilt without a model.
 
     Raises:
-        ShlError: more resamples than can be held, or scores that are none of the built-in
-            vignettes' (when a number rests on them).
+        ShlError: more resamples than can be held, or scores that do not belong together
+            (when a number rests on them).
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Measured:
     def reading(self, stage: Event) -> Evaluation:
         """A stage's `Evaluation`."""
         if id(stage) not in self._known:
-            base = scores(dict(self.base))
-            self._known[id(stage)] = reading(stage["style"], scores(dict(stage)), base)
+            base, labels = scores(dict(self.base)), self.base["labels"]
+            self._known[id(stage)] = reading(stage["style"], scores(dict(stage)), base, labels)
         return self._known[id(stage)]
 
     def vignettes(

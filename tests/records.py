@@ -34,7 +34,7 @@ def scores(shift=None, *, mass=1.0, wobble=0.0, mass_wobble=0.0, hit=0.4):
 
 def stage(name, index, log_probs, **more):
     told = {"event": "stage", "stage": name, "round": index, "style": "completion"}
-    told |= {"log_probs": log_probs, "noise": []}
+    told |= {"log_probs": log_probs, "labels": [v.foundation for v in vignettes()]}
     return told | more
 
 

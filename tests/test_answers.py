@@ -356,8 +356,24 @@ def test_what_cannot_be_read_is_one_sentence():
     for changed in (events[0]["log_probs"][:5], [[[1.0] * 7]] * 84, [[[0.0] * 6]] * 84):
         with pytest.raises(ShlError):
             answer_all([stage("base", -1, changed), *events[1:]], found, AXIS, FEW)
+    with pytest.raises(ShlError, match="the labels name"):
+        answer_all([events[0] | {"labels": ["cares"] * 84}, *events[1:]], found, AXIS, FEW)
     with pytest.raises(ShlError, match="resamples"):
         answer_all(events, found, AXIS, EvalConfig(bootstrap=2**70))
+
+
+def test_a_record_of_other_vignettes_is_answered_by_its_own_labels():
+    # Only the 72 that are not of care: base names all of them, and there are none of care.
+    events, found = run()
+    left = [i for i, label in enumerate(events[0]["labels"]) if label != "care"]
+    for event in events:
+        for key in ("labels", "log_probs"):
+            if key in event:
+                event[key] = [event[key][i] for i in left]
+    told = ask((events, found))["readable"]
+    assert figure(told, "share of vignettes")["value"] == 1.0
+    assert told.verdict == "undecided"
+    assert "of those of care, there are none" in told.sentence
 
 
 def test_every_threshold_has_its_reason_and_is_used():
