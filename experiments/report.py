@@ -7,10 +7,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.answers import answer_all, as_json
 from experiments.diary import diary
 from experiments.folder import axis_of, read
 from experiments.journal import write
-from experiments.summary import answers, rows
+from experiments.summary import rows
+from shl.config import EvalConfig
 
 
 def report(folder: Path, console: Console) -> None:
@@ -29,13 +31,13 @@ def report(folder: Path, console: Console) -> None:
     for line in lines:
         table.add_row(*(line.get(column, "") for column in columns))
     console.print(table)
-    found = answers(events, texts, axis)
-    for question, answer in found.items():
-        console.print(f"[bold]{question}[/] {escape(answer)}", highlight=False)
+    found = answer_all(events, texts, axis, EvalConfig(**config["loop"]["eval"]))
+    for a in found:
+        console.print(f"[bold]{a.key}: {a.question}[/] {escape(a.sentence)}", highlight=False)
     markdown = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     markdown += ["| " + " | ".join(line.get(c, "") for c in columns) + " |" for line in lines]
     write(folder / "table.md", "\n".join(markdown) + "\n")
-    write(folder / "answers.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    write(folder / "answers.json", json.dumps(as_json(found), indent=2, ensure_ascii=False) + "\n")
     write(folder / "diary.md", diary(texts, config["loop"]["rounds"]))
     draw(folder)
     ended = next((e["seconds"] for e in events if e["event"] == "end"), None)

@@ -7,6 +7,7 @@ numbered, in two opposite orders, and the digit is scored. Both end as probabili
 over the seven options.
 """
 
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -58,13 +59,30 @@ def evaluate(
     return reading(style, log_probs, base)
 
 
-def reading(style: str, log_probs: np.ndarray, base: np.ndarray) -> Evaluation:
-    """An `Evaluation` from raw scores `[item, asked, option]` of a stage and of base.
+def reading(
+    style: str, log_probs: np.ndarray, base: np.ndarray, labels: Sequence[str] | None = None
+) -> Evaluation:
+    """An `Evaluation` from raw scores `[item, asked, option]` of a stage and of base, in nats.
+
+    Args:
+        labels: the foundation that each item was written for; those of the built-in vignettes
+            unless given.
 
     Raises:
-        ShlError: other shapes than the built-in vignettes have.
+        ShlError: other shapes than these items have, or a label that is no foundation.
+
+    Example:
+        >>> import numpy as np
+        >>> base = np.full((2, 1, 7), -2.0)
+        >>> reading("digits", base - 1, base, ("care", "social")).coherence.__round__(3)
+        0.368
     """
-    items = len(vignettes())
+    labels = tuple(v.foundation for v in vignettes()) if labels is None else tuple(labels)
+    items = len(labels)
+    unknown = sorted(set(labels) - set(FOUNDATIONS))
+    check(
+        not unknown, f"the labels name {unknown[:1]}, the foundations are {', '.join(FOUNDATIONS)}."
+    )
     for scores in (log_probs, base):
         check(
             scores.ndim == 3 and scores.shape == (items, base.shape[1], len(FOUNDATIONS)),
@@ -78,7 +96,6 @@ def reading(style: str, log_probs: np.ndarray, base: np.ndarray) -> Evaluation:
     prior = base.mean(0, keepdims=True) if style == "completion" else np.zeros((1, 1, 1))
     base_mass = np.exp(nats_of(logsumexp(base)[:, :, 0]))
     check(bool((base_mass > 0).all()), f"base gives valid answers a mass of {base_mass.min()}.")
-    labels = tuple(v.foundation for v in vignettes())
     return Evaluation(style, labels, log_probs, prior, base_mass)
 
 

@@ -128,7 +128,8 @@ def test_a_report_can_be_made_again_from_the_record(folder, capsys):
     assert json.loads((folder / "answers.json").read_text("utf-8")) == before
     out = capsys.readouterr().out
     assert "prompted+" in out
-    assert all(question in out for question in before)
+    assert all(f"{key}: {told['question']}" in out for key, told in before.items())
+    assert all(told["verdict"] in ("yes", "no", "undecided", "told") for told in before.values())
     assert [q[:2] for q in before][:4] == ["Q0", "Q1", "Q2", "Q3"]
 
 
@@ -188,7 +189,7 @@ def test_starving_is_bad_input_too(call, monkeypatch, capsys, tmp_path):
     assert [e["event"] for e in events[-9:]] == ["vector", "probe", *["batch"] * 6, "starved"]
     assert (
         "completions survived"
-        in json.loads((tmp_path / "run/answers.json").read_text())["stopped early"]
+        in json.loads((tmp_path / "run/answers.json").read_text())["ended"]["sentence"]
     )
     # The same command says the same again, without a second line on it.
     with pytest.raises(SystemExit):

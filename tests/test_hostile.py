@@ -23,6 +23,7 @@ from rich.console import Console
 from test_folders import save
 
 from experiments import run as program
+from experiments.answers import answer_all
 from experiments.diary import diary
 from experiments.folder import FILES, axis_of, read
 from experiments.journal import Journal, read_lines
@@ -31,9 +32,10 @@ from experiments.record import Record
 from experiments.report import report
 from experiments.run import RunConfig, settings_of, study
 from experiments.status import status
-from experiments.summary import answers, rows
+from experiments.summary import rows
 from shl import weights
 from shl.axes import load_axis
+from shl.config import EvalConfig
 from shl.errors import ShlError
 from shl.fingerprint import weights_hash
 from shl.generate import generate
@@ -264,7 +266,7 @@ def test_sealed_but_hostile_records(name, run_folder, tmp_path, model):
             config, events, texts = read(folder)
             axis = axis_of(folder)
             rows(events)
-            answers(events, texts, axis)
+            answer_all(events, texts, axis, EvalConfig(**config["loop"]["eval"]))
             diary(texts, config["loop"]["rounds"])
             status(folder)
             if passed % 25 == 0:
@@ -304,7 +306,7 @@ def test_hostile_settings_with_a_seal(name, run_folder, tmp_path):
         sealed(folder / "events.jsonl", events)
         try:
             config, _, texts = read(folder)
-            answers(events, texts, axis_of(folder))
+            answer_all(events, texts, axis_of(folder), EvalConfig(**config["loop"]["eval"]))
             diary(texts, config["loop"]["rounds"])
             status(folder)
         except ShlError as error:
