@@ -27,6 +27,8 @@ from experiments.svg_shapes import (
     whisker,
 )
 
+ROW = 14.0
+"""Least distance between two names beside the plot."""
 Interval = tuple[float, float]
 
 
@@ -122,13 +124,16 @@ def chart(
 
     Args:
         title, desc: what a reader who does not see it is told.
-        direct: series are named at their last point, in place of an entry in the legend.
+        direct: series are named at their last point, in place of an entry in the legend; the
+            drawing is made high enough for all names.
         width, height: of the plot with its axes, in units of which text is 13 high; the legend
             comes below.
 
     Raises:
         ShlError: nothing to draw, or a number that an axis cannot hold.
     """
+    if direct:
+        height = max(height, _Frame.top + _Frame.bottom + ROW * (len(series) - 1))
     frame = _Frame(width, height)
     if y.ticks is not None:
         frame.left = 14 + CHARACTER * max(len(text) for text in y.ticks.values())
@@ -262,16 +267,21 @@ def _bars(f: _Frame, s: Series, index: int, count: int) -> None:
 
 
 def _direct(f: _Frame, series: Sequence[Series]) -> None:
-    """Names at the last points, pushed apart where they would overlap."""
-    wanted = sorted((f.y(s.points[-1].y), i) for i, s in enumerate(series) if s.points)
-    last = -math.inf
-    for at, i in wanted:
+    """Names at the last points, pushed apart where they would overlap, within the plot."""
+    order = sorted((f.y(s.points[-1].y), i) for i, s in enumerate(series) if s.points)
+    places: list[float] = []
+    for at, _ in order:
+        places.append(max(at, places[-1] + ROW if places else at))
+    limit = f.height - f.bottom
+    for k in reversed(range(len(places))):
+        places[k] = min(places[k], limit)
+        limit = places[k] - ROW
+    for (at, i), place in zip(order, places, strict=True):
         one = series[i]
-        last = max(at, last + 14)
         x = f.width - f.right + 6
         f.parts.append(f'<g class="c-{one.colour}">')
-        f.parts.append(line(f.x(one.points[-1].x), at, x, last, ' class="leader"'))
-        f.parts.append(text(x + 3, last + 4.5, one.name, extra=' class="named"') + "</g>")
+        f.parts.append(line(f.x(one.points[-1].x), at, x, place, ' class="leader"'))
+        f.parts.append(text(x + 3, place + 4.5, one.name, extra=' class="named"') + "</g>")
 
 
 def _legend(f: _Frame, listed: Sequence[Series | Rule]) -> float:
