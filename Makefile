@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 1000
 export TOKENIZERS_PARALLELISM ?= false
 BIN = .venv/bin
 STUDY = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED)
-.PHONY: help install experiment smoke status probe control crash bench test check docs notebooks
+.PHONY: help install experiment smoke status report probe control crash bench test check docs notebooks
 # Rooms that share their name with a public function (shl.heal) come with `shl` itself; shl.shapes
 # re-exports Tensor, whose pages are not ours to make, and kl_triton takes triton.
 FACE = $(shell sed -n 's/^    "\([a-z_]*\)",/shl.\1/p' shl/__init__.py)
@@ -42,6 +42,9 @@ smoke: install  ## the same path on the same weights at the smallest honest scal
 
 status: install  ## what a run has done and what remains: RUN=, the newest by default
 	$(BIN)/python -m experiments.status $(RUN)
+
+report: install  ## a run's table, answers, pictures and report.html again: RUN=, the newest by default
+	$(BIN)/python -m experiments.report $(RUN)
 
 crash: install  ## kill a small real run again and again, and compare it with one left alone
 	$(BIN)/python -m experiments.crash --model "$(MODEL)" $(ARGS)

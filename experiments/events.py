@@ -136,9 +136,11 @@ class RoundEvent(Event):
 
 
 class Curve(Strict):
-    """Per-token KL to base of one completion, nats."""
+    """Per-token KL to base of one completion, nats; a healed one is a free sample of the round's
+    student, its dose 0."""
 
-    verdict: Literal["kept", "dropped"]
+    verdict: Literal["kept", "dropped", "healed"]
+    prompt: str | None = None
     reasons: list[str]
     dose: Number
     pieces: list[str]
@@ -152,7 +154,7 @@ class Curve(Strict):
 
 
 class TokenKlEvent(Event):
-    """A kept and a dropped completion, token by token."""
+    """A kept, a dropped and a healed completion of a round, token by token."""
 
     event: Literal["token_kl"]
     curves: list[Curve]

@@ -19,7 +19,7 @@ from experiments.summary import Event, of_round, on_axis, stages
 from shl.axes import Axis
 from shl.files import write_whole
 
-RED, GREEN, GREY = "#c0392b", "#1e8449", "#555555"
+RED, GREEN, GREY, BLUE = "#c0392b", "#1e8449", "#555555", "#2471a3"
 
 
 def trajectory(events: Sequence[Event], axis: Axis) -> Figure:
@@ -35,7 +35,7 @@ def trajectory(events: Sequence[Event], axis: Axis) -> Figure:
         _line(panel, healed, lambda e, n=name: e["nats"][n], GREEN, "healed", "s")
         panel.axhline(base["nats"][name], ls="--", color=GREY, lw=1, label="base")
         for stage in stages(events, "prompted+"):
-            panel.axhline(stage["nats"][name], ls=":", color="#2471a3", lw=1, label="prompted +")
+            panel.axhline(stage["nats"][name], ls=":", color=BLUE, lw=1, label="prompted +")
         sign = "up" if axis.expected[name] > 0 else "down"
         panel.set_ylabel(f"{name} [nats]\n({sign} is on-trait)")
     for panel, key, label in (
@@ -83,7 +83,7 @@ def plane(events: Sequence[Event]) -> Figure:
     for e in events:
         if e["event"] == "stage" and e["stage"].startswith("prompted"):
             x, y = e["nats"]["care"], e["nats"]["authority"]
-            panel.scatter(x, y, color="#2471a3", marker="D", zorder=3)
+            panel.scatter(x, y, color=BLUE, marker="D", zorder=3)
             panel.annotate(
                 e["stage"], (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8
             )
@@ -94,7 +94,7 @@ def plane(events: Sequence[Event]) -> Figure:
 
 
 def kl_tokens(events: Sequence[Event], index: int = 0) -> Figure:
-    """Per-token KL to base of one kept and one dropped completion, with tau drawn."""
+    """Per-token KL to base of the completions told of a round, with tau drawn."""
     (event,) = [e for e in of_round(events, "token_kl") if e["round"] == index]
     tau = of_round(events, "healing")[index]["tau"]
     curves = event["curves"]
@@ -108,7 +108,7 @@ def kl_tokens(events: Sequence[Event], index: int = 0) -> Figure:
     for panel, curve in zip(panels[:, 0], curves, strict=False):
         kl = curve["kl"]
         rmse = (sum(x * x for x in kl) / len(kl)) ** 0.5
-        color = GREEN if curve["verdict"] == "kept" else RED
+        color = {"kept": BLUE, "dropped": RED, "healed": GREEN}[curve["verdict"]]
         panel.bar(range(len(kl)), kl, color=color)
         panel.axhline(tau, ls="--", color=GREY, lw=1)
         panel.set_title(

@@ -189,29 +189,37 @@ class Record(Lines):
 def token_curves(
     model: HookedTransformer, finished: Round, before: Sequence[Adapter]
 ) -> list[dict[str, Any]]:
-    """Per-token KL to base of one kept and one dropped completion, under the adapters and the
-    steering that made them."""
+    """Per-token KL to base of one kept, one dropped and one healed completion, each under the
+    adapters and the steering that made it: the middle one of its group by tail perplexity."""
     everything = (*finished.probes, *finished.dreams)
-    kept = [v for v in everything if v.kept]
-    dropped = [v for v in everything if "incoherent" in v.reasons and len(v.completion.tokens) > 20]
+    groups = {
+        "kept": [v for v in everything if v.kept],
+        "dropped": [
+            v for v in everything if "incoherent" in v.reasons and len(v.completion.tokens) > 20
+        ],
+        "healed": [v for v in finished.healed.samples if v.completion.tokens],
+    }
     curves = []
-    for name, group in (("kept", kept), ("dropped", dropped)):
-        if group:
-            v = sorted(group, key=lambda v: v.tail_perplexity)[len(group) // 2]
-            with (
-                baked(model, before),
-                finished.vector.steering(model, v.completion.dose),
-            ):
+    for name, group in groups.items():
+        if not group:
+            continue
+        v = sorted(group, key=lambda v: v.tail_perplexity)[len(group) // 2]
+        if name == "healed":
+            with baked(model, (*before, finished.adapter)):
+                kl = token_divergence(model, v.completion)
+        else:
+            with baked(model, before), finished.vector.steering(model, v.completion.dose):
                 kl = token_divergence(model, v.completion, without_persona(model, v.completion))
-            curves.append(
-                {
-                    "verdict": name,
-                    "reasons": list(v.reasons),
-                    "dose": v.completion.dose,
-                    "pieces": [decode(model, [t]) for t in v.completion.tokens],
-                    "kl": [round(float(x), 5) for x in kl],
-                }
-            )
+        curves.append(
+            {
+                "verdict": name,
+                "prompt": v.completion.prompt.text,
+                "reasons": list(v.reasons),
+                "dose": v.completion.dose,
+                "pieces": [decode(model, [t]) for t in v.completion.tokens],
+                "kl": [round(float(x), 5) for x in kl],
+            }
+        )
     return curves
 
 

@@ -1,6 +1,9 @@
-"""Table, answers, pictures and diary of a run folder, from its record alone."""
+"""Table, answers, page, pictures and diary of a run folder, from its record alone:
+`python -m experiments.report [RUN]`.
+"""
 
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -11,12 +14,15 @@ from experiments.answers import answer_all, as_json
 from experiments.diary import diary
 from experiments.folder import axis_of, read
 from experiments.journal import write
+from experiments.page import write_page
+from experiments.status import newest
 from experiments.summary import rows
 from shl.config import EvalConfig
+from shl.errors import ShlError
 
 
 def report(folder: Path, console: Console) -> None:
-    """Table, answers, pictures and diary of a run folder, from its record alone."""
+    """Table, answers, page, pictures and diary of a run folder, from its record alone."""
     # matplotlib is slow to import and only needed at the end.
     from experiments.plot import draw
 
@@ -39,7 +45,24 @@ def report(folder: Path, console: Console) -> None:
     write(folder / "table.md", "\n".join(markdown) + "\n")
     write(folder / "answers.json", json.dumps(as_json(found), indent=2, ensure_ascii=False) + "\n")
     write(folder / "diary.md", diary(texts, config["loop"]["rounds"]))
+    write_page(folder)
     draw(folder)
     ended = next((e["seconds"] for e in events if e["event"] == "end"), None)
     if ended is not None:
         console.print(f"{ended / 60:.1f} minutes")
+
+
+def main() -> None:
+    """The command line."""
+    try:
+        folder = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
+        console = Console(width=max(120, Console().width), soft_wrap=True)
+        report(folder, console)
+        console.print(f"page: {folder / 'report.html'}", highlight=False, markup=False)
+    except ShlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -152,10 +152,10 @@ def run(
             with stop.held():
                 if record.find("round", done.index) is None:
                     record.round(done, first)
-            if done.index == 0 and record.find("token_kl", 0) is None:
+            if record.find("token_kl", done.index) is None:
                 curves = token_curves(model, done, adapters)
                 with stop.held():
-                    record.event("token_kl", 0, {"curves": curves})
+                    record.event("token_kl", done.index, {"curves": curves})
             adapters.append(done.adapter)
     with stop.held():
         record.event("end", loop.rounds - 1, {})

@@ -31,7 +31,7 @@ def status(folder: Path) -> str:
     if name_of(last) == "starved":
         lines.append(f"ended    {last['sentence']}")
     elif name_of(last) != "end":
-        lines.append(f"remains  {_remains(name_of(last), last['round'], rounds)}")
+        lines.append(f"remains  {remains(name_of(last), last['round'], rounds)}")
     at_work = "a process is at work on it" if held(folder) else "no process is at work on it"
     finished = name_of(last) in ("end", "starved")
     go_on = "" if finished or held(folder) else "; the command that began it continues it"
@@ -53,7 +53,8 @@ def _done(events: list[dict]) -> str:
     return "; ".join(part for part in parts if part) or "nothing yet"
 
 
-def _remains(last: str, index: int, rounds: int) -> str:
+def remains(last: str, index: int, rounds: int) -> str:
+    """What a run of so many rounds has before it after an event of a name and a round."""
     order = ["vector", "probe", "batch", "steered", "healing", "healed"]
     first = ["base", "prompted+", "prompted-"]
     if index < 0:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import tyro
-from helpers import lenient, one_sentence
+from helpers import kl_by_hand, lenient, log_p_by_hand, one_sentence
 from matplotlib import pyplot as plt
 from rich.console import Console
 
@@ -17,9 +17,12 @@ from experiments.plot import draw
 from experiments.report import report
 from experiments.run import RunConfig
 from experiments.summary import rows
+from shl.bake import baked
 from shl.errors import ShlError
+from shl.generate import Completion
 from shl.lora import Adapter
 from shl.tiny import tiny_gemma
+from shl.tokens import Prompt, decode, encode
 from shl.vector import SteeringVector
 
 SMALL = """
@@ -66,11 +69,10 @@ def test_a_run_leaves_every_file_and_every_line_of_it_is_json(folder):
     lines = (folder / "events.jsonl").read_text("utf-8").split("\n")
     told = [json.loads(line) for line in lines if line]
     assert [{k: v for k, v in line.items() if k != "check"} for line in told] == events
-    one = ["vector", "probe", "batch", "stage", "healing", "stage", "round"]
+    one = ["vector", "probe", "batch", "stage", "healing", "stage", "round", "token_kl"]
     assert [e["event"] for e in events] == [
         *("start", "stage", "stage", "stage"),
         *one,
-        "token_kl",
         *one,
         "end",
     ]
@@ -90,6 +92,42 @@ def test_vectors_and_adapters_can_be_loaded_again(folder):
         place = folder / "rounds" / str(index)
         assert Adapter.load(place / "adapter.safetensors", model).round == index
         assert SteeringVector.load(place / "vector.safetensors").contexts == 3
+
+
+def test_token_kl_is_that_of_the_student_that_wrote_the_text(folder):
+    """KL(student || base) per token from full float64 logits, of every round's completions."""
+    _, events, texts = read(folder)
+    model = tiny_gemma()
+    adapters = []
+    for index in (0, 1):
+        place = folder / "rounds" / str(index)
+        adapters.append(Adapter.load(place / "adapter.safetensors", model))
+        vector = SteeringVector.load(place / "vector.safetensors")
+        (event,) = [e for e in events if e["event"] == "token_kl" and e["round"] == index]
+        # Nothing is dropped in this run, so there is no dropped completion.
+        assert [curve["verdict"] for curve in event["curves"]] == ["kept", "healed"]
+        for curve in event["curves"]:
+            stages = {"kept": ("probe", "batch"), "healed": ("healed",)}[curve["verdict"]]
+            (text,) = [
+                t
+                for t in texts
+                if (t["round"], t["prompt"], t["dose"]) == (index, curve["prompt"], curve["dose"])
+                and t["stage"] in stages
+                and [decode(model, [token]) for token in t["tokens"]] == curve["pieces"]
+            ]
+            prompt = Prompt(text["prompt"], text["persona"])
+            ids = tuple(encode(model, prompt))
+            completion = Completion(prompt, text["text"], tuple(text["tokens"]), ids, 0.0, False)
+            base = log_p_by_hand(model, completion)
+            if curve["verdict"] == "healed":
+                with baked(model, adapters):
+                    student = log_p_by_hand(model, completion)
+            else:
+                with baked(model, adapters[:-1]), vector.steering(model, curve["dose"]):
+                    student = log_p_by_hand(model, completion)
+            expected = kl_by_hand(student, base)
+            assert expected.max() > 1e-4
+            assert curve["kl"] == pytest.approx(expected.tolist(), abs=2e-5)
 
 
 def test_the_table_has_a_row_per_stage_with_the_events_own_numbers(folder):

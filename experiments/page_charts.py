@@ -1,0 +1,311 @@
+"""The report's charts, from a run's events and texts."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median_low
+
+from markupsafe import Markup
+
+from experiments.scales import AxisSpec
+from experiments.summary import Event, stages
+from experiments.thresholds import COHERENT
+from experiments.svg import Point, Rule, Series, chart, styles
+from shl.axes import Axis
+from shl.config import FOUNDATIONS
+from shl.errors import ShlError
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing, or the sentence that says why there is none, and what it shows."""
+
+    caption: str
+    drawing: Markup | None
+    problem: str = ""
+
+
+def drawn(caption: str, make: Callable[[], Markup]) -> Figure:
+    """A chart, or why it cannot be drawn."""
+    try:
+        return Figure(caption, make())
+    except ShlError as error:
+        return Figure(caption, None, str(error))
+
+
+def wilson(hits: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927).
+
+    Example:
+        >>> [round(end, 3) for end in wilson(8, 10)]
+        [0.49, 0.943]
+    """
+    z, p = 1.959964, hits / count
+    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return middle - half, middle + half
+
+
+def _rounds(found: Sequence[Event]) -> AxisSpec:
+    return AxisSpec("round", ticks={float(e["round"]): str(e["round"]) for e in found})
+
+
+Measure = Callable[[Event], tuple[float, tuple[float, float] | None] | None]
+
+
+def _sides(events: Sequence[Event], measure: Measure) -> list[Series]:
+    """Steered red, healed green; a little apart, so that intervals do not cover each other."""
+    found = []
+    for name, colour, marker, aside in (
+        ("steered", "red", "circle", -4.0),
+        ("healed", "green", "square", 4.0),
+    ):
+        points = []
+        for e in stages(events, name):
+            read = measure(e)
+            if read is not None:
+                points.append(Point(e["round"], read[0], y_interval=read[1], aside=(aside, 0.0)))
+        if points:
+            found.append(Series(name, points, colour, marker))
+    return found
+
+
+def _references(events: Sequence[Event], measure: Measure) -> list[Rule]:
+    rules = []
+    for name, colour, dash in (
+        ("base", "grey", "6 4"),
+        ("prompted+", "blue", "2 3"),
+        ("prompted-", "purple", "9 3 2 3"),
+    ):
+        for e in stages(events, name)[:1]:
+            read = measure(e)
+            if read is not None:
+                interval = None if name == "base" else read[1]
+                rules.append(Rule(name, read[0], colour=colour, dash=dash, interval=interval))
+    return rules
+
+
+def trajectory(events: Sequence[Event], axis: Axis) -> list[Figure]:
+    """Trait and coherence per stage, with base and the prompted personas as reference lines."""
+    measured = [*stages(events, "steered"), *stages(events, "healed")]
+    if not measured:
+        return []
+
+    def panel(
+        title: str, label: str, caption: str, measure: Measure, *more: Rule, log: bool = False
+    ) -> Figure:
+        series, rules = _sides(events, measure), [*_references(events, measure), *more]
+        ends = [v for s in series for p in s.points for v in (p.y, *(p.y_interval or ()))]
+        log = log and min([*ends, *(r.value for r in rules)], default=0.0) > 0
+        return drawn(
+            caption,
+            lambda: chart(
+                series,
+                _rounds(measured),
+                AxisSpec(label, log=log),
+                title=title,
+                desc=caption + " " + spoken(series),
+                rules=rules,
+            ),
+        )
+
+    figures = []
+    for name, sign in axis.expected.items():
+        way = "up" if sign > 0 else "down"
+        figures.append(
+            panel(
+                f"{name} shift per round",
+                f"{name} shift [nats], {way} is on-trait",
+                f"{name}: shift from base of the log of its mean probability; {way} is on-trait; "
+                "95 % intervals paired by vignette.",
+                partial(_shift, name),
+            )
+        )
+    figures.append(
+        panel(
+            "coherence per round",
+            "coherence [mass / base]",
+            f"Coherence: probability on valid answers over base's; Q2 needs {COHERENT} or more of "
+            "every healed stage.",
+            lambda e: (e["coherence"], ordered(e["coherence_interval"])),
+            Rule(f"Q2 needs {COHERENT}", COHERENT, colour="ink", dash="1 5"),
+            log=True,
+        )
+    )
+    base = stages(events, "base")[0]["survival"]
+    figures.append(
+        panel(
+            "survival per round",
+            "survival [share of texts]",
+            f"Survival: share of free samples that pass the filter, 95 % Wilson intervals; "
+            f"Q2 needs {COHERENT} of base's share.",
+            _survival,
+            Rule(f"Q2 needs {COHERENT} x base", COHERENT * base, colour="ink", dash="1 5"),
+        )
+    )
+    return figures
+
+
+def ordered(pair: Sequence[float]) -> tuple[float, float]:
+    """An interval from low to high."""
+    return min(pair), max(pair)
+
+
+def _shift(name: str, e: Event) -> tuple[float, tuple[float, float] | None]:
+    return e["shift"][name], ordered(e["shift_interval"][name])
+
+
+def _survival(e: Event) -> tuple[float, tuple[float, float] | None]:
+    share = e["survival"]
+    sound = e["samples"] > 0 and 0 <= share <= 1
+    return share, wilson(share * e["samples"], e["samples"]) if sound else None
+
+
+def spoken(series: Sequence[Series]) -> str:
+    """The numbers themselves, for who does not see them."""
+    return " ".join(
+        f"{s.name}: {', '.join(f'{p.y:.3g}' for p in s.points[:40])}." for s in series if s.name
+    )
+
+
+def ladders(texts: Sequence[Event]) -> dict[int, list[dict[str, float]]]:
+    """Per round, per probed dose: how many were generated and kept, and the median perplexity
+    under base (infinite where the median text is empty)."""
+    groups: dict[int, dict[float, list[Event]]] = {}
+    for t in texts:
+        if t["stage"] == "probe":
+            groups.setdefault(t["round"], {}).setdefault(t["dose"], []).append(t)
+    return {
+        index: [
+            {
+                "dose": dose,
+                "generated": len(found),
+                "kept": sum(not t["reasons"] for t in found),
+                "perplexity": median_low(
+                    math.inf if t["perplexity"] is None else t["perplexity"] for t in found
+                ),
+            }
+            for dose, found in sorted(doses.items(), key=lambda item: abs(item[0]))
+        ]
+        for index, doses in groups.items()
+    }
+
+
+def doses(
+    events: Sequence[Event], texts: Sequence[Event], loop: Mapping[str, Mapping[str, float]]
+) -> list[Figure]:
+    """Filter survival and base perplexity against the dose, one curve per round's ladder."""
+    rungs = ladders(texts)
+    if not rungs:
+        return []
+    base = stages(events, "base")[:1]
+    kinds = styles(len(rungs))
+
+    def curves(value: Callable[[Mapping[str, float]], Point | None]) -> list[Series]:
+        found = []
+        for i, (index, ladder) in enumerate(rungs.items()):
+            colour, marker, dash = kinds[i]
+            aside = 3.0 * (i - (len(rungs) - 1) / 2)
+            points = [replace(p, aside=(aside, 0.0)) for p in map(value, ladder) if p is not None]
+            if points:
+                found.append(Series(f"round {index}", points, colour, marker, dash=dash))
+        return found
+
+    def survival(r: Mapping[str, float]) -> Point:
+        interval = wilson(r["kept"], int(r["generated"]))
+        return Point(r["dose"], r["kept"] / r["generated"], y_interval=interval)
+
+    def perplexity(r: Mapping[str, float]) -> Point | None:
+        return Point(r["dose"], r["perplexity"]) if math.isfinite(r["perplexity"]) else None
+
+    dose = AxisSpec("dose [times the raw vector]")
+    target, limit = loop["dose"]["target_survival"], loop["filter"]["max_tail_perplexity"]
+    shares, costs = curves(survival), curves(perplexity)
+    return [
+        drawn(
+            "Survival falls with the dose where the filter can tell: share of probes kept, 95 % "
+            "Wilson intervals; the walk asks for the target.",
+            lambda: chart(
+                shares,
+                dose,
+                AxisSpec("survival [share of probes]", low=0.0, high=1.0),
+                title="filter survival against dose",
+                desc=spoken(shares),
+                rules=[
+                    Rule(f"target {target:g}", target, colour="ink", dash="1 5"),
+                    *(Rule("base", e["survival"]) for e in base),
+                ],
+            ),
+        ),
+        drawn(
+            "Base perplexity rises with the dose: median over the probes' texts; the filter drops "
+            "a text whose last quarter is above its limit.",
+            lambda: chart(
+                costs,
+                dose,
+                AxisSpec("median base perplexity", log=True),
+                title="base perplexity against dose",
+                desc=spoken(costs),
+                rules=[
+                    Rule(f"limit of a text's tail {limit:g}", limit, colour="ink", dash="1 5"),
+                    *(Rule("base", e["perplexity"]) for e in base if e["perplexity"] is not None),
+                ],
+            ),
+        ),
+    ]
+
+
+def foundations(events: Sequence[Event], axis: Axis) -> list[Figure]:
+    """Shift of all seven foundations per round, prompted personas first; on-axis ones marked."""
+    marks = {1: "\u25b2", -1: "\u25bc"}
+    names = {
+        float(-i): f"{name} {marks[axis.expected[name]]}" if name in axis.expected else name
+        for i, name in enumerate(FOUNDATIONS)
+    }
+    personas = [*stages(events, "prompted+")[:1], *stages(events, "prompted-")[:1]]
+    rounds = sorted({e["round"] for e in events if e["event"] == "stage" and e["round"] >= 0})
+    groups = [("prompted personas, no training", personas)] if personas else []
+    for index in rounds:
+        own = [e for n in ("steered", "healed") for e in stages(events, n) if e["round"] == index]
+        groups.append((f"round {index}", own))
+    looks = {
+        "steered": ("red", "circle", -4.0),
+        "healed": ("green", "square", 4.0),
+        "prompted+": ("blue", "up", -4.0),
+        "prompted-": ("purple", "down", 4.0),
+    }
+    figures = []
+    for title, group in groups:
+        series = []
+        for e in group:
+            colour, marker, aside = looks[e["stage"]]
+            points = [
+                Point(
+                    e["shift"][name],
+                    -i,
+                    x_interval=ordered(e["shift_interval"][name]),
+                    aside=(0.0, aside),
+                )
+                for i, name in enumerate(FOUNDATIONS)
+            ]
+            series.append(Series(e["stage"], points, colour, marker, "points"))
+        figures.append(drawn("", partial(_profile, series, names, title)))
+    return figures
+
+
+def _profile(series: Sequence[Series], names: Mapping[float, str], title: str) -> Markup:
+    told = (
+        f"{s.name}: "
+        + ", ".join(f"{n} {p.x:+.2f}" for n, p in zip(FOUNDATIONS, s.points, strict=True))
+        for s in series
+    )
+    return chart(
+        series,
+        AxisSpec("shift from base [nats]"),
+        AxisSpec(title, ticks=names),
+        title=f"foundations, {title}",
+        desc=f"Shift of each foundation from base with 95 % intervals. {'. '.join(told)}.",
+        rules=[Rule("base", 0.0, along="x")],
+        height=280,
+    )
