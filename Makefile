@@ -5,6 +5,8 @@ MODEL ?= gemma-3-270m
 ROUNDS ?= 3
 SEED ?= 42
 RUN ?=
+ARMS ?= core
+SEEDS ?= 42 43 44
 ARGS ?=
 # Workers that spin for long cost more than the work beside a busy neighbour; those that never
 # spin are woken at every small product. A short spin costs little in both cases.
@@ -13,7 +15,7 @@ export GOMP_SPINCOUNT ?= 1000
 export TOKENIZERS_PARALLELISM ?= false
 BIN = .venv/bin
 STUDY = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED)
-.PHONY: help install experiment smoke status report probe control crash bench test check docs notebooks
+.PHONY: help install experiment arms smoke status report probe control crash bench test check docs notebooks
 # Rooms that share their name with a public function (shl.heal) come with `shl` itself; shl.shapes
 # re-exports Tensor, whose pages are not ours to make, and kl_triton takes triton.
 FACE = $(shell sed -n 's/^    "\([a-z_]*\)",/shl.\1/p' shl/__init__.py)
@@ -34,6 +36,10 @@ install: .venv/installed  ## make .venv with everything pinned in constraints.tx
 
 experiment: install  ## the study: AXIS= MODEL= ROUNDS= SEED= ARGS="--heal.tau 1.0"
 	$(STUDY) --rounds $(ROUNDS) $(ARGS)
+
+arms: install  ## the method beside prompting and its controls: AXIS= MODEL= ARMS="core|all|NAMES" SEEDS="42 43 44"
+	$(BIN)/python -m experiments.arms --axis "$(AXIS)" --model "$(MODEL)" --arms $(ARMS) \
+	  --seeds $(SEEDS) --rounds $(ROUNDS) $(ARGS)
 
 smoke: install  ## the same path on the same weights at the smallest honest scale
 	$(STUDY) --rounds 1 --vector.contexts 16 --generate.max-new-tokens 32 --dose.rungs 2 \

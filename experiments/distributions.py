@@ -19,11 +19,13 @@ def distribution(
     rules: Sequence[Rule] = (),
     low: float | None = None,
     colours: Sequence[str] = (),
+    share: str = "share of tokens at or below",
 ) -> Markup:
     """Share of each group at or below a value: empirical distribution functions, as steps.
 
     Args:
         low: where the axis begins; what is below counts from there on.
+        share: what the vertical axis is called.
     """
     found = styles(len(groups))
     series = []
@@ -39,8 +41,8 @@ def distribution(
         colour = colours[i] if colours else found[i][0]
         dash = ("", *DASHES)[i % (len(DASHES) + 1)]
         series.append(Series(name, points, colour, None, "steps", dash))
-    share = AxisSpec("share of tokens at or below", low=0.0, high=1.0)
-    return chart(series, x, share, title=title, desc=desc, rules=rules)
+    up = AxisSpec(share, low=0.0, high=1.0)
+    return chart(series, x, up, title=title, desc=desc, rules=rules)
 
 
 def histogram(

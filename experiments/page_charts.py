@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from experiments.scales import AxisSpec
 from experiments.summary import Event, stages
-from experiments.thresholds import COHERENT
 from experiments.svg import Point, Rule, Series, chart, styles
+from experiments.thresholds import COHERENT
 from shl.axes import Axis
 from shl.config import FOUNDATIONS
 from shl.errors import ShlError

@@ -53,11 +53,17 @@ def report(folder: Path, console: Console) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """The command line: a run folder, or that of arms."""
+    # The arms' own report rests on this one.
+    from experiments.arms.report import compare
+
     try:
         folder = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
         console = Console(width=max(120, Console().width), soft_wrap=True)
-        report(folder, console)
+        if (folder / "events.jsonl").exists() or not any(folder.glob("*/seed*/events.jsonl")):
+            report(folder, console)
+        else:
+            compare(folder, console)
         console.print(f"page: {folder / 'report.html'}", highlight=False, markup=False)
     except ShlError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -111,7 +111,8 @@ def test_the_comparison_has_every_arm_every_dose_and_all_three_kinds_asked_for(f
     # The dose at the top of the ladder is where the round's own steered stage was read.
     lines = read_doses(folder / "steered" / "seed42" / "doses.jsonl")
     assert lines[-1]["nats"] == pytest.approx(stages["steered", 0]["nats"], abs=1e-6)
-    assert {"arms.md", "arms.json", "arms.png"} <= {p.name for p in folder.iterdir()}
+    files = {"arms.md", "arms.json", "arms.png", "kinds.png", "report.html"}
+    assert files <= {p.name for p in folder.iterdir()}
     told = json.loads((folder / "arms.json").read_text())
     assert {row["arm"] for row in told["arms"]} == set(found)
 

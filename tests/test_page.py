@@ -21,12 +21,12 @@ from experiments import run as program
 from experiments.folder import axis_of, read, read_json
 from experiments.page import page, vector_figure, write_page
 from experiments.page_inside import cosines
-from experiments.verdicts import Answer
-from shl.config import EvalConfig
 from experiments.page_view import HEAT, banner, cards, heat, instruments, sizes, stories
 from experiments.report import report
 from experiments.run import RunConfig, study
 from experiments.shown import clean
+from experiments.verdicts import Answer
+from shl.config import EvalConfig
 from shl.directions import SteeringVector
 from shl.errors import ShlError
 from shl.tiny import tiny_gemma

@@ -4,7 +4,6 @@ Every arm is a run folder of its own, kept when it is finished; the same command
 on where an earlier process ended.
 """
 
-import json
 import logging
 import os
 import shlex
@@ -12,7 +11,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,15 +19,14 @@ from rich.console import Console
 from transformer_lens import HookedTransformer
 
 from experiments.arms.catalogue import ARMS, Arm, chosen
-from experiments.arms.compare import points, table
 from experiments.arms.doses import FILE as DOSES
 from experiments.arms.doses import measure_doses
 from experiments.arms.kinds import FILE as TEXTS
-from experiments.arms.kinds import measure_kinds, read_kinds, summary
+from experiments.arms.kinds import measure_kinds
 from experiments.arms.lend import Lender
-from experiments.arms.words import columns, kinds_words, legend, markdown, sentence, verdicts
+from experiments.arms.report import compare
 from experiments.folder import finished
-from experiments.journal import read_lines, write
+from experiments.journal import read_lines
 from experiments.lines import Past
 from experiments.report import report
 from experiments.run import RunConfig, name_for, settings_of, study
@@ -37,7 +34,6 @@ from experiments.stop import Stop, Stopped
 from shl.axes import load_axis
 from shl.config import EvalConfig, LoopConfig
 from shl.errors import ShlError, check
-from shl.files import write_whole
 from shl.loop import StarvedError
 from shl.models import load_model
 
@@ -142,34 +138,6 @@ def _beside(folder: Path, shared: RunConfig, load: Load, console: Console) -> No
         measure_doses(_place(folder, "steered", loop.seed) / DOSES, past, load(), axis, loop, stop)
         console.print("per-token KL of prompted, kept and incoherent text")
         measure_kinds(_place(folder, "steered", loop.seed) / TEXTS, past, load(), loop, stop)
-
-
-def compare(folder: Path, console: Console) -> None:
-    """Table, verdicts and pictures, from the records alone."""
-    from experiments.arms.pictures import kinds, plane
-
-    found = points(folder)
-    check(bool(found), f"{folder} holds no arm that has measured base.")
-    rows, told = columns(found), verdicts(found)
-    console.print(markdown(rows), markup=False)
-    for verdict in told:
-        console.print(sentence(verdict), markup=False)
-    texts = [t for path in sorted(folder.glob(f"steered/seed*/{TEXTS}")) for t in read_kinds(path)]
-    values: dict[str, Any] = {"arms": table(found), "verdicts": told}
-    pictures = {"arms": plane(found)}
-    if texts:
-        past = Past(next(folder.glob("rmse/seed*")))
-        values["texts"] = summary(texts)
-        pictures["kinds"] = kinds(texts, past.settings["loop"]["heal"]["tau"])
-        for line in kinds_words(values["texts"]):
-            console.print(line, markup=False)
-    words = "".join(f"- {sentence(v)}\n" for v in told)
-    write(folder / "arms.md", f"{markdown(rows)}\n{words}\n{legend()}")
-    write(folder / "arms.json", json.dumps(values, indent=2) + "\n")
-    for name, figure in pictures.items():
-        picture = BytesIO()
-        figure.savefig(picture, format="png", dpi=130)
-        write_whole(folder / f"{name}.png", picture.getvalue())
 
 
 def main() -> None:

@@ -49,6 +49,10 @@ class Point:
         return min(1.0, self.mass, self.survival)
 
 
+Found = Mapping[str, Mapping[int, Sequence[Point]]]
+"""Points by arm and seed, each path in its order."""
+
+
 def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
     """By arm and seed: the healed student of each round, each dose of the steered one, and the
     prompted personas."""
@@ -118,6 +122,37 @@ def _shift(one: Line, other: Line, base: Line, axis: Axis) -> tuple[float, tuple
     return shift(pairs), bootstrap(pairs, shift)
 
 
+@dataclass(frozen=True)
+class Spot:
+    """Where an arm stands after a round or at a dose, over its seeds."""
+
+    label: str
+    x: float
+    x_interval: tuple[float, float] | None
+    trait: float
+    interval: tuple[float, float]
+
+
+def spots(paths: Sequence[Sequence[Point]], key: str) -> list[Spot]:
+    """Means over seeds with the least and the greatest; of one seed, the trait's interval over
+    vignettes. `key` is the coordinate beside the trait: mass, survival or coherence. A path that
+    ended early ends all."""
+    found = []
+    for step in zip(*paths, strict=False):
+        xs, ys = [getattr(point, key) for point in step], [point.trait for point in step]
+        many = len(step) > 1
+        found.append(
+            Spot(
+                step[0].label,
+                fmean(xs),
+                (min(xs), max(xs)) if many else None,
+                fmean(ys),
+                (min(ys), max(ys)) if many else step[0].interval,
+            )
+        )
+    return found
+
+
 def reach(path: Sequence[Point], level: float) -> float:
     """The largest trait shift along an arm's path at a coherence of `level` or more, nats.
 
@@ -153,7 +188,7 @@ def spread(values: Sequence[float]) -> tuple[float, float] | None:
     return fmean(values) - half, fmean(values) + half
 
 
-def table(found: Mapping[str, Mapping[int, Sequence[Point]]]) -> list[dict[str, Any]]:
+def table(found: Found) -> list[dict[str, Any]]:
     """One row per arm: where it ends, and how far it gets at each level of coherence; means over
     seeds, with every seed's own numbers beside them."""
     rows = []
@@ -178,9 +213,7 @@ def table(found: Mapping[str, Mapping[int, Sequence[Point]]]) -> list[dict[str, 
     return rows
 
 
-def against(
-    found: Mapping[str, Mapping[int, Sequence[Point]]], arm: str, rival: str, level: float
-) -> dict[str, Any]:
+def against(found: Found, arm: str, rival: str, level: float) -> dict[str, Any]:
     """Whether an arm gets further than another at the same coherence: yes, no or undecided.
 
     Differences are paired by seed. The rival "persona" is one point and not a path: it is met at

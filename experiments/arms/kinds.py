@@ -88,19 +88,23 @@ def read_kinds(path: Path) -> list[Line]:
     return read_lines(path)[1:]
 
 
+def kinds_tau(folder: Path) -> float:
+    """Where the barrier of the method's arm starts, nats."""
+    return float(Past(next(folder.glob("rmse/seed*"))).settings["loop"]["heal"]["tau"])
+
+
+def sizes(lines: Sequence[Line], kind: str, how: str) -> list[float]:
+    """An aggregate of the per-token KL of every text of a kind, nats."""
+    return [float(aggregate(torch.tensor(t["kl"]), how)) for t in lines if t["kind"] == kind]
+
+
 def summary(lines: Sequence[Line]) -> dict[str, Any]:
     """Per kind the medians of each aggregate, and per aggregate how well it tells kinds apart.
 
     `auc` is the chance that a text of the second kind has the larger value (0.5: none); `spiky` is
     the median of rmse over mean, 1 where all tokens drift alike.
     """
-    values = {
-        kind: {
-            how: [float(aggregate(torch.tensor(t["kl"]), how)) for t in lines if t["kind"] == kind]
-            for how in HOWS
-        }
-        for kind in KINDS
-    }
+    values = {kind: {how: sizes(lines, kind, how) for how in HOWS} for kind in KINDS}
     medians = {
         kind: {how: _median(found) for how, found in by_how.items()}
         for kind, by_how in values.items()

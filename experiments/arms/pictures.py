@@ -1,6 +1,6 @@
 """The arms on one plane, and the three kinds of text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -8,14 +8,12 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.arms.compare import LEVELS, Point
-from experiments.arms.kinds import HOWS, KINDS
+from experiments.arms.compare import LEVELS, Found, Point, spots
+from experiments.arms.kinds import HOWS, KINDS, sizes
 from experiments.journal import Line
-from shl.kl import aggregate
 
 # Okabe and Ito's palette, told apart by colour-blind readers, with a marker each.
 _LOOKS = {
@@ -31,7 +29,7 @@ _LOOKS = {
 }
 
 
-def plane(found: Mapping[str, Mapping[int, Sequence[Point]]]) -> Figure:
+def plane(found: Found) -> Figure:
     """Trait shift against coherence: one curve per arm, points labelled by round or dose, means
     over seeds with their range (with one seed: the trait's interval over vignettes)."""
     figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
@@ -56,34 +54,40 @@ def _curve(panel: Axes, arm: str, paths: Sequence[Sequence[Point]], key: str) ->
     if not paths:
         return
     color, mark = _LOOKS.get(arm, ("#7f7f7f", "."))
-    steps = min(map(len, paths))
-    x = np.array([[getattr(path[i], key) for i in range(steps)] for path in paths])
-    y = np.array([[path[i].trait for i in range(steps)] for path in paths])
-    middle_x, middle_y = x.mean(0), y.mean(0)
-    if len(paths) > 1:
-        errors: dict[str, Any] = {
-            "xerr": np.stack([middle_x - x.min(0), x.max(0) - middle_x]),
-            "yerr": np.stack([middle_y - y.min(0), y.max(0) - middle_y]),
-        }
-    else:
-        low = [point.interval[0] for point in paths[0]]
-        high = [point.interval[1] for point in paths[0]]
+    found = spots(paths, key)
+    x, y = (np.array([getattr(s, name) for s in found]) for name in ("x", "trait"))
+
+    def bars(middle: np.ndarray, ends: Sequence[tuple[float, float]]) -> np.ndarray:
         # A percentile interval may miss the estimate by a hair.
-        errors = {"yerr": np.maximum(0, np.stack([middle_y - low, high - middle_y]))}
-    # The personas are two readings of one model, every other arm is a path that starts at base.
-    line = "none" if arm == "persona" else "-"
+        low, high = np.array(ends).T
+        return np.maximum(0, np.stack([middle - low, high - middle]))
+
+    sideways = [s.x_interval for s in found if s.x_interval is not None]
     panel.errorbar(
-        middle_x, middle_y, **errors, fmt=mark, color=color, ls=line, lw=1.3, elinewidth=0.7,
-        capsize=2, label=arm,
-    )  # fmt: skip
+        x,
+        y,
+        xerr=bars(x, sideways) if sideways else None,
+        yerr=bars(y, [s.interval for s in found]),
+        fmt=mark,
+        color=color,
+        # The personas are two readings of one model; any other arm is a path from base.
+        ls="none" if arm == "persona" else "-",
+        lw=1.3,
+        elinewidth=0.7,
+        capsize=2,
+        label=arm,
+    )
     if arm != "persona":
-        panel.plot([1.0, middle_x[0]], [0.0, middle_y[0]], color=color, lw=0.7, ls="--")
-    for i in range(steps):
-        label = paths[0][i].label
+        panel.plot([1.0, x[0]], [0.0, y[0]], color=color, lw=0.7, ls="--")
+    for spot in found:
         panel.annotate(
-            label, (middle_x[i], middle_y[i]), xytext=(5, 4), textcoords="offset points",
-            fontsize=7, color=color,
-        )  # fmt: skip
+            spot.label,
+            (spot.x, spot.trait),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=7,
+            color=color,
+        )
 
 
 def kinds(lines: Sequence[Line], tau: float) -> Figure:
@@ -93,9 +97,8 @@ def kinds(lines: Sequence[Line], tau: float) -> Figure:
     styles = dict(zip(KINDS, ("-", "--", "-."), strict=True))
     for panel, how in zip(panels, HOWS, strict=True):
         for kind in KINDS:
-            texts = [torch.tensor(t["kl"]) for t in lines if t["kind"] == kind]
-            if texts:
-                values = np.sort([float(aggregate(kl, how)) for kl in texts])
+            values = np.sort(sizes(lines, kind, how))
+            if len(values):
                 share = np.arange(1, len(values) + 1) / len(values)
                 panel.step(
                     values, share, where="post", color=looks[kind], ls=styles[kind],

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.arms.catalogue import ARMS
-from experiments.arms.compare import LEVELS, Point, against, table
+from experiments.arms.compare import LEVELS, Found, against, table
 from experiments.arms.kinds import HOWS, KINDS
 
 RIVALS = ("persona", "prompted", "none", "mean", "p95", "random", "unsteered")
 """What the method is held against, the one that matters most first."""
 
 
-def verdicts(found: Mapping[str, Mapping[int, Sequence[Point]]]) -> list[dict[str, Any]]:
+def verdicts(found: Found) -> list[dict[str, Any]]:
     """The method against each rival that was run, at the strictest level and at a loose one."""
     return [
         against(found, "rmse", rival, level)
@@ -21,29 +21,37 @@ def verdicts(found: Mapping[str, Mapping[int, Sequence[Point]]]) -> list[dict[st
     ]
 
 
+def question(verdict: Mapping[str, Any]) -> str:
+    """What is asked of the method and a rival.
+
+    Example:
+        >>> question(dict(rival="none", level=0.9))
+        'further than none at coherence 0.9?'
+    """
+    if verdict["rival"] == "persona":
+        return "further than prompting at its own coherence?"
+    return f"further than {verdict['rival']} at coherence {verdict['level']:g}?"
+
+
 def sentence(verdict: Mapping[str, Any]) -> str:
     """A verdict with what decides it.
 
     Example:
-        >>> one = dict(rival="none", level=0.97, verdict="undecided", each=[0.5], mean=0.5)
-        >>> sentence(one | {"interval": None})
-        'further than none at coherence 0.97? undecided; +0.50 nats (one seed, no interval).'
+        >>> sentence(dict(verdict="undecided", each=[0.5], mean=0.5, interval=None))
+        'undecided; +0.50 nats (one seed, no interval).'
     """
-    rival, level = verdict["rival"], verdict["level"]
-    where = "its own coherence" if rival == "persona" else f"coherence {level:g}"
-    asked = f"further than {'prompting' if rival == 'persona' else rival} at {where}?"
     if not verdict["each"]:
-        return f"{asked} not asked: no seed has both."
+        return "not asked: no seed has both."
     if verdict["interval"] is None:
-        return f"{asked} {verdict['verdict']}; {verdict['mean']:+.2f} nats (one seed, no interval)."
+        return f"{verdict['verdict']}; {verdict['mean']:+.2f} nats (one seed, no interval)."
     low, high = verdict["interval"]
     return (
-        f"{asked} {verdict['verdict']}; {verdict['mean']:+.2f} nats (95 % {low:+.2f} to "
-        f"{high:+.2f}, {len(verdict['each'])} seeds)."
+        f"{verdict['verdict']}; {verdict['mean']:+.2f} nats (95 % {low:+.2f} to {high:+.2f}, "
+        f"{len(verdict['each'])} seeds)."
     )
 
 
-def columns(found: Mapping[str, Mapping[int, Sequence[Point]]]) -> list[dict[str, str]]:
+def columns(found: Found) -> list[dict[str, str]]:
     """The table as text: means over seeds, with their range where there is more than one."""
     return [
         {

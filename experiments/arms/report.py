@@ -1,0 +1,56 @@
+"""Table, verdicts, pictures and page of the arms, from their records alone."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.arms.compare import points, table
+from experiments.arms.kinds import FILE as TEXTS
+from experiments.arms.kinds import kinds_tau, read_kinds, summary
+from experiments.arms.page import write_page
+from experiments.arms.words import (
+    columns,
+    kinds_words,
+    legend,
+    markdown,
+    question,
+    sentence,
+    verdicts,
+)
+from experiments.journal import write
+from shl.errors import check
+from shl.files import write_whole
+
+
+def compare(folder: Path, console: Console) -> None:
+    """Table, verdicts, pictures and page, from the records alone.
+
+    Raises:
+        ShlError: the folder holds no arm that has measured base, or a record was changed.
+    """
+    # matplotlib is slow to import and only needed at the end.
+    from experiments.arms.pictures import kinds, plane
+
+    found = points(folder)
+    check(bool(found), f"{folder} holds no arm that has measured base.")
+    rows, told = columns(found), verdicts(found)
+    words = "".join(f"- {question(v)} {sentence(v)}\n" for v in told)
+    texts = [t for path in sorted(folder.glob(f"steered/seed*/{TEXTS}")) for t in read_kinds(path)]
+    values: dict[str, Any] = {"arms": table(found), "verdicts": told}
+    pictures = {"arms": plane(found)}
+    if texts:
+        values["texts"] = summary(texts)
+        pictures["kinds"] = kinds(texts, kinds_tau(folder))
+        words += "".join(f"- {line}\n" for line in kinds_words(values["texts"]))
+    for text in (markdown(rows), words):
+        console.print(text, markup=False, highlight=False)
+    write(folder / "arms.md", f"{markdown(rows)}\n{words}\n{legend()}")
+    write(folder / "arms.json", json.dumps(values, indent=2) + "\n")
+    for name, figure in pictures.items():
+        picture = BytesIO()
+        figure.savefig(picture, format="png", dpi=130)
+        write_whole(folder / f"{name}.png", picture.getvalue())
+    write_page(folder, found, texts)
