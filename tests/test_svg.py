@@ -118,7 +118,11 @@ def test_bars_stand_on_zero_side_by_side():
     # 166 units for -2 to 2: 41.5 each, 0 at y = 113.
     assert [bar[3] for bar in bars] == pytest.approx([41.5, 41.5, 83, 20.75], abs=0.1)
     assert [bar[1] for bar in bars] == pytest.approx([71.5, 113, 30, 92.25], abs=0.1)
-    assert bars[0][0] + bars[0][2] <= bars[2][0] + 0.1
+    # No bar covers another, nor the axes.
+    across = sorted((bar[0], bar[0] + bar[2]) for bar in bars)
+    assert all(end <= start + 0.1 for (_, end), (start, _) in pairwise(across))
+    assert across[0][0] >= 56
+    assert across[-1][1] <= 366
 
 
 def test_many_series_differ_in_colour_and_marker_and_are_all_named():
