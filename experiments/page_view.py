@@ -13,6 +13,7 @@ from experiments.summary import Event, of_round
 from experiments.thresholds import COHERENT, KEEPS, RISES
 from shl.axes import Axis
 from shl.config import EvalConfig
+from shl.errors import check
 
 HEAT = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Edges between the shades of a token's divergence [nats]."""
@@ -117,7 +118,7 @@ def sizes(kl: Sequence[float]) -> dict[str, float]:
     low = math.floor(place)
     high = min(low + 1, len(ranked) - 1)
     return {
-        "mean": math.fsum(kl) / len(kl),
+        "mean": sum(kl) / len(kl),
         "rmse": math.hypot(*kl) / math.sqrt(len(kl)),
         "p95": ranked[low] + (place - low) * (ranked[high] - ranked[low]),
         "max": ranked[-1],
@@ -187,10 +188,16 @@ def cost(events: Sequence[Event], processes: Sequence[Event]) -> list[tuple[str,
         last = end
     begun = sum(p.get("event") == "begin" for p in processes)
     told.append(("processes", f"{begun} on record"))
-    peaks = [p["peak_bytes"] for p in processes if isinstance(p.get("peak_bytes"), dict)]
-    for kind in sorted({kind for peak in peaks for kind in peak}):
-        most = max(peak[kind] for peak in peaks if kind in peak)
-        told.append((f"peak memory, {kind}", f"{most / 1e9:.2f} GB"))
+    peaks: dict[str, int] = {}
+    for p in processes:
+        found = p.get("peak_bytes", {})
+        check(
+            isinstance(found, dict) and all(type(size) is int for size in found.values()),
+            f"a process of the run has peak_bytes {found!r}, it must be bytes by kind.",
+        )
+        for kind, size in found.items():
+            peaks[kind] = max(size, peaks.get(kind, 0))
+    told += [(f"peak memory, {kind}", f"{size / 1e9:.2f} GB") for kind, size in peaks.items()]
     if not peaks:
         told.append(("peak memory", "not on record: no process of this run has ended in order yet"))
     return told

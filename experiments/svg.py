@@ -102,9 +102,12 @@ class _Frame:
         ys = [v for p in points for v in (p.y, *(p.y_interval or ()))]
         xs += [v for r in rules if r.along == "x" for v in (r.value, *(r.interval or ()))]
         ys += [v for r in rules if r.along == "y" for v in (r.value, *(r.interval or ()))]
+        aside = 0.06
         if any(s.kind == "bars" for s in series):
             ys.append(0.0)
-        self.x = Scale(x, xs, self.left, self.width - self.right, pad=0.06)
+            # Half a place more on either side, for the first and the last bars.
+            aside = 0.45 / max(1, len({p.x for p in points}) - 1)
+        self.x = Scale(x, xs, self.left, self.width - self.right, pad=aside)
         self.y = Scale(y, ys, self.height - self.bottom, self.top, pad=0.06)
 
 

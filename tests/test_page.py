@@ -21,7 +21,7 @@ from experiments import run as program
 from experiments.folder import axis_of, read, read_json
 from experiments.page import page, vector_figure, write_page
 from experiments.page_inside import cosines
-from experiments.page_view import HEAT, banner, cards, heat, instruments, sizes, stories
+from experiments.page_view import HEAT, banner, cards, cost, heat, instruments, sizes, stories
 from experiments.report import report
 from experiments.run import RunConfig, study
 from experiments.shown import clean
@@ -156,6 +156,13 @@ def test_the_same_record_gives_the_same_bytes_and_only_cost_tells_of_processes(f
     cut = re.compile(rb'<section id="cost">.*?</section>', re.DOTALL)
     assert after != before
     assert cut.sub(b"", after) == cut.sub(b"", before)
+    for peak in (7, {"resident": "much"}):
+        with pytest.raises(ShlError) as error:
+            cost(read(folder)[1], [{"event": "end", "peak_bytes": peak}])
+        assert "must be bytes by kind" in one_sentence(error)
+    two = [{"event": "begin"}, {"peak_bytes": {"resident": 2 * 10**9}}, {"event": "begin"}]
+    told = dict(cost(read(folder)[1], [*two, {"peak_bytes": {"resident": 3 * 10**9}}]))
+    assert (told["processes"], told["peak memory, resident"]) == ("2 on record", "3.00 GB")
 
 
 def test_every_prefix_of_a_record_gives_a_page_that_says_what_is_missing(folder, tmp_path):
@@ -244,6 +251,9 @@ def test_numbers_gone_wrong_are_a_sentence_where_the_chart_would_be(parts):
     for e in parts[3]:
         if e["event"] == "stage":
             e["shift"] = dict.fromkeys(e["shift"], 1e300)
+        if e["event"] == "token_kl":
+            for curve in e["curves"]:
+                curve["kl"] = [1.7e308] * len(curve["kl"])
     text = page(*parts)
     checked(text)
     assert text.count("This chart cannot be drawn: 1e+300 cannot be drawn on the axis") >= 2

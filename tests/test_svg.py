@@ -105,6 +105,27 @@ def test_points_intervals_and_reference_lines_lie_where_the_axis_says():
     assert [root.find(f"{SVG}{name}").text for name in ("title", "desc")] == list(TOLD.values())
 
 
+def test_hostile_names_are_text():
+    bad = '</text><script x="1">&amp;\'{{ 1 }}</svg>\x00'
+    seen = bad.replace("\x00", "\u2400")
+    for kind, direct in (("line", False), ("line", True), ("bars", False)):
+        one = Series(bad, [Point(0, 1.0, label=bad), Point(1, 2.0)], kind=kind)
+        spec = AxisSpec(bad, ticks={0.0: bad})
+        root = parsed(
+            chart(
+                [one], spec, AxisSpec(bad), title=bad, desc=bad, rules=[Rule(bad, 1)], direct=direct
+            )
+        )
+        own = {"svg", "title", "desc", "g", "line", "path", "circle", "rect", "text"}
+        assert {element.tag.removeprefix(SVG) for element in root.iter()} <= own
+        # The name, the rule's, both axes', a tick, and a label where there are points.
+        assert texts(root).count(seen) == (5 if kind == "bars" else 6)
+        assert root.find(f"{SVG}title").text == root.find(f"{SVG}desc").text == seen
+        assert any(
+            t.text.startswith(f"{seen} {seen}: {seen} {seen}, ") for t in root.iter(f"{SVG}title")
+        )
+
+
 def test_bars_stand_on_zero_side_by_side():
     series = [
         Series("a", [Point(0, 1.0), Point(1, -1.0)], kind="bars"),
@@ -118,7 +139,11 @@ def test_bars_stand_on_zero_side_by_side():
     # 166 units for -2 to 2: 41.5 each, 0 at y = 113.
     assert [bar[3] for bar in bars] == pytest.approx([41.5, 41.5, 83, 20.75], abs=0.1)
     assert [bar[1] for bar in bars] == pytest.approx([71.5, 113, 30, 92.25], abs=0.1)
-    assert bars[0][0] + bars[0][2] <= bars[2][0] + 0.1
+    # No bar covers another, nor the axes.
+    across = sorted((bar[0], bar[0] + bar[2]) for bar in bars)
+    assert all(end <= start + 0.1 for (_, end), (start, _) in pairwise(across))
+    assert across[0][0] >= 56
+    assert across[-1][1] <= 366
 
 
 def test_many_series_differ_in_colour_and_marker_and_are_all_named():
