@@ -135,7 +135,7 @@ def ended(m: Measured) -> Answer:
     if early:
         said = f"stopped early, {early[0]}"
     else:
-        said = f"{count} rounds, all done" if done else f"{count} rounds so far, it goes on"
+        said = f"{count} rounds, all done" if done else f"not yet, {count} rounds so far"
     return _told("ended", "did it finish?", said, {"rounds": count, "done": done, "starved": early})
 
 
