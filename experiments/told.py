@@ -61,8 +61,7 @@ def _training(e: Event) -> dict[str, Any]:
         "barrier": e["barrier"],
         "tau": e["tau"],
         "steps": len(e["steps"]),
-        # With no divergence to a reference, nothing is there to fire.
-        "steps_fired": 0 if e["barrier"] == "off" else sum(s["fired"] > 0 for s in e["steps"]),
+        "steps_fired": sum(step["fired"] > 0 for step in e["steps"]),
         **{name: last[name] for name in ("d", "tokens_over", "lam")},
     }
 

@@ -137,6 +137,10 @@ def test_the_sentence_names_the_number_that_is_open_and_how_many_samples_a_yes_t
     assert "16 of 16, base 16 of 16" in told
     # n / (n + 1.96^2) > 0.97 from n = 1.96^2 * 0.97 / 0.03 = 124.2
     assert "16 samples a stage cannot show 0.97, it takes 125 with all kept" in told
+    # 150 of 160 and of 160: open too, and not for want of samples.
+    many = ask(run(kept=150))["Q2"]
+    assert many.verdict == "undecided"
+    assert "cannot show" not in many.sentence
     assert few["worked"].sentence.startswith("Undecided. The first undecided is Q1 does healing")
     no = ask(run(healed=(on(0.2), on(0.4))))
     assert no["worked"].sentence.startswith("No. The first no is Q1 does healing heal. ")
