@@ -137,8 +137,8 @@ def test_the_sentence_names_the_number_that_is_open_and_how_many_samples_a_yes_t
     assert "16 of 16, base 16 of 16" in told
     # n / (n + 1.96^2) > 0.97 from n = 1.96^2 * 0.97 / 0.03 = 124.2
     assert "16 samples a stage cannot show 0.97, it takes 125 with all kept" in told
-    # 150 of 160 and of 160: open too, and not for want of samples.
-    many = ask(run(kept=150))["Q2"]
+    # 146 of 160 against 0.97 of 150: 0.003 apart and open too, but not for want of samples.
+    many = ask(run(kept=146, base_kept=150))["Q2"]
     assert many.verdict == "undecided"
     assert "cannot show" not in many.sentence
     assert few["worked"].sentence.startswith("Undecided. The first undecided is Q1 does healing")
