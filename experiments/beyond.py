@@ -129,7 +129,7 @@ def readable(m: Measured) -> Answer:
 
 
 def _own(m: Measured, confusion: np.ndarray) -> Sequence[Figure]:
-    """Each foundation of the axis in its own few vignettes: they can leave it open, not deny it."""
+    """Each foundation of the axis in its own few vignettes."""
     found = []
     for name in m.axis.expected:
         row = confusion[FOUNDATIONS.index(name)]
@@ -139,5 +139,5 @@ def _own(m: Measured, confusion: np.ndarray) -> Sequence[Figure]:
             found.append(missing(what, "there are none"))
             continue
         low, high = wilson(hits, total, m.config.confidence)
-        found.append(Figure(what, hits / total, low, high, CHANCE, WILSON, soft=True))
+        found.append(Figure(what, hits / total, low, high, CHANCE, WILSON))
     return found

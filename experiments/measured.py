@@ -116,8 +116,13 @@ class Measured:
     def invalid(self) -> str:
         """Why the vignettes failed their validity check on this model, if they did."""
         for e in self.events:
-            if e["event"] == "validity" and e["instrument"] == "vignettes" and not e["valid"]:
-                return f"the vignettes are not valid on this model: {str(e['reason']).rstrip('.')}"
+            if (e["event"], e.get("instrument"), e.get("valid")) == (
+                "validity",
+                "vignettes",
+                False,
+            ):
+                reason = str(e.get("reason") or "no reason is on record").rstrip(".")
+                return f"the vignettes are not valid on this model: {reason}"
         return ""
 
     @cached_property

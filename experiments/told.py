@@ -61,8 +61,7 @@ def _training(e: Event) -> dict[str, Any]:
         "barrier": e["barrier"],
         "tau": e["tau"],
         "steps": len(e["steps"]),
-        # With no divergence to a reference, nothing is there to fire.
-        "steps_fired": 0 if e["barrier"] == "off" else sum(s["fired"] > 0 for s in e["steps"]),
+        "steps_fired": sum(step["fired"] > 0 for step in e["steps"]),
         **{name: last[name] for name in ("d", "tokens_over", "lam")},
     }
 
@@ -135,7 +134,7 @@ def ended(m: Measured) -> Answer:
     if early:
         said = f"stopped early, {early[0]}"
     else:
-        said = f"{count} rounds, all done" if done else f"{count} rounds so far, it goes on"
+        said = f"{count} rounds, all done" if done else f"not yet, {count} rounds so far"
     return _told("ended", "did it finish?", said, {"rounds": count, "done": done, "starved": early})
 
 

@@ -65,6 +65,7 @@ class Figure:
             "what": self.what,
             "round": self.round,
             **{key: _finite(getattr(self, key)) for key in ("value", "low", "high", "needs")},
+            "unit": self.unit.strip(),
             "verdict": self.verdict,
             "by": self.by,
             "note": self.note,

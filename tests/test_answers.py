@@ -137,6 +137,10 @@ def test_the_sentence_names_the_number_that_is_open_and_how_many_samples_a_yes_t
     assert "16 of 16, base 16 of 16" in told
     # n / (n + 1.96^2) > 0.97 from n = 1.96^2 * 0.97 / 0.03 = 124.2
     assert "16 samples a stage cannot show 0.97, it takes 125 with all kept" in told
+    # 146 of 160 against 0.97 of 150: 0.003 apart and open too, but not for want of samples.
+    many = ask(run(kept=146, base_kept=150))["Q2"]
+    assert many.verdict == "undecided"
+    assert "cannot show" not in many.sentence
     assert few["worked"].sentence.startswith("Undecided. The first undecided is Q1 does healing")
     no = ask(run(healed=(on(0.2), on(0.4))))
     assert no["worked"].sentence.startswith("No. The first no is Q1 does healing heal. ")
@@ -176,8 +180,8 @@ def test_half_the_contrast_counts_where_it_is_the_harder():
     assert found.verdict == "no"
     assert figure(found, "on-axis", 1)["value"] == pytest.approx(0.25 - 0.3)
     assert found.figures["half_contrast"] == pytest.approx(0.3)
-    # Both at -0.1 and no contrast: no shift at all is the rival, -0.05 does not beat it.
-    record = run(plus=on(-0.1), minus=on(-0.1), healed=(on(-0.05),))
+    # Prompted -0.3 and -0.1, half the contrast -0.1: no shift at all is the rival of -0.05.
+    record = run(plus=on(-0.3), minus=on(-0.1), healed=(on(-0.05),))
     assert verdicts(record)["prompting"] == "no"
 
 
@@ -190,7 +194,27 @@ def test_only_a_round_that_is_coherent_enough_can_beat_prompting():
     assert "is as coherent as" not in found.sentence
     assert "no healed round is as coherent" in ask(run(mass=0.85))["prompting"].sentence.lower()
     record = run(healed=(on(0.4), scores(on(0.4), mass=0.8)))
-    assert "Ahead in round 0." in ask(record)["prompting"].sentence
+    found = ask(record)["prompting"]
+    assert found.verdict == "yes"
+    assert "Ahead in round 0." in found.sentence
+    # As coherent as a persona that has collapsed is collapsed all the same.
+    record = run(plus=scores(on(0.1), mass=0.5), mass=0.6)
+    found = ask(record)["prompting"]
+    assert found.figures["rounds"] == ["yes", "yes"]
+    assert found.verdict == "no"
+
+
+def test_the_more_rounds_may_win_the_wider_is_the_interval_of_each():
+    # 1 - 0.05 / 4 against 1 - 0.05: 2.50 standard errors against 1.96.
+    config = EvalConfig(bootstrap=500)
+    spans = []
+    for count in (1, 4):
+        record = run(healed=(WIDE,) * count, cosines=({"6": 1.0},) * count)
+        told = answer_all(*record, AXIS, config)[4]
+        assert told.key == "prompting"
+        lead = figure(told, "on-axis", 0)
+        spans.append(lead["high"] - lead["low"])
+    assert 1.1 < spans[1] / spans[0] < 1.5
 
 
 def validity(valid, instrument="vignettes"):
@@ -239,7 +263,7 @@ def test_every_unfinished_run_is_answered_as_far_as_it_goes():
         told = ask((events[:count], found))
         if count < len(events):
             assert told["worked"].verdict != "yes"
-            assert "it goes on" in told["ended"].sentence
+            assert "Not yet, " in told["ended"].sentence
             assert "allows no yes" in told["worked"].sentence
     nothing = ask(([], []))
     assert {a.verdict for a in nothing.values()} == {"undecided", "told"}

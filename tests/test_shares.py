@@ -66,3 +66,6 @@ def test_rank_correlation_by_hand():
     assert rank_correlation(pairs) == pytest.approx(0.5 / (0.5 * 2 / 3) ** 0.5)
     assert rank_correlation(pairs * [1, -1]) == pytest.approx(-0.5 / (1 / 3) ** 0.5)
     assert rank_correlation(np.array([[1.0, 2.0], [1.0, 3.0]])) == 0.0
+    # Ranks 1.5 1.5 3 4 against 1 2 3 4: products 4.5, squares 4.5 and 5.
+    ties = np.array([[1.0, 1.0], [1.0, 2.0], [2.0, 3.0], [9.0, 4.0]])
+    assert rank_correlation(ties) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
