@@ -63,6 +63,61 @@ class StageEvent(Event):
     dose: Number | None = None
 
 
+class Table(Strict):
+    """What an instrument says in sum; keys are the instrument's own."""
+
+    numbers: dict[str, Number | None]
+    per_foundation: dict[str, dict[str, Number | None]]
+
+
+class ReadingEvent(Event):
+    """A stage, read by an instrument that is not our own vignettes.
+
+    `log_probs` is `[item, asked, option]` in nats, null where the instrument got no answer.
+    """
+
+    event: Literal["reading"]
+    instrument: str
+    stage: Literal["base", "prompted+", "prompted-", "steered", "healed"]
+    package: str
+    version: str
+    template: Literal["own", "minimal"]
+    asked: Annotated[list[str], Field(min_length=1)]
+    labels: list[str]
+    log_probs: list[list[list[Number | None]]]
+    nats: PerFoundation
+    shift: PerFoundation
+    table: Table
+
+
+class OneFoundation(Strict):
+    """How far an instrument is valid on one foundation of the axis."""
+
+    informedness: Number
+    informedness_p: Number
+    contrast: Number
+    interval: Pair
+    expected: Literal[-1, 1]
+    valid: bool
+
+
+class ValidityEvent(Event):
+    """Whether an instrument can be trusted on this model (see `experiments.validity`)."""
+
+    event: Literal["validity"]
+    instrument: str
+    valid: bool
+    reason: str
+    informedness: Number
+    informedness_p: Number
+    split_half: Number
+    agreement: dict[str, list[Number]]
+    agreement_interval: dict[str, list[Pair]]
+    foundations: dict[str, OneFoundation]
+    items: Count
+    unscorable: Count
+
+
 class VectorEvent(Event):
     """A round's vector, in rounds/N/vector.safetensors."""
 

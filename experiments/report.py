@@ -29,6 +29,9 @@ def report(folder: Path, console: Console) -> None:
     for line in lines:
         table.add_row(*(line.get(column, "") for column in columns))
     console.print(table)
+    for line in (e for e in events if e["event"] == "validity"):
+        verdict = "valid" if line["valid"] else "not valid"
+        console.print(f"[bold]{line['instrument']}[/] {verdict} here: {escape(line['reason'])}")
     found = answers(events, texts, axis)
     for question, answer in found.items():
         console.print(f"[bold]{question}[/] {escape(answer)}", highlight=False)

@@ -29,6 +29,7 @@ from experiments.recall import Recall
 from experiments.record import Record, token_curves
 from experiments.report import report
 from experiments.stop import Stop, Stopped
+from experiments.validities import validities
 from experiments.versions import versions
 from shl.axes import Axis, load_axis
 from shl.config import LoopConfig
@@ -125,6 +126,10 @@ def run(
     first: SteeringVector | None = None
     with bar.progress:
         baselines(model, axis, loop, observe, recall)
+        for found in validities(record.events, axis, loop.eval):
+            if record.find(f"validity:{found.instrument}", -1) is None:
+                with stop.held():
+                    record.event("validity", -1, found.event())
         for done in love(model, axis, loop, observe=observe, recall=recall):
             first = first or done.vector
             with stop.held():
