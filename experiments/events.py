@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from experiments.tinymfv import TinymfvConfig
 from shl.config import LoopConfig
 
 Count = Annotated[int, Field(ge=0)]
@@ -234,6 +235,8 @@ class Settings(Strict):
     device: str
     max_memory: Number | None
     loop: LoopConfig
+    eval: Literal["vignettes", "tinymfv"] = "vignettes"
+    tinymfv: TinymfvConfig = Field(default_factory=TinymfvConfig)
 
 
 class Text(Strict):
