@@ -10,13 +10,16 @@ from shl.config import LoopConfig
 
 # Seconds that each stage takes relative to the others on a CPU; they only steer the time left.
 _WEIGHTS = {"measure": 5.0, "vector": 1.5, "probe": 5.0, "batch": 5.0, "steered": 3.0, "heal": 12.0}
+_READING = 20.0
+"""What an instrument of somebody else's takes per stage."""
 
 
 class Bar:
     """One progress bar over the whole run: stage, round, time left."""
 
-    def __init__(self, config: LoopConfig, console: Console) -> None:
-        round_weight = sum(_WEIGHTS.values())
+    def __init__(self, config: LoopConfig, console: Console, instruments: int = 0) -> None:
+        reading = _READING * instruments
+        round_weight = sum(_WEIGHTS.values()) + 2 * reading
         self.config = config
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -28,7 +31,7 @@ class Bar:
             console=console,
         )
         self.task = self.progress.add_task(
-            "base", total=3 * _WEIGHTS["measure"] + config.rounds * round_weight
+            "base", total=3 * (_WEIGHTS["measure"] + reading) + config.rounds * round_weight
         )
 
     def say(self, what: str, index: int) -> None:
@@ -48,6 +51,9 @@ class Bar:
             step, total = values["step"], values["total"]
             self.progress.advance(self.task, _WEIGHTS["heal"] / total)
             self.say(f"healing {step.step + 1}/{total}, D {step.d:.2f}", index)
+            return
+        if name == "reading":
+            self.progress.advance(self.task, _READING)
             return
         if name == "stage":
             stage = values["stage"].name

@@ -8,6 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from experiments.events import (
     EndEvent,
     HealingEvent,
+    ReadingEvent,
     RoundEvent,
     Settings,
     StageEvent,
@@ -15,6 +16,7 @@ from experiments.events import (
     StarvedEvent,
     Text,
     TokenKlEvent,
+    ValidityEvent,
     VectorEvent,
     WalkEvent,
 )
@@ -25,6 +27,8 @@ _EVENT: TypeAdapter[Any] = TypeAdapter(
     Annotated[
         StartEvent
         | StageEvent
+        | ReadingEvent
+        | ValidityEvent
         | VectorEvent
         | WalkEvent
         | HealingEvent
@@ -73,20 +77,30 @@ def check_lines(events: list[dict[str, Any]], texts: list[dict[str, Any]], where
     for line in events:
         for key in ("nats", "shift", "shift_interval", "centred_shift"):
             check(
-                line["event"] != "stage" or set(line[key]) == set(FOUNDATIONS),
+                line["event"] not in ("stage", "reading")
+                or key not in line
+                or set(line[key]) == set(FOUNDATIONS),
                 f"{key} of a stage of {where} is not of the foundations {FOUNDATIONS}.",
             )
     _check_order(events, len(texts), where)
 
 
 def name_of(event: dict[str, Any]) -> str:
-    """What tells events of one round apart: the kind, or the stage's name.
+    """What tells events of one round apart: the kind, or the stage's name, the instrument's too
+    where it is not our own.
 
     Example:
         >>> name_of({"event": "stage", "stage": "healed"}), name_of({"event": "probe"})
         ('healed', 'probe')
+        >>> name_of({"event": "validity", "instrument": "vignettes"})
+        'validity:vignettes'
     """
-    return str(event["stage"] if event["event"] == "stage" else event["event"])
+    kind = str(event["event"])
+    if kind == "reading":
+        return f"{event['instrument']}:{event['stage']}"
+    if kind == "validity":
+        return f"validity:{event['instrument']}"
+    return str(event["stage"]) if kind == "stage" else kind
 
 
 AFTER: dict[str | None, tuple[str, ...]] = {
@@ -94,7 +108,8 @@ AFTER: dict[str | None, tuple[str, ...]] = {
     "start": ("base",),
     "base": ("prompted+",),
     "prompted+": ("prompted-",),
-    "prompted-": ("vector",),
+    "prompted-": ("validity", "vector"),
+    "validity": ("validity", "vector"),
     "vector": ("probe", "batch", "steered", "starved"),
     "probe": ("batch", "steered", "starved"),
     "batch": ("batch", "steered", "starved"),
@@ -106,21 +121,29 @@ AFTER: dict[str | None, tuple[str, ...]] = {
     "starved": (),
     "end": (),
 }
-"""What may follow what; a run that was cut off stops anywhere in between."""
+"""What may follow what; a run that was cut off stops anywhere in between. Readings of a stage may
+follow it, and change nothing of what comes after."""
 
 
 def _check_order(events: list[dict[str, Any]], texts: int, where: str) -> None:
     last, index, count = None, -1, 0
+    seen: set[str] = set()
     for number, event in enumerate(events, 1):
-        name = name_of(event)
-        index += name == "vector"
+        name = kind = name_of(event)
+        reads = event["event"] == "reading"
+        if event["event"] == "validity":
+            kind = "validity"
+        index += kind == "vector"
+        seen = seen if reads or kind == "validity" else set()
+        fits = event["stage"] == last if reads else kind in AFTER[last]
         check(
-            name in AFTER[last] and event["round"] == index,
+            fits and event["round"] == index and name not in seen,
             f"event {number} of {where} is {name} of round {event['round']}, which cannot follow "
             f"{last}.",
         )
+        seen.add(name)
         check(
             count <= event["texts"] <= texts,
             f"event {number} of {where} counts {event['texts']} texts, {count} to {texts} can be.",
         )
-        last, count = name, event["texts"]
+        last, count = (last if reads else kind), event["texts"]

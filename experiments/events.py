@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from experiments.tinymfv import TinymfvConfig
 from shl.config import LoopConfig
 
 Count = Annotated[int, Field(ge=0)]
@@ -61,6 +62,61 @@ class StageEvent(Event):
     centred_shift: PerFoundation
     kappa: Number | None = None
     dose: Number | None = None
+
+
+class Table(Strict):
+    """What an instrument says in sum; keys are the instrument's own."""
+
+    numbers: dict[str, Number | None]
+    per_foundation: dict[str, dict[str, Number | None]]
+
+
+class ReadingEvent(Event):
+    """A stage, read by an instrument that is not our own vignettes.
+
+    `log_probs` is `[item, asked, option]` in nats, null where the instrument got no answer.
+    """
+
+    event: Literal["reading"]
+    instrument: str
+    stage: Literal["base", "prompted+", "prompted-", "steered", "healed"]
+    package: str
+    version: str
+    template: Literal["own", "minimal"]
+    asked: Annotated[list[str], Field(min_length=1)]
+    labels: list[str]
+    log_probs: list[list[list[Number | None]]]
+    nats: PerFoundation
+    shift: PerFoundation
+    table: Table
+
+
+class OneFoundation(Strict):
+    """How far an instrument is valid on one foundation of the axis."""
+
+    informedness: Number
+    informedness_p: Number
+    contrast: Number
+    interval: Pair
+    expected: Literal[-1, 1]
+    valid: bool
+
+
+class ValidityEvent(Event):
+    """Whether an instrument can be trusted on this model (see `experiments.validity`)."""
+
+    event: Literal["validity"]
+    instrument: str
+    valid: bool
+    reason: str
+    informedness: Number
+    informedness_p: Number
+    split_half: Number
+    agreement: dict[str, list[Number]]
+    agreement_interval: dict[str, list[Pair]]
+    foundations: dict[str, OneFoundation]
+    items: Count
+    unscorable: Count
 
 
 class VectorEvent(Event):
@@ -181,6 +237,8 @@ class Settings(Strict):
     device: str
     max_memory: Number | None
     loop: LoopConfig
+    eval: Literal["vignettes", "tinymfv"] = "vignettes"
+    tinymfv: TinymfvConfig = Field(default_factory=TinymfvConfig)
 
 
 class Text(Strict):

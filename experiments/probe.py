@@ -8,12 +8,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.validity import validity
 from shl.axes import load_axis
 from shl.config import FOUNDATIONS
 from shl.errors import ShlError
 from shl.evaluation import Evaluation, nats_of
 from shl.models import load_model
-from shl.stats import split_half
 from shl.vignettes import evaluate
 
 
@@ -25,15 +25,6 @@ class ProbeConfig:
     """Whose personas are tried."""
     model: str = "gemma-3-270m"
     """Embedded model, hub name, or local folder."""
-
-
-def permutation_p(e: Evaluation, draws: int = 10000) -> float:
-    """Chance that shuffled labels reach the observed top-1 accuracy (one-sided)."""
-    rng = np.random.default_rng(0)
-    chosen = e.log_p.argmax(1)
-    observed = (chosen == e.intended).mean()
-    hits = sum((chosen == rng.permutation(e.intended)).mean() >= observed for _ in range(draws))
-    return (hits + 1) / (draws + 1)
 
 
 def main() -> None:
@@ -60,13 +51,21 @@ def show(
     each = [
         float((x.argmax(1) == base.intended).mean()) for x in np.swapaxes(base.log_p_each, 0, 1)
     ]
+    found = validity(
+        "vignettes",
+        base.log_probs,
+        plus.log_probs,
+        minus.log_probs,
+        base.labels,
+        load_axis(config.axis).expected,
+        calibrated=base.style == "completion",
+    )
     console.print(
-        f"top-1 {base.accuracy:.2f} (chance 0.14, permutation p {permutation_p(base):.4f}); "
-        f"alone {', '.join(f'{a:.2f}' for a in each)}"
+        f"top-1 {base.accuracy:.2f} (chance 0.14), alone {', '.join(f'{a:.2f}' for a in each)}; "
+        f"informedness {found.informedness:.2f} (permutation p {found.informedness_p:.4f})"
     )
     # Base's own profile is flat by calibration, so reliability is that of the persona contrast.
-    contrast = plus.log_p - minus.log_p
-    console.print(f"split-half of the persona contrast over vignettes {split_half(contrast):.3f}")
+    console.print(f"split-half of the persona contrast over vignettes {found.split_half:.3f}")
     table = Table(title="chosen (columns) for intended (rows)")
     for column in ("intended", *FOUNDATIONS, "recall"):
         table.add_column(column, justify="right")
@@ -102,12 +101,7 @@ def show(
             " ".join(f"{x[k]:+.2f}" for x in per),
         )
     console.print(table)
-    expected = load_axis(config.axis).expected
-    agree = all(np.sign(x[FOUNDATIONS.index(n)]) == s for x in per for n, s in expected.items())
-    console.print(
-        "the persona contrast has the expected sign in every stem or order: "
-        f"{'yes' if agree else 'no'} ({dict(expected)})"
-    )
+    console.print(f"{'valid' if found.valid else 'not valid'} here: {found.reason}")
 
 
 if __name__ == "__main__":

@@ -39,12 +39,14 @@ class Recall:
         if event == "training":
             path = record.place(index, "training")
             return {"state": Training.load(path)} if path.exists() else None
-        name = {"stage": part, "healed": "healing"}.get(event, event)
+        name = {"stage": part, "reading": part, "healed": "healing"}.get(event, event)
         line = record.find(name, index, int(part) if event == "batch" else None)
         if line is None:
             return None
         if event == "stage":
             return self._stage(line)
+        if event == "reading":
+            return {"instrument": line["instrument"], "stage": line["stage"], "reading": line}
         if event == "vector":
             return {"vector": SteeringVector.load(record.place(index, "vector"))}
         if event == "healed":

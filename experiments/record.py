@@ -145,6 +145,14 @@ class Record(Lines):
             # The steered stage's texts are those of the probe and the batches.
             own = () if stage.name == "steered" else stage.samples
             self.event("stage", index, numbers | extra, text_lines(stage.name, index, own))
+        elif name == "reading":
+            reading = dict(values["reading"])
+            instrument, stage_name = values["instrument"], values["stage"]
+            first = self.find(f"{instrument}:base", -1)
+            base = reading["nats"] if first is None else first["nats"]
+            reading["shift"] = {key: value - base[key] for key, value in reading["nats"].items()}
+            told = {"instrument": instrument, "stage": stage_name}
+            self.event("reading", index, told | reading)
         elif name == "vector":
             vector: SteeringVector = values["vector"]
             self._save(vector, index, "vector")

@@ -37,6 +37,9 @@ def report(folder: Path, console: Console) -> None:
     for line in lines:
         table.add_row(*(line.get(column, "") for column in columns))
     console.print(table)
+    for line in (e for e in events if e["event"] == "validity"):
+        verdict = "valid" if line["valid"] else "not valid"
+        console.print(f"[bold]{line['instrument']}[/] {verdict} here: {escape(line['reason'])}")
     found = answer_all(events, texts, axis, EvalConfig(**config["loop"]["eval"]))
     for a in found:
         console.print(f"[bold]{a.key}: {a.question}[/] {escape(a.sentence)}", highlight=False)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -29,6 +29,8 @@ from experiments.recall import Recall
 from experiments.record import Record, token_curves
 from experiments.report import report
 from experiments.stop import Stop, Stopped
+from experiments.tinymfv import Tinymfv, TinymfvConfig, package, version_of
+from experiments.validities import validities
 from experiments.versions import versions
 from shl.axes import Axis, load_axis
 from shl.config import LoopConfig
@@ -56,6 +58,11 @@ class RunConfig:
     """Where the model lives; default CUDA if there is any, else the CPU."""
     max_memory: float | None = None
     """Batches are made small enough for this much memory, the GPU's or resident [GB]."""
+    eval: Literal["vignettes", "tinymfv"] = "vignettes"
+    """What reads each stage beside our own vignettes: tinymfv is the public package, installed
+    with the extra of that name."""
+    tinymfv: TinymfvConfig = field(default_factory=TinymfvConfig)
+    """How much of tinymfv is asked."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
     """The settings of every stage."""
 
@@ -72,13 +79,19 @@ def settings_of(config: RunConfig, axis: Axis) -> dict[str, dict[str, Any]]:
     """What is run, by file of the record."""
     asked = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     asked.pop("out")
+    others: dict[str, str] = {}
+    if config.eval == "vignettes":
+        del asked["eval"], asked["tinymfv"]
+    else:
+        module = package()
+        others = {module.__name__: version_of(module)}
     asked["device"] = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     told = {key: getattr(axis, key) for key in ("name", "description", "positive", "negative")}
     lists = {"contexts": axis.contexts, "prompts": axis.prompts, "expected": dict(axis.expected)}
     return {
         "config.json": asked,
         "axis.json": told | lists,
-        "versions.json": versions(asked["device"]),
+        "versions.json": versions(asked["device"], others),
     }
 
 
@@ -125,7 +138,8 @@ def run(
     if config.max_memory is not None:
         loop = fit(model, axis, loop, config.max_memory * 1e9)
         console.print(f"for {config.max_memory:g} GB: {_batches(loop)}")
-    bar = Bar(loop, console)
+    instruments = {"tinymfv": Tinymfv(config.tinymfv)} if config.eval == "tinymfv" else {}
+    bar = Bar(loop, console, len(instruments))
     known = Recall(record, model, loop)
 
     def observe(event: str, index: int, values: Mapping[str, Any]) -> None:
@@ -146,8 +160,13 @@ def run(
     adapters: list[Adapter] = []
     first: SteeringVector | None = None
     with bar.progress:
-        baselines(model, axis, loop, observe, recall)
-        for done in love(model, axis, loop, observe=observe, recall=recall):
+        baselines(model, axis, loop, observe, recall, instruments=instruments)
+        for found in validities(record.events, axis, loop.eval):
+            if record.find(f"validity:{found.instrument}", -1) is None:
+                with stop.held():
+                    record.event("validity", -1, found.event())
+        rounds = love(model, axis, loop, observe=observe, recall=recall, instruments=instruments)
+        for done in rounds:
             first = first or done.vector
             with stop.held():
                 if record.find("round", done.index) is None:

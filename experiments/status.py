@@ -49,8 +49,12 @@ def _done(events: list[dict]) -> str:
             parts.append(f"round {index}")
         else:
             where = f"round {index}: " if index >= 0 else ""
-            parts.append(where + ", ".join(n for n in names if n not in ("start", "end")))
+            parts.append(where + ", ".join(n for n in names if _counts(n)))
     return "; ".join(part for part in parts if part) or "nothing yet"
+
+
+def _counts(name: str) -> bool:
+    return name not in ("start", "end") and not name.startswith("validity:")
 
 
 def remains(last: str, index: int, rounds: int) -> str:
@@ -58,8 +62,11 @@ def remains(last: str, index: int, rounds: int) -> str:
     order = ["vector", "probe", "batch", "steered", "healing", "healed"]
     first = ["base", "prompted+", "prompted-"]
     if index < 0:
-        left = first[first.index(last) + 1 :] if last in first else first
+        last = last.rsplit(":", 1)[-1]  # a reading counts as its stage
+        begun = first.index(last) + 1 if last in first else 0 if last == "start" else len(first)
+        left = first[begun:]
         return "; ".join([*([", ".join(left)] if left else []), f"{rounds} rounds"])
+    last = last.rsplit(":", 1)[-1]
     here = order[order.index(last) + 1 :] if last in order else []
     whole = rounds - index - 1
     parts = [f"round {index}: {', '.join(here)}"] if here else []

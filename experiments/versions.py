@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ PACKAGES = ("torch", "transformer-lens", "transformers", "numpy", "einops", "saf
 ROOT = Path(__file__).parent.parent
 
 
-def versions(device: str) -> dict[str, Any]:
-    """Python, packages, code, commit, device and threads."""
+def versions(device: str, others: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Python, packages, code, commit, device and threads; `others` are more packages."""
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True,
@@ -24,7 +25,7 @@ def versions(device: str) -> dict[str, Any]:
     )
     return {
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES} | dict(others or {}),
         "code": code_digest(),
         "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
         "device": device,

@@ -19,6 +19,7 @@ from shl.export import export_hf, export_peft
 from shl.filters import judge, keep_coherent
 from shl.generate import Completion, generate
 from shl.heal import heal
+from shl.hf_view import as_hf
 from shl.hooks import suspended
 from shl.kl import aggregate, reverse_kl_and_nll
 from shl.ledger import Ledger
@@ -49,6 +50,7 @@ __all__ = [
     "VectorConfig",
     "activations",
     "aggregate",
+    "as_hf",
     "baked",
     "baselines",
     "check",

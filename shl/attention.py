@@ -9,6 +9,8 @@ does. With TransformerLens's own cache, or arguments that Gemma-3 and Llama have
 stock code runs. Under `KeyValues`, `hook_rot_k` sees the new positions only.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +23,18 @@ from transformer_lens.components import GroupedQueryAttention
 
 from shl.cache import Entry
 from shl.hooks import watched
+from shl.shapes import Int
 
 
 @dataclass
 class Shared:
-    """What all layers of one forward have in common, remembered for the last forward."""
+    """What all layers of one forward have in common, remembered for the last forward.
 
+    `at` `[batch, pos]` and `seen` `[batch, key]` are what `placed` says of the forward.
+    """
+
+    at: Tensor | None = None
+    seen: Tensor | None = None
     key: tuple[Any, ...] = ()
     held: Tensor | None = None
     made: dict[tuple[str, str], Any] = field(default_factory=dict)
@@ -99,10 +107,14 @@ class FastAttention(GroupedQueryAttention):
         count its own unmasked tokens, as TransformerLens does."""
         key = ("rotary", self.attn_type)
         if key not in self.shared.made:
-            if offset + new > self.rotary_cos.shape[0]:
-                room = max(offset + new, 2 * self.rotary_cos.shape[0])
+            said = self.shared.at
+            end = offset + new if said is None else int(said.max()) + 1
+            if end > self.rotary_cos.shape[0]:
+                room = max(end, 2 * self.rotary_cos.shape[0])
                 self._extend_rotary_embeddings(min(self.cfg.n_ctx, room))
-            if attention_mask is None:
+            if said is not None:
+                at = said
+            elif attention_mask is None:
                 at = torch.arange(offset, offset + new, device=device)[None]
             else:
                 at = (attention_mask.cumsum(1)[:, offset:] - 1).clamp(min=0)
@@ -122,6 +134,8 @@ class FastAttention(GroupedQueryAttention):
             window = self.cfg.window_size if self.attn_type == "local" else None
             window = total if window is None else window
             cut = total > window
+            if self.shared.seen is not None:
+                attention_mask = self.shared.seen
             plain = attention_mask is None or bool(attention_mask.all())
             if plain and not cut and (offset == 0 or new == 1):
                 self.shared.made[key] = None
@@ -181,6 +195,24 @@ class FastAttention(GroupedQueryAttention):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = x.chunk(2, -1)
     return x * cos + torch.cat([-high, low], -1) * sin
+
+
+@contextmanager
+def placed(
+    model: HookedTransformer,
+    at: Int[Tensor, "batch pos"],
+    seen: Int[Tensor, "batch key"] | None = None,
+) -> Iterator[None]:
+    """Say for one cached forward where its new tokens stand, and which keys may be looked at,
+    where that does not follow from the attention mask."""
+    first: Any = model.blocks[0].attn
+    shared: Shared = first.shared
+    shared.at, shared.seen, shared.key = at, seen, ()
+    try:
+        yield
+    finally:
+        shared.at, shared.seen, shared.key = None, None, ()
+        shared.held, shared.made = None, {}
 
 
 def speed_up(model: HookedTransformer) -> None:

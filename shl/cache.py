@@ -97,3 +97,9 @@ class KeyValues:
         """A copy with the rows `index` (any order, repeats allowed)."""
         entries = [entry.rows(index, capacity or entry.capacity) for entry in self.entries]
         return KeyValues(entries, self.mask[index])
+
+    def cut(self, length: int) -> None:
+        """Forget the positions from `length` on."""
+        for entry in self.entries:
+            entry.length = min(entry.length, length)
+        self.mask = self.mask[:, :length]

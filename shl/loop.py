@@ -7,6 +7,7 @@ run that goes on from what it recalls ends with the same bits as one that was ne
 """
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from transformer_lens import HookedTransformer
@@ -15,10 +16,13 @@ from shl.axes import Axis
 from shl.config import LoopConfig
 from shl.lora import Adapter
 from shl.stages import Stage
-from shl.study import Observer, Recall, Round, StarvedError, Study
+from shl.study import Instrument, Observer, Recall, Round, StarvedError, Study
 from shl.vignettes import remember_base
 
-__all__ = ["Observer", "Recall", "Round", "StarvedError", "baselines", "love"]
+__all__ = ["Instrument", "Observer", "Recall", "Round", "StarvedError", "baselines", "love"]
+
+
+_NONE: Mapping[str, Instrument] = MappingProxyType({})
 
 
 def _silent(event: str, index: int, values: Mapping[str, Any]) -> None:
@@ -35,8 +39,13 @@ def baselines(
     config: LoopConfig | None = None,
     observe: Observer = _silent,
     recall: Recall = _forgetful,
+    *,
+    instruments: Mapping[str, Instrument] = _NONE,
 ) -> dict[str, Stage]:
     """Base and both prompted personas, measured like every later stage, without training.
+
+    Args:
+        instruments: by name, what else reads each stage (see `love`).
 
     Returns:
         `base`, `prompted+` and `prompted-`.
@@ -55,7 +64,7 @@ def baselines(
         >>> stages["base"].coherence
         1.0
     """
-    study = Study(model, axis, config or LoopConfig(), observe, recall)
+    study = Study(model, axis, config or LoopConfig(), observe, recall, instruments)
     personas = {"base": None, "prompted+": axis.positive, "prompted-": axis.negative}
     stages = {}
     for name, persona in personas.items():
@@ -72,8 +81,13 @@ def love(
     *,
     observe: Observer = _silent,
     recall: Recall = _forgetful,
+    instruments: Mapping[str, Instrument] = _NONE,
 ) -> Iterator[Round]:
     """Run the method round by round; hooks are off between rounds.
+
+    Args:
+        instruments: by name, what else reads each stage: called once per stage with the model,
+            its hooks on, and the persona or None; `observe` is told as "reading".
 
     Raises:
         StarvedError: fewer than `min_train` survivors within the batch budget; the sentence says
@@ -87,7 +101,7 @@ def love(
         >>> rounds = love(tiny_gemma(), load_axis("care_auth"))  # nothing has run yet
     """
     config = config or LoopConfig()
-    study = Study(model, axis, config, observe, recall)
+    study = Study(model, axis, config, observe, recall, instruments)
     adapters: list[Adapter] = []
     for index in range(config.rounds):
         finished = study.round(index, tuple(adapters))

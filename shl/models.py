@@ -189,9 +189,14 @@ def _read_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
     """TransformerLens wants a tokenizer that prepends BOS and reads it from disk a second time
-    unless it is marked as doing so; Gemma's does."""
-    if tokenizer is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
+    unless it is marked as doing so. Gemma's does; one that was read from no named folder could not
+    be read again, and stays what it is."""
+    if tokenizer is None or tokenizer.bos_token is None:
+        return tokenizer
+    prepends = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+    if prepends:
         tokenizer.add_bos_token = True
+    if prepends or not tokenizer.init_kwargs.get("name_or_path"):
         tokenizer.init_kwargs["add_bos_token"] = True
         tokenizer.init_kwargs.setdefault("name_or_path", "")
     return tokenizer

@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,11 @@ Observer = Callable[[str, int, Mapping[str, Any]], None]
 Recall = Callable[[str, int, str], Mapping[str, Any] | None]
 """Called as `recall(event, round, part)` before a stage; the values that `observe` was given when
 an earlier process finished it, or None. `part` is the stage's name or the batch's number. For the
-event "training" it is the `Training` of a healing that was cut off, under "state"."""
+event "training" it is the `Training` of a healing that was cut off, under "state"; that of a
+"reading" is "NAME:STAGE"."""
+Instrument = Callable[[HookedTransformer, str | None], Mapping[str, Any]]
+"""Called with the model as it stands, hooks included, and the persona's text or None; what it
+returns is observed as the event "reading"."""
 
 
 MATCHED_ON = 8
@@ -78,6 +83,7 @@ _LABELS = {
     "probe": "probing doses",
     "batch": "batch {}",
     "healed": "healing",
+    "reading": "reading {}",
 }
 
 
@@ -90,6 +96,7 @@ class Study:
     config: LoopConfig
     observe: Observer
     recall: Recall
+    instruments: Mapping[str, Instrument] = field(default_factory=dict)
 
     @property
     def persona(self) -> str | None:
@@ -117,7 +124,26 @@ class Study:
             name,
             lambda: {"stage": measure(self.model, self.axis, self.config, name, persona=persona)},
         )
+        self.read(index, name, persona=persona)
         return values["stage"]
+
+    def read(
+        self,
+        index: int,
+        name: str,
+        *,
+        persona: str | None = None,
+        under: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """The same stage through every instrument, each once, hooks of `under` on."""
+
+        def make(instrument: str) -> dict[str, Any]:
+            with under():
+                found = self.instruments[instrument](self.model, persona)
+            return {"instrument": instrument, "stage": name, "reading": found}
+
+        for instrument in self.instruments:
+            self.once("reading", index, f"{instrument}:{name}", partial(make, instrument))
 
     def round(self, index: int, before: tuple[Adapter, ...]) -> Round:
         """Steer, filter, heal, and measure both sides of it."""
@@ -181,7 +207,9 @@ class Study:
                 reading = evaluate(self.model, persona=self.persona, config=self.config.eval)
             return {"stage": Stage("steered", reading, own), "kappa": walk.kappa, "dose": dose}
 
-        return self.once("stage", index, "steered", make)["stage"]
+        stage = self.once("stage", index, "steered", make)["stage"]
+        self.read(index, "steered", under=lambda: vector.steering(self.model, dose))
+        return stage
 
     def heal(self, index: int, kept: Sequence[Completion]) -> Healed:
         """The round's adapter, from where an earlier process left its training."""

@@ -71,7 +71,7 @@ def test_a_run_leaves_every_file_and_every_line_of_it_is_json(folder):
     assert [{k: v for k, v in line.items() if k != "check"} for line in told] == events
     one = ["vector", "probe", "batch", "stage", "healing", "stage", "round", "token_kl"]
     assert [e["event"] for e in events] == [
-        *("start", "stage", "stage", "stage"),
+        *("start", "stage", "stage", "stage", "validity"),
         *one,
         *one,
         "end",

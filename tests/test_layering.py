@@ -37,6 +37,8 @@ FLOORS = {
     "steering": 2,
     "low_rank": 2,
     "attention": 1.75,
+    "hf_cache": 1.75,
+    "hf_view": 3,
     "shortlist": 1.75,
     "sampling": 1.9,
     "models": 2,

@@ -6,12 +6,13 @@ import pytest
 import torch
 from einops import rearrange
 from helpers import fill, tiny_llama_hf, tokens_of
+from tokenizers import processors
 from transformers import Gemma3Config, Gemma3ForCausalLM
 
 from shl.convert import hooked_config
 from shl.errors import ShlError
 from shl.models import build_model
-from shl.tiny import tiny_hf
+from shl.tiny import tiny_hf, tiny_tokenizer
 
 TOKENS = tokens_of(2, 40)  # five windows of 8
 
@@ -126,3 +127,13 @@ def test_an_unknown_rotary_scaling_is_refused():
     config.rope_parameters["full_attention"]["rope_type"] = "yarn"
     with pytest.raises(ShlError, match="rotary scaling of x is 'yarn'"):
         hooked_config(config, name="x", device="cpu", dtype=torch.float32)
+
+
+def test_a_tokenizer_that_prepends_no_bos_stays_what_it_is():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    hf = tiny_hf()
+    model = build_model(hf.config, hf.state_dict(), tokenizer)
+    assert model.tokenizer is tokenizer
+    assert len(model.tokenizer.encode("hi")) == 2
+    assert not model.cfg.default_prepend_bos

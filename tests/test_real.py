@@ -14,6 +14,7 @@ from shl.bake import baked
 from shl.errors import ShlError
 from shl.export import export_peft
 from shl.generate import generate
+from shl.hf_view import as_hf
 from shl.models import load_model
 from shl.tokens import encode
 from shl.vector import SteeringVector
@@ -59,6 +60,23 @@ def test_the_real_model_agrees_with_transformers_and_batches_with_single_rows(mo
         single = [generate(model, [prompt], **SETTINGS)[0] for prompt in PROMPTS]
     assert [c.tokens for c in batched] == [c.tokens for c in single]
     assert [c.tokens for c in batched] != [c.tokens for c in plain]
+
+
+def test_the_view_of_the_real_model_answers_as_transformers_does(model, hf):
+    rows = [encode(model, prompt) for prompt in PROMPTS]
+    short, width = len(rows[1]), len(rows[0])
+    ids = torch.tensor([rows[0], [0] * (width - short) + rows[1]])
+    mask = torch.tensor([[1] * width, [0] * (width - short) + [1] * short])
+    view, new = as_hf(model), torch.tensor([rows[0][1:5]])
+    asked = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    with torch.no_grad():
+        ours, theirs = (m(ids, attention_mask=mask).logits for m in (view, hf))
+        assert float((ours - theirs)[mask.bool()].abs().max()) <= 1e-3
+        assert torch.equal(view.generate(ids, **asked), hf.generate(ids, **asked))
+        left = view(ids, attention_mask=mask).past_key_values
+        alone = view(ids[1:, width - short :]).past_key_values
+        batched = view(new.repeat(2, 1), past_key_values=left).logits[1:]
+        assert float((batched - view(new, past_key_values=alone).logits).abs().max()) <= 1e-3
 
 
 def test_peft_computes_the_logits_of_all_rounds_on_the_real_weights(model, hf, tmp_path):
