@@ -9,6 +9,7 @@ from statistics import median_low
 from markupsafe import Markup
 
 from experiments.scales import AxisSpec
+from experiments.shares import wilson
 from experiments.summary import Event, stages
 from experiments.svg import Point, Rule, Series, chart, styles
 from experiments.thresholds import COHERENT
@@ -32,19 +33,6 @@ def drawn(caption: str, make: Callable[[], Markup]) -> Figure:
         return Figure(caption, make())
     except ShlError as error:
         return Figure(caption, None, str(error))
-
-
-def wilson(hits: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927).
-
-    Example:
-        >>> [round(end, 3) for end in wilson(8, 10)]
-        [0.49, 0.943]
-    """
-    z, p = 1.959964, hits / count
-    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
 
 
 def _rounds(found: Sequence[Event]) -> AxisSpec:
@@ -159,7 +147,7 @@ def _shift(name: str, e: Event) -> tuple[float, tuple[float, float] | None]:
 def _survival(e: Event) -> tuple[float, tuple[float, float] | None]:
     share = e["survival"]
     sound = e["samples"] > 0 and 0 <= share <= 1
-    return share, wilson(share * e["samples"], e["samples"]) if sound else None
+    return share, wilson(round(share * e["samples"]), e["samples"]) if sound else None
 
 
 def spoken(series: Sequence[Series]) -> str:
@@ -213,7 +201,7 @@ def doses(
         return found
 
     def survival(r: Mapping[str, float]) -> Point:
-        interval = wilson(r["kept"], int(r["generated"]))
+        interval = wilson(int(r["kept"]), int(r["generated"]))
         return Point(r["dose"], r["kept"] / r["generated"], y_interval=interval)
 
     def perplexity(r: Mapping[str, float]) -> Point | None:

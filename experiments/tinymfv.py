@@ -87,8 +87,8 @@ def package() -> ModuleType:
         if importlib.util.find_spec(name) is not None:
             return importlib.import_module(name)
     raise ShlError(
-        "--eval tinymfv needs the public tinymfv, which is not installed: pip install "
-        "'shl[tinymfv]', or python -m pip install -e '.[tinymfv]' in a checkout."
+        "--eval tinymfv needs the public tinymfv, which is not installed: .venv/bin/pip install "
+        "-e '.[tinymfv]' in this checkout takes it from its repository at a pinned commit."
     )
 
 

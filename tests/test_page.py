@@ -337,6 +337,10 @@ def test_text_can_be_read_on_every_shade():
 
 
 def test_an_instrument_that_is_not_valid_is_greyed_with_its_reason(parts):
+    own = instruments(parts[3])
+    assert set(own) == {"vignettes"}
+    assert own["vignettes"].sentence in page(*parts)
+    parts[3][:] = [e for e in parts[3] if e["event"] != "validity"]
     assert instruments(parts[3]) == {}
     assert "Other instruments" not in page(*parts)
     common = {"seconds": 0.0, "texts": 0, "instrument": "tinymfv"}
