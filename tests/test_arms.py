@@ -228,8 +228,8 @@ def test_a_difference_is_paired_by_seed_and_needs_an_interval():
 
 def test_a_persona_is_met_at_its_own_coherence_on_the_harder_reading():
     persona = [
-        Point("persona", 0, "against base", 0.1, (0, 0), 0.75, 1.0),
-        Point("persona", 0, "half the contrast", 0.3, (0, 0), 0.75, 1.0),
+        Point("persona", 0, "raw", 0.1, (0, 0), 0.75, 1.0),
+        Point("persona", 0, "half", 0.3, (0, 0), 0.75, 1.0),
     ]
     # (1, 0) to (0.5, 1.0) passes 0.75 at 0.5.
     found = {"rmse": {0: [at(0.5, 1.0)]}, "persona": {0: persona}}

@@ -57,9 +57,10 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
     """By arm and seed: the healed student of each round, each dose of the steered one, and the
     prompted personas."""
     found: dict[str, dict[int, list[Point]]] = {}
-    for path in sorted(folder.glob("*/seed*")):
+    runs = [path for name in ARMS for path in sorted((folder / name).glob("seed*"))]
+    for path in runs:
         name, seed = path.parent.name, int(path.name.removeprefix("seed"))
-        if name not in ARMS or not read_lines(path / "events.jsonl"):
+        if not read_lines(path / "events.jsonl"):
             continue
         past, axis = Past(path), axis_of(path)
         if past.find("prompted-", -1) is None:
@@ -77,7 +78,8 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
             _point("steered", seed, f"{line['dose']:.2f}", line, base, axis)
             for line in read_doses(path)
         ]
-    return found
+    order = ("persona", "steered", *ARMS)
+    return {name: found[name] for name in order if name in found}
 
 
 def _healed(past: Past, axis: Axis, name: str, seed: int) -> list[Point]:
@@ -88,18 +90,18 @@ def _healed(past: Past, axis: Axis, name: str, seed: int) -> list[Point]:
 
 
 def _prompted(past: Past, axis: Axis, seed: int) -> list[Point]:
-    """The persona against base, and half of the way from its opposite: a persona's wording raises
+    """The persona against base ("raw"), and "half" of the way from its opposite: a persona's wording raises
     the options that it shares words with, whichever way it leans, and the contrast does not."""
     base, plus, minus = (past.find(name, -1) for name in ("base", "prompted+", "prompted-"))
     assert base is not None
     assert plus is not None
     assert minus is not None
-    whole = _point("persona", seed, "against base", plus, base, axis)
+    whole = _point("persona", seed, "raw", plus, base, axis)
     trait, interval = _shift(plus, minus, base, axis)
     half = (trait / 2, (interval[0] / 2, interval[1] / 2))
     return [
         whole,
-        Point("persona", seed, "half the contrast", *half, whole.mass, whole.survival),
+        Point("persona", seed, "half", *half, whole.mass, whole.survival),
     ]
 
 

@@ -101,8 +101,9 @@ def planes(found: Found) -> list[Figure]:
                 Rule("base", 0.0),
                 Rule(f"{LEVELS[0]:g} of base", LEVELS[0], along="x", colour="ink", dash="1 5"),
             ],
-            width=560,
-            height=420,
+            direct=True,
+            width=470,
+            height=380,
         )
 
     caption = (

@@ -53,7 +53,8 @@ def sentence(verdict: Mapping[str, Any]) -> str:
 
 def columns(found: Found) -> list[dict[str, str]]:
     """The table as text: means over seeds, with their range where there is more than one."""
-    return [
+    base = {"arm": "base", "trait at the end": "0.00", "mass": "1.00", "survival": "1.00"}
+    return [base] + [
         {
             "arm": row["arm"],
             "seeds": str(len(row["seeds"])),
