@@ -90,8 +90,8 @@ def _healed(past: Past, axis: Axis, name: str, seed: int) -> list[Point]:
 
 
 def _prompted(past: Past, axis: Axis, seed: int) -> list[Point]:
-    """The persona against base ("raw"), and "half" of the way from its opposite: a persona's wording raises
-    the options that it shares words with, whichever way it leans, and the contrast does not."""
+    """The persona against base ("raw"), and "half" of the way from its opposite: its wording raises
+    the options that share words with it, whichever way it leans, and the contrast does not."""
     base, plus, minus = (past.find(name, -1) for name in ("base", "prompted+", "prompted-"))
     assert base is not None
     assert plus is not None
