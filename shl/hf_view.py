@@ -56,8 +56,11 @@ def as_hf(model: HookedTransformer) -> "HookedForCausalLM":
     return HookedForCausalLM(model)
 
 
-class HookedConfig(PreTrainedConfig):
-    """The sizes of a HookedTransformer under transformers' names."""
+class _Config(PreTrainedConfig):
+    """The sizes of a HookedTransformer under transformers' names.
+
+    Private, because transformers gives it an `__init__` that the API reference cannot read.
+    """
 
     model_type = "hooked_transformer"
 
@@ -65,7 +68,7 @@ class HookedConfig(PreTrainedConfig):
 class HookedForCausalLM(PreTrainedModel, GenerationMixin):
     """What `as_hf` returns."""
 
-    config_class = HookedConfig
+    config_class = _Config
     main_input_name = "input_ids"
     base_model_prefix = "hooked"
     _supports_sdpa = True
@@ -97,7 +100,7 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
             "tie_word_embeddings": False,
             "dtype": cfg.dtype,
         }
-        config = HookedConfig()
+        config = _Config()
         for key, value in {**sizes, **ids}.items():
             setattr(config, key, value)
         super().__init__(config)
