@@ -7,6 +7,7 @@ import pytest
 from helpers import kl_by_hand, lenient, log_p_by_hand, one_sentence, small_loop
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import pyplot as plt
 from rich.console import Console
 
 from experiments.arms import __main__ as program
@@ -111,6 +112,7 @@ def test_the_comparison_has_every_arm_every_dose_and_all_three_kinds_asked_for(f
     # The dose at the top of the ladder is where the round's own steered stage was read.
     lines = read_doses(folder / "steered" / "seed42" / "doses.jsonl")
     assert lines[-1]["nats"] == pytest.approx(stages["steered", 0]["nats"], abs=1e-6)
+    assert plt.get_fignums() == []
     files = {"arms.md", "arms.json", "arms.png", "kinds.png", "report.html"}
     assert files <= {p.name for p in folder.iterdir()}
     told = json.loads((folder / "arms.json").read_text())

@@ -356,7 +356,8 @@ def test_other_weights_do_not_go_on_with_a_run(tmp_path, monkeypatch):
 def test_status_tells_what_is_done_and_what_remains(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run")
     assert "done     base, prompted+, prompted-; round 0; round 1" in status(folder)
-    unfinish(folder, 6)
+    # start, three baselines, the probe's validity, vector, probe
+    unfinish(folder, 7)
     told = status(folder)
     assert "round 0: vector, probe" in told
     assert "remains  round 0: batch, steered, healing, healed; 1 more rounds" in told

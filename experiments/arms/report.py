@@ -32,6 +32,8 @@ def compare(folder: Path, console: Console) -> None:
         ShlError: the folder holds no arm that has measured base, or a record was changed.
     """
     # matplotlib is slow to import and only needed at the end.
+    from matplotlib import pyplot as plt
+
     from experiments.arms.pictures import kinds, plane
 
     found = points(folder)
@@ -53,4 +55,5 @@ def compare(folder: Path, console: Console) -> None:
         picture = BytesIO()
         figure.savefig(picture, format="png", dpi=130)
         write_whole(folder / f"{name}.png", picture.getvalue())
+        plt.close(figure)
     write_page(folder, found, texts)
