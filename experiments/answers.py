@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.agreement import agreement
 from experiments.beyond import prompting, readable, selective
 from experiments.filtering import filters
 from experiments.measured import Measured
@@ -36,6 +37,8 @@ def answer_all(
     m = Measured(events, texts, axis, config or EvalConfig())
     claims = [ask(m) for ask in NEEDED]
     told = [ask(m) for ask in (readable, barrier, dose, moved, ended)]
+    between = agreement(m)
+    told += [] if between is None else [between]
     return (*claims, *told, worked(claims, done=any(e["event"] == "end" for e in events)))
 
 

@@ -47,6 +47,7 @@ def write_page(folder: Path, found: Found, texts: Sequence[Line]) -> Path:
             axis=axis_of(first),
             seeds=sorted({seed for by_seed in runs.values() for seed in by_seed}),
             doubts=[e for e in events if e["event"] == "validity"],
+            strict=[v for v in told if v["level"] == LEVELS[0]],
             verdicts=told,
             marks=MARKS,
             planes=planes(found),

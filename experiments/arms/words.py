@@ -7,7 +7,7 @@ from experiments.arms.catalogue import ARMS
 from experiments.arms.compare import LEVELS, Found, against, table
 from experiments.arms.kinds import HOWS, KINDS
 
-RIVALS = ("persona", "prompted", "none", "mean", "p95", "random", "unsteered")
+RIVALS = ("persona", "prompted", "steered", "none", "mean", "p95", "random", "unsteered")
 """What the method is held against, the one that matters most first."""
 
 
