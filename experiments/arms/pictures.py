@@ -105,7 +105,7 @@ def kinds(lines: Sequence[Line], tau: float) -> Figure:
                     label=f"{kind} ({len(values)})",
                 )  # fmt: skip
         panel.axvline(tau, color="#555555", ls=":", lw=1)
-        panel.set_xscale("symlog", linthresh=0.1)
+        panel.set_xscale("log")
         panel.set_xlabel(f"{how} of per-token KL to base [nats]")
     panels[0].set_ylabel("share of texts up to here")
     panels[0].legend(fontsize=9)
