@@ -3,35 +3,30 @@
 The same command, run again, goes on where an earlier process ended.
 """
 
-import dataclasses
-import hashlib
 import json
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import torch
 import tyro
 from rich.console import Console
 from transformer_lens import HookedTransformer
 
 from experiments.bar import Bar
-from experiments.folder import FILES, TOLD, finished, read_json, same
+from experiments.folder import FILES, finished, read_json, same
 from experiments.journal import read_lines
 from experiments.memory import Usage
 from experiments.recall import Recall
 from experiments.record import Record, token_curves
 from experiments.report import report
+from experiments.settings import RunConfig, folder_of, settings_of
 from experiments.stop import Stop, Stopped
-from experiments.tinymfv import Tinymfv, TinymfvConfig, package, version_of
+from experiments.tinymfv import Tinymfv
 from experiments.validities import validities
-from experiments.versions import versions
 from shl.axes import Axis, load_axis
 from shl.config import LoopConfig
 from shl.errors import ShlError
@@ -42,77 +37,12 @@ from shl.memory import fit
 from shl.models import load_model
 from shl.vector import SteeringVector
 
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Steer, filter, heal, repeat, and measure every round."""
-
-    axis: str = "care_auth"
-    """Built-in axis (care_auth, love) or the path of your own TOML file."""
-    model: str = "gemma-3-270m"
-    """Embedded model (gemma-3-270m, smollm2-135m-instruct), hub name, or local folder."""
-    out: Path | None = None
-    """Run folder: a new one, or the one that this run began in; default
-    runs/AXIS-MODEL-seedSEED-DIGEST, the digest of settings, axis, code and packages."""
-    device: str | None = None
-    """Where the model lives; default CUDA if there is any, else the CPU."""
-    max_memory: float | None = None
-    """Batches are made small enough for this much memory, the GPU's or resident [GB]."""
-    eval: Literal["vignettes", "tinymfv"] = "vignettes"
-    """What reads each stage beside our own vignettes: tinymfv is the public package, installed
-    with the extra of that name."""
-    tinymfv: TinymfvConfig = field(default_factory=TinymfvConfig)
-    """How much of tinymfv is asked."""
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
-    """The settings of every stage."""
-
-
 Lent = Callable[[str, int, str], Mapping[str, Any] | None]
 """Called as `lent(event, round, part)`."""
 
 
 def nothing_lent(event: str, index: int, part: str) -> None:
     """No other run lends its stages."""
-
-
-def settings_of(config: RunConfig, axis: Axis) -> dict[str, dict[str, Any]]:
-    """What is run, by file of the record."""
-    asked = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    asked.pop("out")
-    others: dict[str, str] = {}
-    if config.eval == "vignettes":
-        del asked["eval"], asked["tinymfv"]
-    else:
-        module = package()
-        others = {module.__name__: version_of(module)}
-    asked["device"] = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    told = {key: getattr(axis, key) for key in ("name", "description", "positive", "negative")}
-    lists = {"contexts": axis.contexts, "prompts": axis.prompts, "expected": dict(axis.expected)}
-    return {
-        "config.json": asked,
-        "axis.json": told | lists,
-        "versions.json": versions(asked["device"], others),
-    }
-
-
-def folder_of(config: RunConfig, settings: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Where the run is kept: the same for the same run, another for any other."""
-    if config.out is not None:
-        return config.out
-    return Path("runs") / name_for(settings, f"seed{config.loop.seed}")
-
-
-def name_for(settings: Mapping[str, Mapping[str, Any]], what: str) -> str:
-    """AXIS-MODEL-WHAT-DIGEST, the digest that of everything that is run."""
-    told = {
-        name: {key: value for key, value in values.items() if key not in TOLD}
-        for name, values in settings.items()
-    }
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
-    model = settings["config.json"]["model"].rstrip("/").split("/")[-1]
-    # An axis file may call itself anything, a path included.
-    names = "-".join(re.sub(r"[^\w.-]+", "_", x) for x in (settings["axis.json"]["name"], model))
-    return f"{names}-{what}-{digest}"
 
 
 def run(

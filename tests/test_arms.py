@@ -18,7 +18,8 @@ from experiments.arms.doses import read_doses
 from experiments.arms.kinds import read_kinds, summary
 from experiments.arms.lend import alike
 from experiments.folder import read
-from experiments.run import RunConfig, study
+from experiments.run import study
+from experiments.settings import RunConfig
 from shl.config import DoseConfig, LoopConfig
 from shl.errors import ShlError
 from shl.generate import Completion

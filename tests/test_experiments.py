@@ -15,7 +15,7 @@ from experiments import run as program
 from experiments.folder import read
 from experiments.plot import draw
 from experiments.report import report
-from experiments.run import RunConfig
+from experiments.settings import RunConfig
 from experiments.summary import rows
 from shl.bake import baked
 from shl.errors import ShlError

@@ -30,7 +30,8 @@ from experiments.journal import Journal, read_lines
 from experiments.recall import Recall
 from experiments.record import Record
 from experiments.report import report
-from experiments.run import RunConfig, settings_of, study
+from experiments.run import study
+from experiments.settings import RunConfig, settings_of
 from experiments.status import status
 from experiments.summary import rows
 from shl import weights

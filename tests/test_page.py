@@ -23,7 +23,8 @@ from experiments.page import page, vector_figure, write_page
 from experiments.page_inside import cosines
 from experiments.page_view import HEAT, banner, cards, cost, heat, instruments, sizes, stories
 from experiments.report import report
-from experiments.run import RunConfig, study
+from experiments.run import study
+from experiments.settings import RunConfig
 from experiments.shown import clean
 from experiments.verdicts import Answer
 from shl.config import EvalConfig

@@ -20,7 +20,8 @@ from experiments.checks import name_of
 from experiments.crash import differences
 from experiments.journal import Journal, Lock
 from experiments.report import report
-from experiments.run import RunConfig, study
+from experiments.run import study
+from experiments.settings import RunConfig, folder_of, settings_of
 from experiments.status import status
 from shl.axes import load_axis
 from shl.errors import ShlError
@@ -325,16 +326,16 @@ def test_each_run_has_a_folder_of_its_own_and_none_outside_runs():
     axis = replace(load_axis("love"), name="../../etc/[x]")
 
     def folder(config, commit="one", threads=1):
-        settings = program.settings_of(config, axis)
+        settings = settings_of(config, axis)
         told = settings["versions.json"] | {"commit": commit, "threads": threads}
-        return program.folder_of(config, settings | {"versions.json": told})
+        return folder_of(config, settings | {"versions.json": told})
 
     assert folder(CONFIG) == folder(CONFIG) == folder(CONFIG, commit="only the README changed")
     assert len({folder(CONFIG), folder(other), folder(CONFIG, threads=2)}) == 3
     assert folder(CONFIG).parts[0] == "runs"
     assert len(folder(CONFIG).parts) == 2
     assert folder(CONFIG).name.startswith(".._.._etc_x_-tiny-seed42-")
-    assert program.folder_of(replace(CONFIG, out="here"), {}) == "here"
+    assert folder_of(replace(CONFIG, out="here"), {}) == "here"
 
 
 def test_other_weights_do_not_go_on_with_a_run(tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ from experiments import run as program
 from experiments.crash import differences
 from experiments.folder import read, read_json
 from experiments.report import report
-from experiments.run import RunConfig, study
+from experiments.run import study
+from experiments.settings import RunConfig
 from experiments.status import status
 from experiments.tinymfv import Tinymfv, TinymfvConfig, nats, tokenizer_for
 from shl.axes import load_axis

@@ -29,7 +29,8 @@ from experiments.folder import finished
 from experiments.journal import read_lines
 from experiments.lines import Past
 from experiments.report import report
-from experiments.run import RunConfig, name_for, settings_of, study
+from experiments.run import study
+from experiments.settings import RunConfig, name_for, settings_of
 from experiments.stop import Stop, Stopped
 from shl.axes import load_axis
 from shl.config import EvalConfig, LoopConfig
