@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from experiments.summary import Event
 
 
-def diary(texts: Sequence[Event], rounds: int, per_round: int = 3) -> str:
+def diary(texts: Sequence[Event], per_round: int = 3) -> str:
     """Markdown, from texts.jsonl: per round, the first prompts that both stages answered."""
     lines = ["# Diary", ""]
     by_day = {(t["round"], t["prompt"]): t for t in texts if t["stage"] == "healed"}
     base = {t["prompt"]: t for t in texts if t["stage"] == "base"}
-    for index in range(rounds):
+    # Of the texts, not of the settings: those may ask for any number of rounds.
+    for index in sorted({t["round"] for t in texts if t["round"] >= 0}):
         lines += [f"## Round {index}", ""]
         dreamt = [t for t in texts if t["round"] == index and t["stage"] == "batch"]
         shown: set[str] = set()

@@ -47,7 +47,7 @@ def report(folder: Path, console: Console) -> None:
     markdown += ["| " + " | ".join(line.get(c, "") for c in columns) + " |" for line in lines]
     write(folder / "table.md", "\n".join(markdown) + "\n")
     write(folder / "answers.json", json.dumps(as_json(found), indent=2, ensure_ascii=False) + "\n")
-    write(folder / "diary.md", diary(texts, config["loop"]["rounds"]))
+    write(folder / "diary.md", diary(texts))
     write_page(folder)
     draw(folder)
     ended = next((e["seconds"] for e in events if e["event"] == "end"), None)

@@ -27,6 +27,7 @@ from experiments.answers import answer_all
 from experiments.diary import diary
 from experiments.folder import FILES, axis_of, read
 from experiments.journal import Journal, read_lines
+from experiments.page import write_page
 from experiments.recall import Recall
 from experiments.record import Record
 from experiments.report import report
@@ -268,7 +269,7 @@ def test_sealed_but_hostile_records(name, run_folder, tmp_path, model):
             axis = axis_of(folder)
             rows(events)
             answer_all(events, texts, axis, EvalConfig(**config["loop"]["eval"]))
-            diary(texts, config["loop"]["rounds"])
+            diary(texts)
             status(folder)
             if passed % 25 == 0:
                 report(folder, quiet)
@@ -308,8 +309,9 @@ def test_hostile_settings_with_a_seal(name, run_folder, tmp_path):
         try:
             config, _, texts = read(folder)
             answer_all(events, texts, axis_of(folder), EvalConfig(**config["loop"]["eval"]))
-            diary(texts, config["loop"]["rounds"])
+            diary(texts)
             status(folder)
+            write_page(folder)
         except ShlError as error:
             sentence(error)
 
