@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from experiments.arms.compare import LEVELS, Found, Point, spots
 from experiments.arms.kinds import HOWS, KINDS, sizes
@@ -106,6 +107,8 @@ def kinds(lines: Sequence[Line], tau: float) -> Figure:
                 )  # fmt: skip
         panel.axvline(tau, color="#555555", ls=":", lw=1)
         panel.set_xscale("log")
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
         panel.set_xlabel(f"{how} of per-token KL to base [nats]")
     panels[0].set_ylabel("share of texts up to here")
     panels[0].legend(fontsize=9)
