@@ -127,9 +127,12 @@ class Measured:
 
     @cached_property
     def doubt(self) -> str:
-        """Why the probe's reading of the trait is not to be trusted on this model, or nothing."""
-        if self.invalid or self.accuracy.verdict == "yes":
-            return self.invalid
+        """That the probe's reading of the trait is not to be trusted on this model, or nothing;
+        why is told once, where it is asked whether it can be read."""
+        if self.invalid:
+            return "the vignettes are not valid on this model"
+        if self.accuracy.verdict == "yes":
+            return ""
         return "the probe does not name the vignettes' foundations above chance"
 
     def on_axis(self, p: Profiles) -> np.ndarray:

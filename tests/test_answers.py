@@ -228,8 +228,9 @@ def test_where_the_probe_is_not_valid_nothing_that_rests_on_it_is_yes_or_no():
     for key in ("Q0", "Q1", "Q3", "prompting", "selective", "worked"):
         assert told[key].verdict == "undecided", key
     for key in ("Q0", "Q1", "Q3", "prompting", "selective", "readable"):
-        assert "the stems disagree." in told[key].sentence
+        assert "he vignettes are not valid on this model" in told[key].sentence
     assert told["readable"].verdict == "no"
+    assert "not valid on this model: the stems disagree." in told["readable"].sentence
     # Coherence is not the trait's reading, and its no stands.
     assert told["Q2"].verdict == "yes"
     events, found = run(mass=0.6)
