@@ -53,6 +53,12 @@ def same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
         )
 
 
+def same_run(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise unless a folder's files say that the same is run."""
+    for name in FILES:
+        same(read_json(folder / name), json.loads(json.dumps(settings[name])), folder / name)
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}

@@ -1,5 +1,6 @@
 """Finding one's way in a record: what was measured when, its texts and its tensors."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from experiments.checks import name_of
@@ -8,21 +9,21 @@ from experiments.journal import Line
 from shl.evaluation import Evaluation
 
 
-class Lines:
+class Lines(ABC):
     """The lines of a record."""
 
     folder: Path
     base: Evaluation | None = None
 
     @property
+    @abstractmethod
     def events(self) -> list[Line]:
         """Every finished stage so far."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def texts(self) -> list[Line]:
         """Every judged completion so far."""
-        raise NotImplementedError
 
     def find(self, name: str, index: int, batch: int | None = None) -> Line | None:
         """The event of a name (of a stage: its own) in a round, if it has been written."""

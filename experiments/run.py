@@ -3,7 +3,6 @@
 The same command, run again, goes on where an earlier process ended.
 """
 
-import json
 import logging
 import os
 import shlex
@@ -17,7 +16,7 @@ from rich.console import Console
 from transformer_lens import HookedTransformer
 
 from experiments.bar import Bar
-from experiments.folder import FILES, finished, read_json, same
+from experiments.folder import finished, same_run
 from experiments.journal import read_lines
 from experiments.memory import Usage
 from experiments.recall import Recall
@@ -145,8 +144,7 @@ def study(
     settings = settings_of(config, axis)
     folder = folder_of(config, settings)
     if finished(folder):
-        for name in FILES:
-            same(read_json(folder / name), json.loads(json.dumps(settings[name])), folder / name)
+        same_run(folder, settings)
         console.print(f"{folder} is finished; name another with --out to run it again")
         return folder
     try:

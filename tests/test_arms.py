@@ -255,6 +255,17 @@ def test_kinds_are_told_apart_by_what_differs():
     assert found["spiky"]["incoherent"] == 2.0
 
 
+def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(folder, monkeypatch):
+    lenient(monkeypatch)
+    monkeypatch.setattr(program, "load_model", lambda name, device=None: pytest.fail("loaded"))
+    loop = replace(LOOP, heal=replace(LOOP.heal, tau=0.25))
+    with pytest.raises(ShlError) as error:
+        run_arms(
+            ArmsConfig(model="tiny", arms=("rmse",), seeds=(42,), out=folder, loop=loop), quiet()
+        )
+    assert "has loop.heal.tau 0.01, this run has 0.25" in one_sentence(error)
+
+
 def test_a_seed_of_its_own_is_refused(tmp_path):
     loop = replace(LOOP, seed=7)
     with pytest.raises(ShlError) as error:

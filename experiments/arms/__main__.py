@@ -25,7 +25,7 @@ from experiments.arms.kinds import FILE as TEXTS
 from experiments.arms.kinds import measure_kinds
 from experiments.arms.lend import Lender
 from experiments.arms.report import compare
-from experiments.folder import finished
+from experiments.folder import finished, same_run
 from experiments.journal import read_lines
 from experiments.lines import Past
 from experiments.report import report
@@ -106,11 +106,12 @@ def _place(folder: Path, name: str, seed: int) -> Path:
 
 def _arm(folder: Path, shared: RunConfig, arm: Arm, load: Load, console: Console) -> None:
     out = _place(folder, arm.name, shared.loop.seed)
+    config = replace(shared, out=out, loop=arm.change(shared.loop))
     lines = read_lines(out / "events.jsonl")
     if finished(out) or (lines and lines[-1]["event"] == "starved"):
+        same_run(out, settings_of(config, load_axis(config.axis)))
         console.print(f"{out} is finished")
         return
-    config = replace(shared, out=out, loop=arm.change(shared.loop))
     others = [_place(folder, name, shared.loop.seed) for name in ARMS if name != arm.name]
     begun = [path for path in others if read_lines(path / "events.jsonl")]
 

@@ -45,7 +45,7 @@ class Lender:
         self, folders: Sequence[Path], model: HookedTransformer, config: LoopConfig
     ) -> None:
         self.config = config
-        self.past = [(Past(folder), Recall(Past(folder), model, config)) for folder in folders]
+        self.past = [(past, Recall(past, model, config)) for past in map(Past, folders)]
 
     def __call__(self, event: str, index: int, part: str) -> Mapping[str, Any] | None:
         """The values of a stage that another run has finished alike, or None."""
