@@ -12,7 +12,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments import page_charts, page_inside, page_view
+from experiments import (
+    page_charts,
+    page_doses,
+    page_heat,
+    page_inside,
+    page_instruments,
+    page_view,
+)
 from experiments.folder import axis_of, read, read_json
 from experiments.journal import read_lines, write
 from experiments.page_charts import Figure
@@ -63,7 +70,7 @@ def page(
     """
     tau = page_view.tau_of(events, config["loop"]["heal"]["tau"])
     table = rows(events)
-    instruments = page_view.instruments(events)
+    instruments = page_instruments.instruments(events)
     return (
         environment()
         .get_template("report.html")
@@ -76,12 +83,12 @@ def page(
             table=table,
             glossary=page_view.GLOSSARY,
             trajectory=page_charts.trajectory(events, axis),
-            doses=page_charts.doses(events, texts, config["loop"]),
-            ladders=page_charts.ladders(texts),
+            doses=page_doses.doses(events, texts, config["loop"]),
+            ladders=page_doses.ladders(texts),
             foundations=page_charts.foundations(events, axis),
             spread=page_inside.token_kl(events, tau),
-            heats=page_view.heats(events, tau),
-            shades=page_view.HEAT,
+            heats=page_heat.heats(events, tau),
+            shades=page_heat.HEAT,
             tau=tau,
             vectors=vectors,
             barrier=page_inside.barrier(events),

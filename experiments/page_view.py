@@ -1,7 +1,5 @@
 """What the report says in words and tables, from a run's events and texts."""
 
-import bisect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +13,6 @@ from shl.axes import Axis
 from shl.config import EvalConfig
 from shl.errors import check
 
-HEAT = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Edges between the shades of a token's divergence [nats]."""
 MARKS = {"yes": "\u2713", "no": "\u2717", "undecided": "?", "told": "\u00b7"}
 
 
@@ -65,72 +61,6 @@ def banner(events: Sequence[Event], rounds: int) -> str:
         f"This run is unfinished: its record ends after {name}{where}; what remains: "
         f"{remains(name, last['round'], rounds)}. The page shows what there is."
     )
-
-
-@dataclass(frozen=True)
-class Heat:
-    """A completion token by token: text, divergence, shade (0 to 7), whether above tau."""
-
-    verdict: str
-    prompt: str | None
-    reasons: tuple[str, ...]
-    dose: float
-    tokens: tuple[tuple[str, float, int, bool], ...]
-    sizes: Mapping[str, float]
-    over: int
-
-
-def heat(curve: Mapping[str, Any], tau: float) -> Heat:
-    """One completion of a token_kl event.
-
-    Example:
-        >>> seen = heat(
-        ...     {"verdict": "kept", "reasons": [], "dose": 1.0, "pieces": ["a", "b"],
-        ...      "kl": [0.0, 4.0]}, 0.5)
-        >>> seen.tokens, seen.sizes["mean"], seen.over
-        ((('a', 0.0, 0, False), ('b', 4.0, 6, True)), 2.0, 1)
-    """
-    kl = curve["kl"]
-    tokens = tuple(
-        (piece, value, bisect.bisect_right(HEAT, value), value > tau)
-        for piece, value in zip(curve["pieces"], kl, strict=True)
-    )
-    return Heat(
-        curve["verdict"],
-        curve.get("prompt"),
-        tuple(curve["reasons"]),
-        curve["dose"],
-        tokens,
-        sizes(kl),
-        sum(token[3] for token in tokens),
-    )
-
-
-def sizes(kl: Sequence[float]) -> dict[str, float]:
-    """The aggregates of a completion's divergences: mean, rmse, p95 (linearly interpolated), max.
-
-    Example:
-        >>> {name: round(v, 2) for name, v in sizes([0.0] * 56 + [3.8, 4.2, 6.7, 8.1]).items()}
-        {'mean': 0.38, 'rmse': 1.54, 'p95': 3.82, 'max': 8.1}
-    """
-    ranked = sorted(kl)
-    place = 0.95 * (len(ranked) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ranked) - 1)
-    return {
-        "mean": sum(kl) / len(kl),
-        "rmse": math.hypot(*kl) / math.sqrt(len(kl)),
-        "p95": ranked[low] + (place - low) * (ranked[high] - ranked[low]),
-        "max": ranked[-1],
-    }
-
-
-def heats(events: Sequence[Event], tau: float) -> list[tuple[int, list[Heat]]]:
-    """Every round's completions."""
-    return [
-        (e["round"], [heat(curve, tau) for curve in e["curves"]])
-        for e in of_round(events, "token_kl")
-    ]
 
 
 @dataclass(frozen=True)
@@ -223,59 +153,6 @@ GLOSSARY = (
     ("intervals", "95 %: bootstrap over vignettes for shifts and coherence, Wilson for shares"),
 )  # fmt: skip
 """What each number means and its unit."""
-
-
-@dataclass(frozen=True)
-class Instrument:
-    """Whether an instrument can be trusted on this model, and what it read."""
-
-    name: str
-    valid: bool | None
-    reason: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[str, ...]], ...]
-
-    @property
-    def sentence(self) -> str:
-        """Beside every number of the instrument."""
-        if self.valid is None:
-            return "not checked on this model"
-        return f"{'valid' if self.valid else 'not valid'} on this model: {self.reason}"
-
-
-def instruments(events: Sequence[Event]) -> dict[str, Instrument]:
-    """By name, every instrument of which there is a `validity` or a `reading` event."""
-    checks = {e["instrument"]: e for e in events if e["event"] == "validity"}
-    readings: dict[str, list[Event]] = {name: [] for name in checks}
-    for e in events:
-        if e["event"] == "reading":
-            readings.setdefault(e["instrument"], []).append(e)
-    found = {}
-    for name, read in readings.items():
-        numbers = [dict(_numbers(e)) for e in read]
-        columns = tuple(dict.fromkeys(key for line in numbers for key in line))
-        rows = tuple(
-            (_label(e), tuple(f"{line[c]:.3g}" if c in line else "" for c in columns))
-            for e, line in zip(read, numbers, strict=True)
-        )
-        told = checks.get(name)
-        valid, reason = (told["valid"], told["reason"]) if told else (None, "")
-        found[name] = Instrument(name, valid, reason, columns, rows)
-    return found
-
-
-def _label(e: Event) -> str:
-    stage = e.get("stage", "reading")
-    return stage if e["round"] < 0 else f"{stage} {e['round']}"
-
-
-def _numbers(e: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a reading but its place in the record, nested ones under dotted names."""
-    for key, value in e.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif type(value) in (int, float) and (prefix or key not in ("round", "seconds", "texts")):
-            yield f"{prefix}{key}", float(value)
 
 
 def tau_of(events: Sequence[Event], asked: float) -> float:

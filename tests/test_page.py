@@ -20,8 +20,10 @@ from experiments import report as report_room
 from experiments import run as program
 from experiments.folder import axis_of, read, read_json
 from experiments.page import page, vector_figure, write_page
+from experiments.page_heat import HEAT, heat, sizes
 from experiments.page_inside import cosines
-from experiments.page_view import HEAT, banner, cards, cost, heat, instruments, sizes, stories
+from experiments.page_instruments import instruments
+from experiments.page_view import banner, cards, cost, stories
 from experiments.report import report
 from experiments.run import study
 from experiments.settings import RunConfig
