@@ -15,8 +15,9 @@ from transformer_lens import HookedTransformer
 from shl.axes import Axis
 from shl.config import LoopConfig
 from shl.lora import Adapter
+from shl.rounds import Instrument, Observer, Recall, Round, StarvedError
 from shl.stages import Stage
-from shl.study import Instrument, Observer, Recall, Round, StarvedError, Study
+from shl.study import Study
 from shl.vignettes import remember_base
 
 __all__ = ["Instrument", "Observer", "Recall", "Round", "StarvedError", "baselines", "love"]

@@ -77,6 +77,7 @@ FLOORS = {
     "heal": 5,
     "stages": 5.5,
     "memory": 5.6,
+    "rounds": 5.7,
     "study": 5.75,
     "loop": 6,
 }
