@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformer_lens import HookedTransformer
 from transformer_lens.components import GroupedQueryAttention
 
 from shl.cache import Entry
 from shl.hooks import watched
+from shl.linear import linear
 from shl.shapes import Int
 
 
@@ -99,6 +100,19 @@ class FastAttention(GroupedQueryAttention):
         if explicit:
             return self._project(self._explicit(q, k, v, allowed) + seen.to(v.dtype))
         return self._project(self.hook_z(self._fused(q, k, v, allowed) + seen.to(v.dtype)))
+
+    def calculate_qkv_matrices(
+        self, query_input: Tensor, key_input: Tensor, value_input: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """TransformerLens's, `[batch, pos, head, d_head]` each, with this package's products."""
+        if query_input.dim() != 3 or self.cfg.ungroup_grouped_query_attention:
+            return super().calculate_qkv_matrices(query_input, key_input, value_input)
+        q = self.hook_q(_by_head(query_input, self.W_Q, self.b_Q))
+        k = self.hook_k(_by_head(key_input, self._W_K, self._b_K))
+        v = self.hook_v(_by_head(value_input, self._W_V, self._b_V))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self._apply_qk_norm(q, self.q_norm), self._apply_qk_norm(k, self.k_norm)
+        return q, k, v
 
     def _rotary(
         self, attention_mask: Tensor | None, offset: int, new: int, device: torch.device
@@ -192,6 +206,11 @@ class FastAttention(GroupedQueryAttention):
         return linear(z.flatten(2), w, self.b_O)
 
 
+def _by_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    rows = rearrange(weight, "head d d_head -> (head d_head) d")
+    return linear(x, rows, bias.flatten()).unflatten(-1, bias.shape)
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = x.chunk(2, -1)
     return x * cos + torch.cat([-high, low], -1) * sin
@@ -213,12 +232,3 @@ def placed(
     finally:
         shared.at, shared.seen, shared.key = None, None, ()
         shared.held, shared.made = None, {}
-
-
-def speed_up(model: HookedTransformer) -> None:
-    """Give every block of a Gemma-3 or Llama model this attention, sharing what can be shared."""
-    shared = Shared()
-    for block in model.blocks:
-        attention: Any = block.attn
-        attention.__class__ = FastAttention
-        attention.shared = shared

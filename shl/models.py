@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from shl.attention import speed_up
+from shl.components import speed_up
 from shl.convert import converter, hooked_config
 from shl.errors import ShlError, check
 from shl.weights import EMBEDDED, model_folder

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shl.linear import linear
 from shl.shapes import Bool, Float, Hidden, PerToken, Unembed
 
 # Above this exp(ubar - u) of a single word leaves fp32's safe range; such rows, far from the
@@ -91,7 +92,7 @@ def sweep(
         before = total * rescale
         total = before + chunk_total
         if known is None:
-            mean_w.mul_(rescale).addmm_(e, w.T)
+            mean_w.mul_(rescale).add_(linear(e, w, deep=True))
         if delta is None:
             continue
         u = torch.mm(delta, w, out=space.take(1, words))
@@ -100,7 +101,7 @@ def sweep(
             centre = torch.mul(e, u, out=eu).sum(1, keepdim=True) / total
         torch.mul(e, u.sub_(centre), out=eu)
         chunk_first = eu.sum(1, keepdim=True)
-        mean_uw.mul_(rescale).addmm_(eu, w.T)
+        mean_uw.mul_(rescale).add_(linear(eu, w, deep=True))
         # The shift moves to the running mean before this chunk's words are added: the earlier
         # ones' excess is never negative about their own mean, so nothing large cancels.
         move = (chunk_first - shift * chunk_total) / total
