@@ -1,5 +1,6 @@
 """A key-value cache that keeps rotated keys, in storage that grows in place."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,13 @@ class Entry:
         copy.keys = copy._grown(self.keys[index, :, : self.length], self.keys[index, :, :0])
         copy.values = copy._grown(self.values[index, :, : self.length], self.values[index, :, :0])
         return copy
+
+    def drop(self, moves: Sequence[tuple[int, int]], left: int) -> None:
+        """Copy rows onto others, (from, to) each, and forget all but the first `left`."""
+        for source, target in moves:
+            for held in (self.keys, self.values):
+                held[target, :, : self.length] = held[source, :, : self.length]
+        self.keys, self.values = self.keys[:left], self.values[:left]
 
 
 @dataclass
@@ -97,6 +105,30 @@ class KeyValues:
         """A copy with the rows `index` (any order, repeats allowed)."""
         entries = [entry.rows(index, capacity or entry.capacity) for entry in self.entries]
         return KeyValues(entries, self.mask[index])
+
+    def drop(self, gone: Collection[int]) -> list[int]:
+        """Forget the rows `gone` in place: the last rows move into their places, so that as many
+        rows are copied as are dropped.
+
+        Returns:
+            Which row now stands where, by its number before.
+
+        Example:
+            >>> from shl.tiny import tiny_gemma
+            >>> KeyValues.empty(tiny_gemma(), batch=4).drop([1, 2])
+            [0, 3]
+        """
+        before = len(self.mask)
+        left = before - len(set(gone))
+        free = [row for row in range(left) if row in gone]
+        moves = list(zip((r for r in range(left, before) if r not in gone), free, strict=True))
+        order = list(range(left))
+        for source, target in moves:
+            order[target] = source
+        for entry in self.entries:
+            entry.drop(moves, left)
+        self.mask = self.mask[order]
+        return order
 
     def cut(self, length: int) -> None:
         """Forget the positions from `length` on."""

@@ -182,13 +182,13 @@ def _decode_batch(
         for i, token in zip(active, chosen.tolist(), strict=True):
             out[i].append(token)
             ended[i] = _cut_turn_end(model, out[i], ends, step + 1 >= config.min_new_tokens)
-        keep = [row for row, i in enumerate(active) if not ended[i]]
-        if not keep:
+        gone = {row for row, i in enumerate(active) if ended[i]}
+        if len(gone) == len(active):
             break
-        if len(keep) < len(active):
-            cache = cache.rows(torch.tensor(keep, device=device))
-            active = [active[row] for row in keep]
-            chosen = chosen[keep]
+        if gone:
+            order = cache.drop(gone)
+            active = [active[row] for row in order]
+            chosen = chosen[order]
         new = chosen[:, None]
     return list(zip(out, ended, strict=True))
 

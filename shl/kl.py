@@ -62,7 +62,7 @@ _FUSED: ContextVar[bool] = ContextVar("shl_fused", default=False)
 
 @contextmanager
 def fused() -> Iterator[None]:
-    """Let the Triton kernel do the elementwise part of four-product sweeps in the body.
+    """Let the Triton kernel do the elementwise part of the sweeps in the body.
 
     Off by default: the kernel is tested under Triton's interpreter and was never timed on a GPU.
     Needs the `triton` package.
@@ -74,15 +74,19 @@ def fused() -> Iterator[None]:
         _FUSED.reset(token)
 
 
-def _eager(
-    student: Hidden, delta: Hidden, unembed: Unembed, bias: Float[Tensor, " vocab"] | None
+def _sweep(
+    student: Hidden,
+    delta: Hidden | None,
+    unembed: Unembed,
+    bias: Float[Tensor, " vocab"] | None,
+    mean_w: Hidden | None = None,
 ) -> Sweep:
     if _FUSED.get():
         # Triton is no requirement, and slow to import.
         from shl.kl_triton import fused_sweep
 
-        return fused_sweep(student, delta, unembed, bias)
-    return sweep(student, delta, unembed, bias)
+        return fused_sweep(student, delta, unembed, bias, mean_w=mean_w)
+    return sweep(student, delta, unembed, bias, mean_w=mean_w)
 
 
 class _Divergence(torch.autograd.Function):
@@ -107,18 +111,18 @@ class _Divergence(torch.autograd.Function):
         kl = torch.zeros(len(student), device=student.device)
         grad_kl = torch.zeros_like(student)
         if h_ref is None or delta is None:
-            own = sweep(student, None, unembed, bias)
+            own = _sweep(student, None, unembed, bias)
         elif not reverse:
-            own = sweep(student, None, unembed, bias)
-            other = sweep(h_ref.detach(), -delta, unembed, bias)
+            own = _sweep(student, None, unembed, bias)
+            other = _sweep(h_ref.detach(), -delta, unembed, bias)
             assert other.kl is not None
             kl, grad_kl = other.kl, own.mean_w - other.mean_w
         elif lazy:
-            own = sweep(student, None, unembed, bias)
+            own = _sweep(student, None, unembed, bias)
             ref_lse = logsumexp(h_ref, unembed, bias) if ref_lse is None else ref_lse
             kl = (delta * own.mean_w).sum(1) - own.lse + ref_lse
         else:
-            own = _eager(student, delta, unembed, bias)
+            own = _sweep(student, delta, unembed, bias)
             assert own.kl is not None
             assert own.grad_kl is not None
             kl, grad_kl = own.kl, own.grad_kl
@@ -138,7 +142,7 @@ class _Divergence(torch.autograd.Function):
         if ctx.lazy:
             rows = kl_up.nonzero()[:, 0]
             if len(rows):
-                part = sweep(student[rows], delta[rows], unembed, bias, mean_w=mean_w[rows])
+                part = _sweep(student[rows], delta[rows], unembed, bias, mean_w[rows])
                 assert part.grad_kl is not None
                 grad_kl = grad_kl.index_copy(0, rows, part.grad_kl)
         grad = kl_up[:, None] * grad_kl + nll_up[:, None] * (mean_w - target_w)

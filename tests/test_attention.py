@@ -75,6 +75,21 @@ def test_rows_of_a_cache_go_their_own_way(model):
     assert difference(grown, whole[order], PADDED[order, 10:]) <= 1e-4
 
 
+@pytest.mark.parametrize(
+    ("gone", "order"),
+    [([0], [2, 1]), ([1], [0, 2]), ([2], [0, 1]), ([0, 1], [2]), ([0, 2], [1]), ([], [0, 1, 2])],
+)
+def test_rows_dropped_in_place_leave_the_others_as_they_were(model, gone, order):
+    cache = KeyValues.empty(model, 3, 30)
+    model(TOKENS[:, :10], attention_mask=PADDED[:, :10], past_kv_cache=cache)
+    stores = [entry.keys.data_ptr() for entry in cache.entries]
+    assert cache.drop(gone) == order
+    got = model(TOKENS[order, 10:], attention_mask=PADDED[order, 10:], past_kv_cache=cache)
+    whole = model(TOKENS, attention_mask=PADDED)[order, 10:]
+    assert difference(got, whole, PADDED[order, 10:]) <= 1e-4
+    assert [entry.keys.data_ptr() for entry in cache.entries] == stores  # nothing was copied anew
+
+
 def test_a_mask_changed_in_place_is_seen(model):
     mask = torch.ones_like(TOKENS)
     model(TOKENS, attention_mask=mask)

@@ -1,9 +1,14 @@
 """The Triton kernel under its interpreter, against float64 and against the torch sweep."""
 
+import os
+import subprocess
+import sys
+from functools import partial
+
 import pytest
 import torch
 
-from shl.kl import fused, naive_kl_and_nll, reverse_kl_and_nll
+from shl.kl import forward_kl_and_nll, fused, naive_kl_and_nll, reverse_kl_and_nll
 from shl.kl_triton import fused_sweep
 from shl.sweep import sweep
 
@@ -84,27 +89,38 @@ def test_bf16_is_no_further_off_than_naive_bf16():
     assert (got.grad_kl - grad).abs().max() <= 0.02 * grad.abs().max()
 
 
-def test_the_kernel_stands_behind_the_public_function_when_asked_for(monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "sweeps"),
+    [
+        (reverse_kl_and_nll, 1),
+        # Forward without delta, and backward for the rows that have an upstream.
+        (partial(reverse_kl_and_nll, lazy=True), 2),
+        (forward_kl_and_nll, 2),
+    ],
+)
+def test_the_kernel_stands_behind_the_public_functions_when_asked_for(monkeypatch, kernel, sweeps):
     h, delta, unembed = inputs(4, 8, 2000)
     targets = torch.tensor([0, 5, 9, 1999])
     upstream = torch.tensor([0.3, -1.0, 0.0, 2.0])
 
     def run():
         x = h.clone().requires_grad_(True)
-        kl, nll = reverse_kl_and_nll(x, h - delta, unembed, targets)
+        kl, nll = kernel(x, h - delta, unembed, targets)
         (kl @ upstream - nll @ upstream.flip(0)).backward()
         return kl.detach(), nll.detach(), x.grad
 
     expected = run()
     calls = []
-    monkeypatch.setattr("shl.kl_triton.fused_sweep", lambda *a: calls.append(1) or fused_sweep(*a))
+    monkeypatch.setattr(
+        "shl.kl_triton.fused_sweep", lambda *a, **k: calls.append(1) or fused_sweep(*a, **k)
+    )
     with fused():
         got = run()
-    assert calls == [1]
+    assert len(calls) == sweeps
     for a, b in zip(got, expected, strict=True):
         assert (a - b).abs().max() <= 1e-5
     run()
-    assert calls == [1]
+    assert len(calls) == sweeps
 
 
 def test_the_torch_sweep_agrees(monkeypatch):
@@ -112,3 +128,49 @@ def test_the_torch_sweep_agrees(monkeypatch):
     a, b = fused_sweep(h, delta, unembed, None), sweep(h, delta, unembed, None)
     for x, y in zip(vars(a).values(), vars(b).values(), strict=True):
         assert (x - y).abs().max() <= 1e-5 * (1 + y.abs().max())
+
+
+@pytest.mark.parametrize("vocab", [700, 4100])
+def test_without_delta_and_with_a_known_mean_it_leaves_out_what_is_not_asked_for(vocab):
+    h, delta, unembed = inputs(6, 8, vocab)
+    whole = fused_sweep(h, delta, unembed, None)
+    half = fused_sweep(h, None, unembed, None)
+    assert half.kl is None
+    assert half.grad_kl is None
+    assert torch.equal(half.lse, whole.lse)
+    assert torch.equal(half.mean_w, whole.mean_w)
+    rest = fused_sweep(h, delta, unembed, None, mean_w=whole.mean_w)
+    assert rest.mean_w is whole.mean_w
+    assert torch.equal(rest.grad_kl, whole.grad_kl)
+
+
+COMPILE = """
+import itertools
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from shl.kl_triton import BLOCK, LARGE, _row
+
+kinds = dict.fromkeys(("z_ptr", "u_ptr", "state_ptr"), "*fp32")
+fixed = ("first", "divergence", "large", "block")
+for out, first, divergence in itertools.product(("fp32", "bf16"), (True, False), (True, False)):
+    source = ASTSource(
+        fn=_row,
+        signature=kinds
+        | dict.fromkeys(("e_ptr", "eu_ptr"), "*" + out)
+        | {"words": "i32"}
+        | dict.fromkeys(fixed, "constexpr"),
+        constexprs=dict(zip(fixed, (first, divergence, LARGE, BLOCK))),
+    )
+    print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]) > 0)
+"""
+
+
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here(tmp_path):
+    # Triton's interpreter takes what its compiler refuses: a name whose type changes in a loop.
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env, timeout=300
+    )
+    assert done.stdout.split() == ["True"] * 8, done.stderr[-2000:]

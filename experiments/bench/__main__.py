@@ -6,7 +6,6 @@ import json
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -41,8 +40,6 @@ def main() -> None:
         console.print(table)
         kept = {"machine": on, "seconds": seconds, "rows": [row.json() for row in rows]}
         (given.out / f"{part}.json").write_text(json.dumps(kept, indent=2) + "\n")
-    if not torch.cuda.is_available():
-        console.print("GPU: not measured (no CUDA device here)")
 
 
 if __name__ == "__main__":

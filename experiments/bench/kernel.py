@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from experiments.bench import kernel_gpu
 from experiments.bench.measure import Row, Timing, interleave, spread_note
 from shl.kl import aggregate, naive_kl_and_nll, reverse_kl_and_nll
 from shl.sweep import logsumexp
 
 TOKENS, D_MODEL, VOCAB = 256, 640, 262144
-TAU = 0.5
+TAU = 0.0  # the barrier is open
 
 
 def inputs(tokens: int, d_model: int, vocab: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,7 +78,10 @@ def cases() -> tuple[dict[str, Callable[[], object]], Tensor]:
 
 
 def bench(repeats: int = 3) -> list[Row]:
-    """CPU: one thread by CPU time; then all threads, alone and beside a busy process."""
+    """CPU: one thread by CPU time; then all threads, alone and beside a busy process. Where there
+    is a GPU, the GPU alone."""
+    if torch.cuda.is_available():
+        return kernel_gpu.rows()
     threads = torch.get_num_threads()
     compared, _ = cases()
     torch.set_num_threads(1)
@@ -132,4 +136,5 @@ def bench(repeats: int = 3) -> list[Row]:
             one["naive"].peak_mb,
             "MB",
         ),
+        *kernel_gpu.rows(),
     ]
