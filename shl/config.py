@@ -339,7 +339,7 @@ class EvalConfig:
     """Coverage of the intervals [share]."""
     samples: int = 16
     """Free, unsteered answers to the axis's prompts per stage [count]."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Vignettes scored in one pass [count]."""
 
     def __post_init__(self) -> None:

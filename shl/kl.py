@@ -267,4 +267,4 @@ def log_probs_at(
         chosen = torch.einsum("td,tnd->tn", student.float(), unembed.T[words].float())
         if bias is not None:
             chosen = chosen + bias[words].float()
-        return chosen - logsumexp(student, unembed, bias)[:, None]
+        return chosen - logsumexp(student, unembed, bias, scoring=True)[:, None]

@@ -7,9 +7,10 @@ from torch.nn import functional
 
 import shl.linear
 from shl.components import FastGatedMLP, FastUnembed
-from shl.kl import reverse_kl_and_nll
+from shl.kl import log_probs_at, reverse_kl_and_nll
 from shl.kl_plain import naive_kl_and_nll
 from shl.linear import AVAILABLE, linear
+from shl.sweep import logsumexp
 from shl.tiny import tiny_gemma
 from shl.tokens import pad_left
 
@@ -190,3 +191,18 @@ def test_the_divergence_keeps_its_exactness(always, lazy):
     assert len(always) > 0
     for a, t in zip(ours, truth, strict=True):
         assert float((a - t).abs().max()) <= 1e-5 * max(1.0, float(t.abs().max()))
+
+
+@needs_onednn
+def test_scoring_goes_through_it_and_is_right(always):
+    h, w, b = (t.detach() for t in leaves((6, 16), (700, 16), (700,), seed=4))
+    exact = (h.double() @ w.T.double() + b.double()).logsumexp(1)
+    plain, quick = (logsumexp(h, w.T, b, scoring=scoring) for scoring in (False, True))
+    assert len(always) == 2  # two chunks
+    assert float((quick.double() - exact).abs().max()) <= 1e-5
+    assert float((plain.double() - exact).abs().max()) <= 1e-5
+    words = torch.tensor([[3, 699]] * 6)
+    scores = log_probs_at(h, w.T, words, bias=b)
+    true = (h.double() @ w.T.double() + b.double()).log_softmax(1).gather(1, words)
+    assert len(always) == 4
+    assert float((scores.double() - true).abs().max()) <= 1e-5
