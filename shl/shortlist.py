@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformer_lens import HookedTransformer
 
 from shl.hooks import watched
-from shl.linear import AVAILABLE, linear
+from shl.linear import linear
 
 WIDEN = 8
 """The shortlist holds this many times the logits that are asked for, and at least 64."""
@@ -90,9 +90,7 @@ def top_logits(
     """
     weight = unembed.T
     n = max(64, WIDEN * k)
-    # One row is no slower in fp32: both products wait for memory, and oneDNN reads fp32 faster.
-    alone = AVAILABLE and len(hidden) == 1
-    if alone or n >= len(weight) or not bool(torch.isfinite(hidden).all()):
+    if n >= len(weight) or not bool(torch.isfinite(hidden).all()):
         return _full(hidden, weight, bias, k)
     rough = _ROUGH.get(unembed)
     if rough is None or rough.made_from != _stamp(weight):

@@ -198,11 +198,11 @@ def test_scoring_goes_through_it_and_is_right(always):
     h, w, b = (t.detach() for t in leaves((6, 16), (700, 16), (700,), seed=4))
     exact = (h.double() @ w.T.double() + b.double()).logsumexp(1)
     plain, quick = (logsumexp(h, w.T, b, scoring=scoring) for scoring in (False, True))
-    assert len(always) == 2  # two chunks
+    assert len(always) == 1
     assert float((quick.double() - exact).abs().max()) <= 1e-5
     assert float((plain.double() - exact).abs().max()) <= 1e-5
     words = torch.tensor([[3, 699]] * 6)
     scores = log_probs_at(h, w.T, words, bias=b)
     true = (h.double() @ w.T.double() + b.double()).log_softmax(1).gather(1, words)
-    assert len(always) == 4
+    assert len(always) == 2
     assert float((scores.double() - true).abs().max()) <= 1e-5
