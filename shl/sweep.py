@@ -72,6 +72,9 @@ def sweep(
     top = h.new_full((tok, 1), -torch.inf)
     total = h.new_zeros(tok, 1)
     known, mean_w = mean_w, h.new_zeros(tok, d)
+    # Where the values are known, some rows' gradients are wanted: W streams by once for both
+    # products, by the faster of two libraries.
+    both = None if known is None or delta is None else torch.cat([h, delta])
     # u is taken about its mean over the first chunk, so that what all words share cancels before
     # it is summed.
     centre = h.new_zeros(tok, 1)
@@ -83,7 +86,11 @@ def sweep(
         w = unembed[:, start : start + step].float()
         words = w.shape[1]
         part = None if bias is None else bias[start : start + step]
-        z = _logits(h, w, part, space.take(0, words))
+        if both is None:
+            z = _logits(h, w, part, space.take(0, words))
+        else:
+            z, u = linear(both, w.T).split(tok)
+            z = z if part is None else z.add_(part.float())
         new_top = torch.maximum(top, z.amax(1, keepdim=True))
         rescale = (top - new_top).exp()
         e = z.sub_(new_top).exp_()
@@ -95,7 +102,8 @@ def sweep(
             mean_w.mul_(rescale).add_(linear(e, w, deep=True))
         if delta is None:
             continue
-        u = torch.mm(delta, w, out=space.take(1, words))
+        if both is None:
+            u = torch.mm(delta, w, out=space.take(1, words))
         eu = space.take(2, words)
         if start == 0:
             centre = torch.mul(e, u, out=eu).sum(1, keepdim=True) / total
@@ -139,7 +147,7 @@ def logsumexp(
 
     Args:
         scoring: take the faster product, up to twice as far off (some 1e-5 nats) and not bit for
-            bit what `sweep` gives: for values that nothing is subtracted from.
+            bit what `sweep` gives: not for a difference of two values that are nearly equal.
 
     Example:
         >>> import torch
