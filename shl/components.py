@@ -2,12 +2,68 @@
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 from transformer_lens import HookedTransformer
-from transformer_lens.components import GatedMLP, Unembed
+from transformer_lens.components import GatedMLP, RMSNorm, TransformerBlock, Unembed
 
 from shl.attention import FastAttention, Shared
+from shl.hooks import only_looked_at, watched
 from shl.linear import linear
+
+
+class FastBlock(TransformerBlock):
+    """A pre-norm block that norms its input once, where TransformerLens does so for q, k and v
+    each: their inputs are one tensor unless somebody may tell them apart."""
+
+    def forward(
+        self,
+        resid_pre: Tensor,
+        shortformer_pos_embed: Tensor | None = None,
+        past_kv_cache_entry: Any = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """TransformerLens's signature and result, `[batch, pos, d_model]`."""
+        attn, cfg = self.attn, self.cfg
+        if (
+            shortformer_pos_embed is not None
+            or cfg.use_attn_in
+            or cfg.use_split_qkv_input
+            or cfg.use_hook_mlp_in
+            or any(map(watched, self.ln1.modules()))
+            or not only_looked_at(attn)
+        ):
+            return super().forward(
+                resid_pre, shortformer_pos_embed, past_kv_cache_entry, attention_mask
+            )
+        resid_pre = self.hook_resid_pre(resid_pre)
+        x = self.ln1(resid_pre)
+        out = attn(
+            query_input=x,
+            key_input=x,
+            value_input=x,
+            past_kv_cache_entry=past_kv_cache_entry,
+            attention_mask=attention_mask,
+        )
+        if cfg.use_normalization_before_and_after:
+            out = self.ln1_post(out)
+        resid_mid = self.hook_resid_mid(resid_pre + self.hook_attn_out(out))
+        return self.hook_resid_post(resid_mid + self.apply_mlp(self.ln2(resid_mid)))
+
+
+class FastRMSNorm(RMSNorm):
+    """`x w / sqrt(mean(x^2) + eps)`, in one call where nobody looks at the steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., d_model]` to the same."""
+        if (
+            not x.dtype == self.w.dtype == torch.float32
+            or watched(self.hook_scale)
+            or watched(self.hook_normalized)
+        ):
+            return super().forward(x)
+        return rms_norm(x, self.w.shape, self.w, self.eps)
 
 
 class FastGatedMLP(GatedMLP):
@@ -31,13 +87,20 @@ class FastUnembed(Unembed):
         return self.hook_out(linear(self.hook_in(residual), self.W_U.T, self.b_U))
 
 
+FASTER: dict[type[nn.Module], type[nn.Module]] = {
+    TransformerBlock: FastBlock,
+    RMSNorm: FastRMSNorm,
+    GatedMLP: FastGatedMLP,
+    Unembed: FastUnembed,
+}
+
+
 def speed_up(model: HookedTransformer) -> None:
     """Give a Gemma-3 or Llama model these components, sharing what blocks can share."""
     shared = Shared()
+    for module in list(model.modules()):
+        module.__class__ = FASTER.get(type(module), type(module))
     for block in model.blocks:
         attention: Any = block.attn
         attention.__class__ = FastAttention
         attention.shared = shared
-        if type(block.mlp) is GatedMLP:
-            block.mlp.__class__ = FastGatedMLP
-    model.unembed.__class__ = FastUnembed

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ PROMPTS: ContextVar[Tensor | None] = ContextVar("shl_prompts", default=None)
 """How many prompt tokens each row of the current batch begins with; None: nothing but prompts."""
 
 _HANDLES: "WeakKeyDictionary[HookedTransformer, list[Handle]]" = WeakKeyDictionary()
+_LOOKING: "WeakSet[Callable[..., None]]" = WeakSet()
 H = TypeVar("H", bound="Handle")
 _SUSPENDED: ContextVar[frozenset[int]] = ContextVar("shl_suspended", default=frozenset())
 
@@ -99,6 +100,7 @@ class Handle:
                 hook(args, kwargs)
 
         self._torch_handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        _LOOKING.add(before)
 
     def _gate(self, closed: bool) -> None:
         """Called where `suspended` begins (closed) and ends, for what is more than hooks."""
@@ -169,6 +171,17 @@ def watched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def only_looked_at(module: nn.Module) -> bool:
+    """Whether nobody but this package, whose hooks change no argument, sees a module's arguments.
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> only_looked_at(tiny_gemma().unembed)
+        True
+    """
+    return all(hook in _LOOKING for hook in module._forward_pre_hooks.values())
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 `torch.nn.functional.linear` hands fp32 products on CPUs to MKL, whose kernels on AMD processors
 reach half to nine tenths of what oneDNN's reach, which torch carries too but only uses for other
-dtypes. Here fp32 products of some size go to oneDNN, gradients of any order included; everything
-else, under `torch.func`, forward-mode derivatives and autocast too, is torch's own function.
-`torch.backends.mkldnn.enabled = False` turns oneDNN off.
+dtypes. Here fp32 products of some size go to oneDNN, gradients of any order included. Of those that
+stay with MKL, a few rows times W become one product per thread, since MKL shares a single one
+badly. Everything else, under `torch.func`, forward-mode derivatives and autocast too, is torch's
+own function. `torch.backends.mkldnn.enabled = False` turns oneDNN off.
 """
 
 from typing import Any
@@ -21,6 +22,8 @@ LARGE_PRODUCT = 1 << 23
 DEEPEST = 768
 """oneDNN adds all d_in terms up in one chain, MKL in blocks: with 2,048 of them its rounding error
 is 3.7 times MKL's. Deeper products stay with MKL, unless the caller can afford that."""
+FEW, SHARED = 32, 1 << 15
+"""Up to so many rows, and from so many numbers of W on, each thread gets its own rows of W."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, deep: bool = False) -> Tensor:
@@ -34,6 +37,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, deep: bool 
         tensor([[1., 1., 0.]])
     """
     if not _suits(x, weight, bias, deep):
+        threads = _shares(x, weight)
+        if threads > 1:
+            return _shared(x, weight, bias, threads)
         return functional.linear(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -63,6 +69,30 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None, deep: bool = False) -
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
     )
+
+
+def _shares(x: Tensor, weight: Tensor) -> int:
+    d_out, d_in = weight.shape
+    threads = torch.get_num_threads()
+    shares = (
+        threads > 1
+        and d_out % threads == 0
+        and weight.numel() >= SHARED
+        and 0 < x.numel() <= FEW * d_in
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and weight.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    )
+    return threads if shares else 1
+
+
+def _shared(x: Tensor, weight: Tensor, bias: Tensor | None, threads: int) -> Tensor:
+    d_out, d_in = weight.shape
+    rows = x.reshape(1, -1, d_in).expand(threads, -1, -1)
+    out = torch.bmm(rows, weight.view(threads, -1, d_in).mT).transpose(0, 1)
+    out = out.reshape(*x.shape[:-1], d_out)
+    return out if bias is None else out + bias
 
 
 _PLAIN = (Tensor, nn.Parameter)

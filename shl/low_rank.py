@@ -4,15 +4,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from einops import rearrange
-from torch import Tensor
-from torch.nn.functional import linear
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 
-from shl.errors import check
+from shl.errors import ShlError
 from shl.hooks import Handle
+from shl.linear import LARGE_WEIGHT, linear
 from shl.scope import Scope, follow
 from shl.shapes import Down, Up
 from shl.sites import Site, linear_input, linear_output, residual_after
+
+MANY = 4
+"""From more rows than these, a large B is added faster through `linear`."""
 
 
 class LowRank(Handle):
@@ -61,12 +65,14 @@ class LowRank(Handle):
                 self.down.update(zip(names, factors, strict=True))
             if group[0].kind == "resid":
                 for site in group:
-                    self._add(residual_after(model, site.layer), self._whole(site, factors))
+                    module = residual_after(model, site.layer)
+                    self._add(module, self._whole(site, factors, module))
                 continue
             module, argument = linear_input(model, group[0])
             self._add(module, self._see(names, factors, fixed), argument=argument)
             for site in group:
-                self._add(linear_output(model, site), self._outer(site))
+                output = linear_output(model, site)
+                self._add(output, self._outer(site, output))
 
     def _see(
         self, names: list[str], factors: list[Tensor], fixed: Tensor | None
@@ -75,14 +81,11 @@ class LowRank(Handle):
 
         def see(x: Tensor) -> None:
             stacked = torch.cat(factors) if fixed is None else fixed
-            width = stacked.shape[1]
-            check(
-                x.shape[-1] == width or x.shape[2:].numel() == width,
-                f"{names[0]} sees an input of shape {tuple(x.shape)}, an adapter needs [batch, "
-                f"pos, {width}]; are attention's inputs split by head?",
-            )
-            inner = linear(x.reshape(-1, width).to(stacked.dtype), stacked)
-            self._inner.update(zip(names, inner.split(ranks, 1), strict=True))
+            inner = linear(_flat(x, stacked, names[0]), stacked)
+            if len(names) == 1:
+                self._inner[names[0]] = inner
+            else:
+                self._inner.update(zip(names, inner.split(ranks, 1), strict=True))
 
         return see
 
@@ -99,24 +102,54 @@ class LowRank(Handle):
     def _place(self, layer: int, at: Tensor) -> None:
         self._factors[layer] = rearrange(self.scope.factor(at), "batch pos 1 -> (batch pos) 1")
 
-    def _outer(self, site: Site) -> Callable[[Tensor], Tensor]:
-        def add(y: Tensor) -> Tensor:
-            return self._added(y, self._inner.pop(site.name), site)
+    def _outer(self, site: Site, module: nn.Module) -> Callable[[Tensor], Tensor | None]:
+        add = self._adder(site, module)
+        return lambda y: add(y, self._inner.pop(site.name))
+
+    def _whole(
+        self, site: Site, factors: list[Tensor], module: nn.Module
+    ) -> Callable[[Tensor], Tensor | None]:
+        add = self._adder(site, module)
+        return lambda h: add(h, linear(_flat(h, factors[0], site.name), factors[0]))
+
+    def _adder(self, site: Site, module: nn.Module) -> Callable[[Tensor, Tensor], Tensor | None]:
+        up, scale, width = self.up[site.name], self.scale, site.d_out
+        frozen = None if up.requires_grad else up.T
+
+        def add(y: Tensor, inner: Tensor) -> Tensor | None:
+            """y with the update of A x; None where y itself has become that."""
+            if self._per_token:
+                inner = inner * self._factors[site.layer].to(inner.dtype)
+            turned = up.T if frozen is None else frozen
+            if y.dtype != up.dtype:
+                update = (torch.mm(inner, turned) * scale).to(y.dtype)
+                return y + update.view(y.shape)
+            if torch.is_grad_enabled() or _seen(module) or not y.is_contiguous():
+                return torch.addmm(y.reshape(-1, width), inner, turned, alpha=scale).view(y.shape)
+            # Nobody else has seen y, and no derivative needs what it was.
+            flat = y.view(-1, width)
+            if len(inner) > MANY and up.numel() >= LARGE_WEIGHT:
+                flat.add_(linear(inner, up), alpha=scale)
+            else:
+                flat.addmm_(inner, turned, alpha=scale)
+            return None
 
         return add
 
-    def _whole(self, site: Site, factors: list[Tensor]) -> Callable[[Tensor], Tensor]:
-        def add(h: Tensor) -> Tensor:
-            inner = linear(h.reshape(-1, h.shape[-1]).to(factors[0].dtype), factors[0])
-            return self._added(h, inner, site)
 
-        return add
+def _seen(module: nn.Module) -> bool:
+    """Whether somebody else's hook may have kept what the module gave; a HookPoint gives what it
+    was given."""
+    taken = isinstance(module, HookPoint) and bool(module._forward_pre_hooks)
+    return taken or len(module._forward_hooks) > 1
 
-    def _added(self, y: Tensor, inner: Tensor, site: Site) -> Tensor:
-        up = self.up[site.name]
-        if self._per_token:
-            inner = inner * self._factors[site.layer].to(inner.dtype)
-        flat = y.reshape(-1, len(up))
-        if y.dtype == up.dtype:
-            return torch.addmm(flat, inner, up.T, alpha=self.scale).view(y.shape)
-        return (flat + (linear(inner, up) * self.scale).to(y.dtype)).view(y.shape)
+
+def _flat(x: Tensor, a: Tensor, name: str) -> Tensor:
+    """`[rows, d_in]` in the dtype of A."""
+    width = a.shape[1]
+    if x.shape[-1] != width and x.shape[2:].numel() != width:
+        raise ShlError(
+            f"{name} sees an input of shape {tuple(x.shape)}, an adapter needs [batch, pos, "
+            f"{width}]; are attention's inputs split by head?"
+        )
+    return x.reshape(-1, width).to(a.dtype)

@@ -1,5 +1,6 @@
 """One pass over vocabulary chunks: softmax statistics of h W without a `[tok, vocab]` tensor."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,11 @@ class Sweep:
     grad_kl: Hidden | None = None  # Cov_p[W] delta
 
 
+PIECE = 1024
+"""Words per product: MKL is up to twice as fast at a batch of them, a thread to each, as at a wide
+one that its threads share."""
+
+
 def chunk(tokens: int, vocab: int) -> int:
     """Words per chunk: a function of the shape alone, so results repeat bit for bit. A chunk of
     logits takes 4 MB: larger ones leave the cache, and with smaller ones threads wait for each
@@ -30,20 +36,58 @@ def chunk(tokens: int, vocab: int) -> int:
     return max(1, min(vocab, max(512, (1 << 20) // max(tokens, 1))))
 
 
-class _Workspace:
-    """Buffers for one chunk, allocated once per sweep: fresh pages cost more than the sums."""
+def pieces(tokens: int, vocab: int) -> Iterator[tuple[int, int, int]]:
+    """(start, count, width) of chunks that are `count` times `width` words.
 
-    def __init__(self, count: int, tok: int, words: int, device: torch.device) -> None:
-        self.buffers = [torch.empty(tok * words, device=device) for _ in range(count)]
-        self.tok = tok
+    Example:
+        >>> list(pieces(512, 5000))
+        [(0, 2, 1024), (2048, 2, 1024), (4096, 1, 904)]
+    """
+    words = chunk(tokens, vocab)
+    width = min(words, PIECE)
+    most = words // width
+    start = 0
+    while start < vocab:
+        count = min(most, (vocab - start) // width)
+        yield (start, count, width) if count else (start, 1, vocab - start)
+        start += count * width or vocab - start
 
-    def take(self, k: int, words: int) -> Tensor:
-        return self.buffers[k][: self.tok * words].view(self.tok, words)
+
+class _Chunk:
+    """Words of the unembedding, `[count, width, d]`, and their bias, `[count, 1, width]`; fp32."""
+
+    def __init__(
+        self, unembed: Tensor, bias: Tensor | None, start: int, count: int, width: int
+    ) -> None:
+        end = start + count * width
+        self.flat = unembed.T[start:end].float()
+        self.weight = self.flat.unflatten(0, (count, width))
+        self.bias = None if bias is None else bias[start:end].float().view(count, 1, width)
+
+    def products(self, rows: Tensor, space: Tensor) -> Tensor:
+        """`[count, rows, width]`, in `space`, without bias."""
+        count, width, _ = self.weight.shape
+        out = space[: count * len(rows) * width].view(count, len(rows), width)
+        return torch.bmm(rows.expand(count, -1, -1), self.weight.mT, out=out)
+
+    def weighted(self, e: Tensor, total: Tensor, rescale: Tensor) -> None:
+        """total = total * rescale + e W, e `[count, tok, width]`, total `[tok, d]`."""
+        total.mul_(rescale)
+        for part, w in zip(e, self.weight, strict=True):
+            total.add_(linear(part, w.T, deep=True))
 
 
-def _logits(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    torch.mm(h, w, out=out)
-    return out if bias is None else out.add_(bias.float())
+def _space(tok: int, vocab: int, like: Tensor) -> Tensor:
+    """Room for a chunk, allocated once per sweep: fresh pages cost more than the sums."""
+    return like.new_empty(len(like) * max(count * width for _, count, width in pieces(tok, vocab)))
+
+
+def _largest(z: Tensor) -> Tensor:
+    return z.amax(2).amax(0)[:, None]
+
+
+def _sum(z: Tensor) -> Tensor:
+    return z.sum(2).sum(0)[:, None]
 
 
 def sweep(
@@ -56,7 +100,8 @@ def sweep(
 ) -> Sweep:
     """Online softmax statistics of h W over chunks of words; with `delta`, of u = delta W too.
 
-    Two matrix products without `delta`, four with it, three if A is known already (`mean_w`).
+    Two matrix products without `delta`, four with it; three if A is known already (`mean_w`), as
+    the divergence is then, which is left out.
 
     Example:
         >>> import torch
@@ -67,14 +112,11 @@ def sweep(
     vocab = unembed.shape[1]
     h = h.float()
     delta = None if delta is None else delta.float()
-    step = chunk(tok, vocab)
-    space = _Workspace(1 if delta is None else 3, tok, step, h.device)
+    rows = h if delta is None else torch.cat([h, delta])
+    room, spare = _space(tok, vocab, rows), _space(tok, vocab, h)
     top = h.new_full((tok, 1), -torch.inf)
     total = h.new_zeros(tok, 1)
     known, mean_w = mean_w, h.new_zeros(tok, d)
-    # Where the values are known, some rows' gradients are wanted: W streams by once for both
-    # products, by the faster of two libraries.
-    both = None if known is None or delta is None else torch.cat([h, delta])
     # u is taken about its mean over the first chunk, so that what all words share cancels before
     # it is summed.
     centre = h.new_zeros(tok, 1)
@@ -82,58 +124,62 @@ def sweep(
     excess = h.new_zeros(tok, 1)  # sum of e * expm1(shift - u)
     mean_uw = h.new_zeros(tok, d)  # sum of e * u * W
     far: Bool[Tensor, " tok"] = torch.zeros(tok, dtype=torch.bool, device=h.device)
-    for start in range(0, vocab, step):
-        w = unembed[:, start : start + step].float()
-        words = w.shape[1]
-        part = None if bias is None else bias[start : start + step]
-        if both is None:
-            z = _logits(h, w, part, space.take(0, words))
-        else:
-            z, u = linear(both, w.T).split(tok)
-            z = z if part is None else z.add_(part.float())
-        new_top = torch.maximum(top, z.amax(1, keepdim=True))
+    for start, count, width in pieces(tok, vocab):
+        words = _Chunk(unembed, bias, start, count, width)
+        if known is None:
+            zu = words.products(rows, room)
+        else:  # The values are known too, so the faster of two libraries is exact enough.
+            zu = linear(rows, words.flat).unflatten(1, (count, width)).transpose(0, 1)
+        z = zu[:, :tok]
+        if words.bias is not None:
+            z.add_(words.bias)
+        new_top = torch.maximum(top, _largest(z))
         rescale = (top - new_top).exp()
         e = z.sub_(new_top).exp_()
         top = new_top
-        chunk_total = e.sum(1, keepdim=True)
+        chunk_total = _sum(e)
         before = total * rescale
         total = before + chunk_total
         if known is None:
-            mean_w.mul_(rescale).add_(linear(e, w, deep=True))
+            words.weighted(e, mean_w, rescale)
         if delta is None:
             continue
-        if both is None:
-            u = torch.mm(delta, w, out=space.take(1, words))
-        eu = space.take(2, words)
+        u = zu[:, tok:]
+        eu = spare[: e.numel()].view(e.shape)
         if start == 0:
-            centre = torch.mul(e, u, out=eu).sum(1, keepdim=True) / total
+            centre = _sum(torch.mul(e, u, out=eu)) / total
         torch.mul(e, u.sub_(centre), out=eu)
-        chunk_first = eu.sum(1, keepdim=True)
-        mean_uw.mul_(rescale).add_(linear(eu, w, deep=True))
+        chunk_first = _sum(eu)
+        words.weighted(eu, mean_uw, rescale)
         # The shift moves to the running mean before this chunk's words are added: the earlier
         # ones' excess is never negative about their own mean, so nothing large cancels.
         move = (chunk_first - shift * chunk_total) / total
         shift = shift + move
+        if known is not None:
+            continue  # the divergence itself is known too
         if start > 0:
             far |= move[:, 0] > LARGE
             move = move.clamp(max=LARGE)
             excess = move.exp() * (excess * rescale) + move.expm1() * before
         u = torch.sub(shift, u, out=u)
-        above = u.amax(1) > LARGE
+        above = _largest(u)[:, 0] > LARGE
         if bool(above.any()):
             far |= above
             u.clamp_(max=LARGE)
-        excess = excess + u.expm1_().mul_(e).sum(1, keepdim=True)
+        excess = excess + _sum(u.expm1_().mul_(e))
     lse = (top + total.log())[:, 0]
     mean_w = mean_w / total if known is None else known
     if delta is None:
         return Sweep(lse, mean_w)
+    grad_kl = mean_uw / total - shift * mean_w
+    if known is not None:
+        return Sweep(lse, mean_w, grad_kl=grad_kl)
     kl = torch.log1p(excess / total)[:, 0]
     if bool(far.any()):
         rows = far.nonzero()[:, 0]
         ref_lse = logsumexp(h[rows] - delta[rows], unembed, bias)
         kl[rows] = (centre + shift)[rows, 0] - lse[rows] + ref_lse
-    return Sweep(lse, mean_w, kl, mean_uw / total - shift * mean_w)
+    return Sweep(lse, mean_w, kl, grad_kl)
 
 
 def logsumexp(
@@ -156,19 +202,19 @@ def logsumexp(
     """
     tok, vocab = len(h), unembed.shape[1]
     h = h.float()
-    step = chunk(tok, vocab)
-    space = _Workspace(1, tok, step, h.device)
+    space = _space(tok, vocab, h)
     top = h.new_full((tok, 1), -torch.inf)
     total = h.new_zeros(tok, 1)
-    for start in range(0, vocab, step):
-        w = unembed[:, start : start + step].float()
-        part = None if bias is None else bias[start : start + step]
+    for start, count, width in pieces(tok, vocab):
+        words = _Chunk(unembed, bias, start, count, width)
         if scoring:
-            z = linear(h, w.T, None if part is None else part.float())
+            part = None if words.bias is None else words.bias.flatten()
+            z = linear(h, words.flat, part)[None]
         else:
-            z = _logits(h, w, part, space.take(0, w.shape[1]))
-        new_top = torch.maximum(top, z.amax(1, keepdim=True))
-        chunk_total = z.sub_(new_top).exp_().sum(1, keepdim=True)
+            z = words.products(h, space)
+            z = z if words.bias is None else z.add_(words.bias)
+        new_top = torch.maximum(top, _largest(z))
+        chunk_total = _sum(z.sub_(new_top).exp_())
         total = total * (top - new_top).exp() + chunk_total
         top = new_top
     return (top + total.log())[:, 0]

@@ -1,11 +1,15 @@
 """What several test files need: a tiny Llama, random adapters, and plain merged weights."""
 
 import copy
+from contextlib import contextmanager
 from importlib import import_module
 
 import torch
+from transformer_lens.components import GroupedQueryAttention
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shl.attention import FastAttention
+from shl.components import FASTER
 from shl.config import (
     LINEAR_SITES,
     DoseConfig,
@@ -97,6 +101,20 @@ def merged(model, adapter):
             case "down":
                 mlp.W_out.data = mlp.W_out + x.T
     return out
+
+
+@contextmanager
+def stock(model):
+    """TransformerLens's own components on the same weights."""
+    slow = {fast: own for own, fast in FASTER.items()} | {FastAttention: GroupedQueryAttention}
+    changed = [(module, type(module)) for module in model.modules() if type(module) in slow]
+    for module, fast in changed:
+        module.__class__ = slow[fast]
+    try:
+        yield
+    finally:
+        for module, fast in changed:
+            module.__class__ = fast
 
 
 def hook_count(model):

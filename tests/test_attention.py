@@ -1,13 +1,11 @@
 """The fast attention equals TransformerLens's own, and every hook fires on it."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import tokens_of
+from helpers import stock, tokens_of
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-from transformer_lens.components import GroupedQueryAttention
 
 from shl.attention import FastAttention
 from shl.cache import KeyValues
@@ -17,18 +15,6 @@ PADDED = torch.ones_like(TOKENS)
 PADDED[0, :11], PADDED[1, :3] = 0, 0
 GAP = PADDED.clone()
 GAP[2, 12:15] = 0  # padding between two texts
-
-
-@contextmanager
-def stock(model):
-    """TransformerLens's attention on the same weights."""
-    for block in model.blocks:
-        block.attn.__class__ = GroupedQueryAttention
-    try:
-        yield
-    finally:
-        for block in model.blocks:
-            block.attn.__class__ = FastAttention
 
 
 def difference(got, expected, mask=None):

@@ -63,11 +63,21 @@ def test_only_rows_without_a_proof_get_the_full_product(monkeypatch):
     assert int(tokens[1, 0]) == int((hidden @ weight)[1].argmax())
 
 
-def test_words_that_bf16_cannot_tell_apart_are_told_apart():
-    # 1 + 2^-10 rounds to 1 in bf16 (8 bits); the best word is one of a thousand such.
+@pytest.mark.parametrize("batch", [1, 2])
+def test_words_that_16_bits_cannot_tell_apart_are_told_apart(batch):
+    # 1 + 2^-12 rounds to 1 in bf16 (8 bits) and fp16 (11); the best word is one of 3000 such.
     weight = torch.ones(1, V)
-    weight[0, 1234] = 1 + 2**-10
-    assert top_logits(torch.ones(1, 1), weight, 1)[1].tolist() == [[1234]]
+    weight[0, 1234] = 1 + 2**-12
+    assert top_logits(torch.ones(batch, 1), weight, 1)[1].tolist() == [[1234]] * batch
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_rounding_of_a_logit_itself_counts(batch):
+    # Every factor fits 16 bits, but 4096 + 0.5 and 4096 + 0.9375 both round to 4096.
+    weight = torch.tensor([[1.0], [0.5]]).repeat(1, V)
+    weight[1, 1234] = 0.9375
+    hidden = torch.tensor([[4096.0, 1.0]] * batch)
+    assert top_logits(hidden, weight, 1)[1].tolist() == [[1234]] * batch
 
 
 def test_a_small_vocabulary_needs_no_list(monkeypatch):
@@ -77,17 +87,56 @@ def test_a_small_vocabulary_needs_no_list(monkeypatch):
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.integers(0, 10**6), st.floats(-3, 3))
-def test_no_rough_logit_is_further_off_than_the_bound(seed, log_scale):
+@given(st.integers(0, 10**6), st.floats(-3, 3), st.sampled_from([room.ONE_ROW, room.ROWS]))
+def test_no_rough_logit_is_further_off_than_the_bound(seed, log_scale, dtype):
     weight = random(V, D, seed=seed)
-    hidden = random(4, D, seed=seed + 1, scale=10**log_scale)
-    rough = Rough.of(weight)
-    logits = torch.nn.functional.linear(hidden.bfloat16(), rough.weight).double()
+    hidden = random(1 if dtype == room.ONE_ROW else 4, D, seed=seed + 1, scale=10**log_scale)
+    rough = Rough.of(weight, dtype)
+    logits = torch.nn.functional.linear(hidden.to(dtype), rough.weight).double()
     off = (logits - hidden.double() @ weight.double().T).abs()
     bound = rough.bound(hidden, logits.abs().amax(1).float())
     assert bool((off.amax(1) <= bound).all())
-    # And it is no empty promise: within two orders of what was seen.
-    assert bool((bound <= 100 * off.amax(1)).all())
+    # And it is no empty promise: within two orders of what was seen, and of what fp16 cannot hold.
+    assert bool((bound <= 100 * off.amax(1) + torch.finfo(dtype).smallest_normal).all())
+
+
+def test_sums_are_taken_in_fp32():
+    # 4096 and 640 ones: fp16 has steps of 4 up there, so a sum in fp16 would stay where it began.
+    hidden, weight = torch.ones(1, 641), torch.ones(V, 641)
+    weight[:, 0] = 4096.0
+    rough = Rough.of(weight, room.ONE_ROW)
+    logits = torch.nn.functional.linear(hidden.half(), rough.weight)
+    assert set(logits[0].tolist()) == {4736.0}  # 4096 + 640
+
+
+def test_the_bound_for_a_size_covers_all_smaller_logits():
+    # r + |r| 2^-8 grows with r: what no word off the list can exceed is said by the list's last.
+    rough = Rough.of(random(V, D), room.ROWS)
+    r = torch.linspace(-300, 300, 4001)
+    ceilings = r + rough.bound(torch.ones(len(r), D), r)
+    assert bool((ceilings.diff() > 0).all())
+
+
+def test_what_leaves_the_range_of_fp16_gets_the_full_product(monkeypatch):
+    rows = counted(monkeypatch)
+    weight = random(D, V)
+    for hidden in (random(1, D, seed=1) * 1e5, random(1, D, seed=1) * 3e4):
+        # 65,504 is the largest number of fp16: the hidden state does not fit, or its logits.
+        assert_is_the_top(hidden, weight, 4)
+    assert rows == [1, 1]
+    assert_is_the_top(random(1, D, seed=1), weight * 1e5, 4)
+    assert rows == [1, 1, 1]
+
+
+def test_one_row_and_several_have_copies_of_their_own():
+    unembed = random(D, V)
+    for batch in (1, 3, 1):
+        assert_is_the_top(random(batch, D, seed=batch), unembed, 2)
+    copies = room._ROUGH[unembed]
+    assert {dtype: rough.weight.dtype for dtype, rough in copies.items()} == {
+        torch.float16: torch.float16,
+        torch.bfloat16: torch.bfloat16,
+    }
 
 
 def test_changed_weights_make_a_new_copy():
