@@ -22,7 +22,7 @@ LARGE_PRODUCT = 1 << 23
 DEEPEST = 768
 """oneDNN adds all d_in terms up in one chain, MKL in blocks: with 2,048 of them its rounding error
 is 3.7 times MKL's. Deeper products stay with MKL, unless the caller can afford that."""
-FEW, SHARED = 32, 1 << 15
+FEW, SHARED = 128, 1 << 15
 """Up to so many rows, and from so many numbers of W on, each thread gets its own rows of W."""
 
 

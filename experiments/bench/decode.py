@@ -2,14 +2,15 @@
 
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from experiments.bench.measure import Around, Row, interleave, spread_note
+from experiments.bench import turns
+from experiments.bench.measure import Around, Row, Timing, interleave, spread_note
 from shl.bake import baked
 from shl.config import LINEAR_SITES, HealConfig
 from shl.generate import generate
@@ -21,6 +22,15 @@ from shl.vector import SteeringVector
 from shl.weights import model_folder
 
 MODEL = "gemma-3-270m"
+STEERED, BOTH = "steered at one layer", "steered + 8 rounds of rank 8"
+COSTS = {
+    STEERED: "<= 1.02",
+    "steered at all layers": "<= 1.10",
+    "8 rounds of rank 8": "<= 1.12",
+    "8 rounds of rank 32": "<= 1.30",
+    "8 rounds of rank 8 in the weights": "1",
+}
+"""What a step with these hooks may take, over one without."""
 SHAPES = {"short": (20, 16), "350 tokens": (350, 8)}  # words asked for, new tokens
 
 
@@ -67,7 +77,41 @@ def stock(name: str, hf: PreTrainedModel, tokenizer: Any) -> HookedTransformer:
 
 
 def bench(repeats: int = 3) -> list[Row]:
-    """All shapes; rows are ratios of wall times of whole calls, prefill included."""
+    """What hooks cost a step, in turns; then whole calls beside the peers', prefill included."""
+    return [*hook_costs(), *calls(repeats)]
+
+
+def hook_costs() -> list[Row]:
+    """A step with hooks over the same step without, batch 1 and 16."""
+    rows = []
+    with ExitStack() as stack:
+        layers = range(load_model(MODEL).cfg.n_layers)
+        hooks: dict[str, turns.Hooks] = {
+            "bare": lambda model: nullcontext(),
+            STEERED: lambda model: vector(model, range(9, 10)).steering(model, 0.5),
+            "steered at all layers": lambda model: vector(model, layers).steering(model, 0.5),
+            "8 rounds of rank 8": lambda model: baked(model, adapters(model, 8, 8)),
+            "8 rounds of rank 32": lambda model: baked(model, adapters(model, 8, 32)),
+            "1 round of rank 64": lambda model: baked(model, adapters(model, 1, 64)),
+            "8 rounds of rank 8 in the weights": lambda model: baked(
+                model, adapters(model, 8, 8), materialise=True
+            ),
+        }
+        models = turns.twins(MODEL, hooks, stack)
+        for batch in (1, 16):
+            t = turns.steps(models, prompts(batch, 20))
+            rows += [
+                turns.row(f"a step, {case} / bare, batch {batch}", t[case], t["bare"], target)
+                for case, target in COSTS.items()
+            ]
+            eight, one = t["8 rounds of rank 8"], t["1 round of rank 64"]
+            what = f"a step, 8 rounds of rank 8 / 1 of rank 64, batch {batch}"
+            rows.append(turns.row(what, eight, one, "1"))
+    return rows
+
+
+def calls(repeats: int) -> list[Row]:
+    """Ratios of wall times of whole calls, theirs over ours."""
     model = load_model(MODEL)
     device = model.W_U.device
     hf: Any = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=model.cfg.dtype)
@@ -75,26 +119,19 @@ def bench(repeats: int = 3) -> list[Row]:
     hf.eval()
     hf.generation_config.max_length = None
     hf.generation_config.top_k = hf.generation_config.top_p = None
-    n = model.cfg.n_layers
-    eight, wide = adapters(model, 8, 8), adapters(model, 8, 32)
-    one = adapters(model, 1, 64)
-    one_layer, all_layers = vector(model, range(9, 10)), vector(model, range(n))
+    eight, one_layer = adapters(model, 8, 8), vector(model, range(9, 10))
     plain = stock(MODEL, hf.cpu(), model.tokenizer) if device.type == "cpu" else None
     hf = hf.to(device)
 
     def theirs(asked: list[Prompt], new: int) -> Callable[[], Any]:
         batch = pad_left(model, [encode(model, p) for p in asked])
-
-        def run() -> Any:
-            return hf.generate(
-                batch.tokens,
-                attention_mask=batch.mask,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-            )
-
-        return run
+        return lambda: hf.generate(
+            batch.tokens,
+            attention_mask=batch.mask,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+        )
 
     def ours(asked: list[Prompt], new: int) -> Callable[[], Any]:
         return lambda: generate(
@@ -108,14 +145,10 @@ def bench(repeats: int = 3) -> list[Row]:
 
     def lens(asked: list[Prompt], new: int) -> Callable[[], Any]:
         batch = pad_left(model, [encode(model, p) for p in asked])
-
-        def run() -> Any:
-            assert plain is not None
-            return plain.generate(
-                batch.tokens, max_new_tokens=new, do_sample=False, stop_at_eos=False, verbose=False
-            )
-
-        return run
+        assert plain is not None
+        return lambda: plain.generate(
+            batch.tokens, max_new_tokens=new, do_sample=False, stop_at_eos=False, verbose=False
+        )
 
     def steered_and_baked() -> ExitStack:
         on = ExitStack()
@@ -124,83 +157,44 @@ def bench(repeats: int = 3) -> list[Row]:
         return on
 
     around: dict[str, Around] = {
-        "steered": lambda: one_layer.steering(model, 0.5),
-        "steered, all layers": lambda: all_layers.steering(model, 0.5),
-        "steered + 8 x rank 8": steered_and_baked,
-        "8 x rank 8": lambda: baked(model, eight),
-        "8 x rank 32": lambda: baked(model, wide),
-        "1 x rank 64": lambda: baked(model, one),
-        "materialised": lambda: baked(model, eight, materialise=True),
+        "bare": nullcontext,
+        STEERED: lambda: one_layer.steering(model, 0.5),
+        BOTH: steered_and_baked,
     }
+    targets = {"bare": "", STEERED: ">= 0.97", BOTH: ">= 0.88"}
     rows = []
     for batch in (1, 16):
         for length, (words, new) in SHAPES.items():
             asked = prompts(batch, words)
             where = f"batch {batch}, {length}"
-            names = ["bare", "steered", "steered + 8 x rank 8"]
-            if length == "short":
-                names += ["8 x rank 8", "8 x rank 32", "materialised"]
-                names += ["steered, all layers", "1 x rank 64"] if batch == 1 else []
-            run = ours(asked, new)
-            cases = {"transformers": theirs(asked, new), **dict.fromkeys(names, run)}
-            mine = {name: around[name] for name in names if name in around}
+            cases = {"transformers": theirs(asked, new)} | dict.fromkeys(around, ours(asked, new))
             # Whole calls of a batch take seconds: what the first of them pays is lost in those.
-            t = interleave(cases, 2 if batch > 1 else repeats, mine, warm=batch == 1)
-            note = spread_note(*t.values())
-
-            def row(
-                what: str,
-                top: str,
-                bottom: str,
-                target: str,
-                t: Any = t,
-                where: str = where,
-                note: str = note,
-            ) -> Row:
-                a, b = t[top].seconds, t[bottom].seconds
-                return Row(f"{what}, {where}", a / b, target, b, a, "s", note)
-
+            t = interleave(cases, repeats if batch == 1 else 2, around, warm=batch == 1)
             rows += [
-                row("transformers / bare", "transformers", "bare", ""),
-                row("transformers / steered at one layer", "transformers", "steered", ">= 0.97"),
-                row(
-                    "transformers / steered + 8 rounds of rank 8",
-                    "transformers",
-                    "steered + 8 x rank 8",
-                    ">= 0.88",
-                ),
+                _row(f"transformers / {case}, {where}", t["transformers"], t[case], target)
+                for case, target in targets.items()
             ]
-            if length == "short":
-                rows += [
-                    row("steered at one layer / bare", "steered", "bare", "<= 1.02"),
-                    row("8 rounds of rank 8 / bare", "8 x rank 8", "bare", "<= 1.12"),
-                    row("8 rounds of rank 32 / bare", "8 x rank 32", "bare", "<= 1.30"),
-                    row("8 rounds of rank 8 in the weights / bare", "materialised", "bare", "1"),
-                ]
-                if batch == 1:
-                    rows += [
-                        row(
-                            "steered at all layers / bare", "steered, all layers", "bare", "<= 1.10"
-                        ),
-                        row("8 rounds of rank 8 / 1 of rank 64", "8 x rank 8", "1 x rank 64", "1"),
-                    ]
-                if plain is not None:
-                    few = 16 if batch == 1 else 8
-                    with steered_and_baked():
-                        ours(asked, few)()
-                    s = interleave(
-                        {"stock": lens(asked, few), "ours": ours(asked, few)},
-                        1,
-                        {"ours": steered_and_baked},
-                        warm=False,
+            if length == "short" and plain is not None:
+                few = 16 if batch == 1 else 8
+                with steered_and_baked():
+                    ours(asked, few)()
+                t = interleave(
+                    {"stock": lens(asked, few), "ours": ours(asked, few)},
+                    2,
+                    {"ours": steered_and_baked},
+                    warm=False,
+                )
+                rows.append(
+                    _row(
+                        f"stock TransformerLens / {BOTH}, {few} tokens, {where}",
+                        t["stock"],
+                        t["ours"],
+                        ">= 10" if batch == 1 else ">= 4.5",
                     )
-                    rows.append(
-                        row(
-                            f"stock TransformerLens / steered + 8 rounds of rank 8, {few} tokens",
-                            "stock",
-                            "ours",
-                            ">= 10" if batch == 1 else ">= 4.5",
-                            s,
-                        )
-                    )
+                )
     return rows
+
+
+def _row(what: str, theirs: Timing, ours: Timing, target: str) -> Row:
+    a, b = theirs.seconds, ours.seconds
+    return Row(what, a / b, target, b, a, "s", spread_note(theirs, ours))

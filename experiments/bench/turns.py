@@ -1,0 +1,70 @@
+"""What hooks cost a decoding step: one step on models that differ in nothing else, in turns."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer
+
+from experiments.bench.measure import Row, Timing
+from shl.models import load_model
+from shl.prefill import prefill, run
+from shl.sampling import next_logits
+from shl.tokens import Prompt, encode
+
+Hooks = Callable[[HookedTransformer], AbstractContextManager[Any]]
+
+TURNS = 25
+CONTEXT = 20  # tokens before the first step
+
+
+def twins(name: str, hooks: Mapping[str, Hooks], stack: ExitStack) -> dict[str, HookedTransformer]:
+    """A model for each case, with its hooks on until `stack` closes; the embedding is shared."""
+    models: dict[str, HookedTransformer] = {}
+    for case, attach in hooks.items():
+        model = load_model(name)
+        for first in list(models.values())[:1]:
+            model.embed.W_E.data = first.embed.W_E.data
+            model.unembed.W_U = first.unembed.W_U
+        stack.enter_context(attach(model))
+        models[case] = model
+    return models
+
+
+@torch.no_grad()
+def steps(models: Mapping[str, HookedTransformer], prompts: list[Prompt]) -> dict[str, Timing]:
+    """Wall and CPU time of a greedy step, its logits included: each case once per turn."""
+    caches = {}
+    for case, model in models.items():
+        rows = [encode(model, p)[:CONTEXT] for p in prompts]
+        caches[case] = prefill(model, rows, room=2 * TURNS)[1]
+    tokens = torch.full((len(prompts), 1), 1000, device=next(iter(models.values())).W_U.device)
+    walls: dict[str, list[float]] = {case: [] for case in models}
+    cpus: dict[str, list[float]] = {case: [] for case in models}
+    for turn in range(TURNS + 3):
+        for case, model in models.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            residual = run(model, tokens, torch.ones_like(tokens), caches[case])
+            float(next_logits(model, residual, k=3)[0].sum())  # waits for a GPU
+            if turn >= 3:
+                walls[case].append(time.perf_counter() - wall)
+                cpus[case].append(time.process_time() - cpu)
+    return {case: Timing(tuple(walls[case]), tuple(cpus[case]), 0.0) for case in models}
+
+
+def row(what: str, with_hooks: Timing, without: Timing, target: str) -> Row:
+    """The median over turns of the ratio within a turn."""
+    pairs = zip(with_hooks.wall, without.wall, strict=True)
+    low, middle, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+    return Row(
+        what,
+        middle,
+        target,
+        1e3 * with_hooks.seconds,
+        1e3 * without.seconds,
+        "ms",
+        f"half of {TURNS} turns within {low:.2f} to {high:.2f}",
+    )
