@@ -54,27 +54,35 @@ def pieces(tokens: int, vocab: int) -> Iterator[tuple[int, int, int]]:
 
 
 class _Chunk:
-    """Words of the unembedding, `[count, width, d]`, and their bias, `[count, 1, width]`; fp32."""
+    """Words of the unembedding, `[count * width, d]`, and their bias, `[count, width]`; fp32."""
 
     def __init__(
         self, unembed: Tensor, bias: Tensor | None, start: int, count: int, width: int
     ) -> None:
         end = start + count * width
-        self.flat = unembed.T[start:end].float()
-        self.weight = self.flat.unflatten(0, (count, width))
-        self.bias = None if bias is None else bias[start:end].float().view(count, 1, width)
+        self.weight = unembed.T[start:end].float()
+        self.bias = None if bias is None else bias[start:end].float().view(count, width)
+        self.shape = (count, width)
 
     def products(self, rows: Tensor, space: Tensor) -> Tensor:
-        """`[count, rows, width]`, in `space`, without bias."""
-        count, width, _ = self.weight.shape
+        """`[rows, count, width]`, a view into `space`, without bias."""
+        count, width = self.shape
         out = space[: count * len(rows) * width].view(count, len(rows), width)
-        return torch.bmm(rows.expand(count, -1, -1), self.weight.mT, out=out)
+        shares = self.weight.unflatten(0, self.shape).mT
+        return torch.bmm(rows.expand(count, -1, -1), shares, out=out).transpose(0, 1)
 
-    def weighted(self, e: Tensor, total: Tensor, rescale: Tensor) -> None:
-        """total = total * rescale + e W, e `[count, tok, width]`, total `[tok, d]`."""
-        total.mul_(rescale)
-        for part, w in zip(e, self.weight, strict=True):
-            total.add_(linear(part, w.T, deep=True))
+    def exact_enough(self, rows: Tensor) -> Tensor:
+        """The same by the faster of two libraries, up to twice as far off."""
+        return linear(rows, self.weight).unflatten(1, self.shape)
+
+    def weighted(self, e: Tensor) -> Tensor:
+        """e W, from `[tok, count, width]` to `[tok, d]`."""
+        return linear(e.flatten(1), self.weight.T, deep=True)
+
+    def inside(self, space: Tensor, tok: int) -> Tensor:
+        """`[tok, count, width]` of `space`, the words of a token side by side."""
+        count, width = self.shape
+        return space[: tok * count * width].view(tok, count, width)
 
 
 def _space(tok: int, vocab: int, like: Tensor) -> Tensor:
@@ -83,11 +91,11 @@ def _space(tok: int, vocab: int, like: Tensor) -> Tensor:
 
 
 def _largest(z: Tensor) -> Tensor:
-    return z.amax(2).amax(0)[:, None]
+    return z.amax(2).amax(1, keepdim=True)
 
 
 def _sum(z: Tensor) -> Tensor:
-    return z.sum(2).sum(0)[:, None]
+    return z.sum(2).sum(1, keepdim=True)
 
 
 def sweep(
@@ -113,7 +121,7 @@ def sweep(
     h = h.float()
     delta = None if delta is None else delta.float()
     rows = h if delta is None else torch.cat([h, delta])
-    room, spare = _space(tok, vocab, rows), _space(tok, vocab, h)
+    room, room_e, room_eu = (_space(tok, vocab, like) for like in (rows, h, rows[tok:]))
     top = h.new_full((tok, 1), -torch.inf)
     total = h.new_zeros(tok, 1)
     known, mean_w = mean_w, h.new_zeros(tok, d)
@@ -126,31 +134,25 @@ def sweep(
     far: Bool[Tensor, " tok"] = torch.zeros(tok, dtype=torch.bool, device=h.device)
     for start, count, width in pieces(tok, vocab):
         words = _Chunk(unembed, bias, start, count, width)
-        if known is None:
-            zu = words.products(rows, room)
-        else:  # The values are known too, so the faster of two libraries is exact enough.
-            zu = linear(rows, words.flat).unflatten(1, (count, width)).transpose(0, 1)
-        z = zu[:, :tok]
-        if words.bias is not None:
-            z.add_(words.bias)
+        zu = words.products(rows, room) if known is None else words.exact_enough(rows)
+        z = zu[:tok] if words.bias is None else zu[:tok].add_(words.bias)
         new_top = torch.maximum(top, _largest(z))
         rescale = (top - new_top).exp()
-        e = z.sub_(new_top).exp_()
+        e = torch.sub(z, new_top[..., None], out=words.inside(room_e, tok)).exp_()
         top = new_top
         chunk_total = _sum(e)
         before = total * rescale
         total = before + chunk_total
         if known is None:
-            words.weighted(e, mean_w, rescale)
+            mean_w.mul_(rescale).add_(words.weighted(e))
         if delta is None:
             continue
-        u = zu[:, tok:]
-        eu = spare[: e.numel()].view(e.shape)
+        u, eu = zu[tok:], words.inside(room_eu, tok)
         if start == 0:
             centre = _sum(torch.mul(e, u, out=eu)) / total
-        torch.mul(e, u.sub_(centre), out=eu)
+        torch.mul(e, u.sub_(centre[..., None]), out=eu)
         chunk_first = _sum(eu)
-        words.weighted(eu, mean_uw, rescale)
+        mean_uw.mul_(rescale).add_(words.weighted(eu))
         # The shift moves to the running mean before this chunk's words are added: the earlier
         # ones' excess is never negative about their own mean, so nothing large cancels.
         move = (chunk_first - shift * chunk_total) / total
@@ -161,7 +163,7 @@ def sweep(
             far |= move[:, 0] > LARGE
             move = move.clamp(max=LARGE)
             excess = move.exp() * (excess * rescale) + move.expm1() * before
-        u = torch.sub(shift, u, out=u)
+        u = torch.sub(shift[..., None], u, out=u)
         above = _largest(u)[:, 0] > LARGE
         if bool(above.any()):
             far |= above
@@ -209,12 +211,12 @@ def logsumexp(
         words = _Chunk(unembed, bias, start, count, width)
         if scoring:
             part = None if words.bias is None else words.bias.flatten()
-            z = linear(h, words.flat, part)[None]
+            z = linear(h, words.weight, part).unflatten(1, words.shape)
         else:
             z = words.products(h, space)
             z = z if words.bias is None else z.add_(words.bias)
         new_top = torch.maximum(top, _largest(z))
-        chunk_total = _sum(z.sub_(new_top).exp_())
+        chunk_total = _sum(z.sub_(new_top[..., None]).exp_())
         total = total * (top - new_top).exp() + chunk_total
         top = new_top
     return (top + total.log())[:, 0]
