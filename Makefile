@@ -11,7 +11,7 @@ ARGS ?=
 # Workers that spin for long cost more than the work beside a busy neighbour; those that never
 # spin are woken at every small product. A short spin costs little in both cases.
 export OMP_WAIT_POLICY ?= PASSIVE
-export GOMP_SPINCOUNT ?= 1000
+export GOMP_SPINCOUNT ?= 5000
 export TOKENIZERS_PARALLELISM ?= false
 BIN = .venv/bin
 STUDY = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED)

@@ -1,11 +1,11 @@
 """One pass over vocabulary chunks: softmax statistics of h W without a `[tok, vocab]` tensor."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from shl.chunks import Chunk, pieces, space
 from shl.linear import linear
 from shl.shapes import Bool, Float, Hidden, PerToken, Unembed
 
@@ -22,72 +22,6 @@ class Sweep:
     mean_w: Hidden  # A = E_p[W]
     kl: PerToken | None = None
     grad_kl: Hidden | None = None  # Cov_p[W] delta
-
-
-PIECE = 1024
-"""Words per product: MKL is up to twice as fast at a batch of them, a thread to each, as at a wide
-one that its threads share."""
-
-
-def chunk(tokens: int, vocab: int) -> int:
-    """Words per chunk: a function of the shape alone, so results repeat bit for bit. A chunk of
-    logits takes 4 MB: larger ones leave the cache, and with smaller ones threads wait for each
-    other more often, which a busy neighbour makes long."""
-    return max(1, min(vocab, max(512, (1 << 20) // max(tokens, 1))))
-
-
-def pieces(tokens: int, vocab: int) -> Iterator[tuple[int, int, int]]:
-    """(start, count, width) of chunks that are `count` times `width` words.
-
-    Example:
-        >>> list(pieces(512, 5000))
-        [(0, 2, 1024), (2048, 2, 1024), (4096, 1, 904)]
-    """
-    words = chunk(tokens, vocab)
-    width = min(words, PIECE)
-    most = words // width
-    start = 0
-    while start < vocab:
-        count = min(most, (vocab - start) // width)
-        yield (start, count, width) if count else (start, 1, vocab - start)
-        start += count * width or vocab - start
-
-
-class _Chunk:
-    """Words of the unembedding, `[count * width, d]`, and their bias, `[count, width]`; fp32."""
-
-    def __init__(
-        self, unembed: Tensor, bias: Tensor | None, start: int, count: int, width: int
-    ) -> None:
-        end = start + count * width
-        self.weight = unembed.T[start:end].float()
-        self.bias = None if bias is None else bias[start:end].float().view(count, width)
-        self.shape = (count, width)
-
-    def products(self, rows: Tensor, space: Tensor) -> Tensor:
-        """`[rows, count, width]`, a view into `space`, without bias."""
-        count, width = self.shape
-        out = space[: count * len(rows) * width].view(count, len(rows), width)
-        shares = self.weight.unflatten(0, self.shape).mT
-        return torch.bmm(rows.expand(count, -1, -1), shares, out=out).transpose(0, 1)
-
-    def exact_enough(self, rows: Tensor) -> Tensor:
-        """The same by the faster of two libraries, up to twice as far off."""
-        return linear(rows, self.weight).unflatten(1, self.shape)
-
-    def weighted(self, e: Tensor) -> Tensor:
-        """e W, from `[tok, count, width]` to `[tok, d]`."""
-        return linear(e.flatten(1), self.weight.T, deep=True)
-
-    def inside(self, space: Tensor, tok: int) -> Tensor:
-        """`[tok, count, width]` of `space`, the words of a token side by side."""
-        count, width = self.shape
-        return space[: tok * count * width].view(tok, count, width)
-
-
-def _space(tok: int, vocab: int, like: Tensor) -> Tensor:
-    """Room for a chunk, allocated once per sweep: fresh pages cost more than the sums."""
-    return like.new_empty(len(like) * max(count * width for _, count, width in pieces(tok, vocab)))
 
 
 def _largest(z: Tensor) -> Tensor:
@@ -121,7 +55,7 @@ def sweep(
     h = h.float()
     delta = None if delta is None else delta.float()
     rows = h if delta is None else torch.cat([h, delta])
-    room, room_e, room_eu = (_space(tok, vocab, like) for like in (rows, h, rows[tok:]))
+    room, room_e, room_eu = (space(tok, vocab, like) for like in (rows, h, rows[tok:]))
     top = h.new_full((tok, 1), -torch.inf)
     total = h.new_zeros(tok, 1)
     known, mean_w = mean_w, h.new_zeros(tok, d)
@@ -133,7 +67,7 @@ def sweep(
     mean_uw = h.new_zeros(tok, d)  # sum of e * u * W
     far: Bool[Tensor, " tok"] = torch.zeros(tok, dtype=torch.bool, device=h.device)
     for start, count, width in pieces(tok, vocab):
-        words = _Chunk(unembed, bias, start, count, width)
+        words = Chunk(unembed, bias, start, count, width)
         zu = words.products(rows, room) if known is None else words.exact_enough(rows)
         z = zu[:tok] if words.bias is None else zu[:tok].add_(words.bias)
         new_top = torch.maximum(top, _largest(z))
@@ -204,16 +138,16 @@ def logsumexp(
     """
     tok, vocab = len(h), unembed.shape[1]
     h = h.float()
-    space = _space(tok, vocab, h)
+    room = space(tok, vocab, h)
     top = h.new_full((tok, 1), -torch.inf)
     total = h.new_zeros(tok, 1)
     for start, count, width in pieces(tok, vocab):
-        words = _Chunk(unembed, bias, start, count, width)
+        words = Chunk(unembed, bias, start, count, width)
         if scoring:
             part = None if words.bias is None else words.bias.flatten()
             z = linear(h, words.weight, part).unflatten(1, words.shape)
         else:
-            z = words.products(h, space)
+            z = words.products(h, room)
             z = z if words.bias is None else z.add_(words.bias)
         new_top = torch.maximum(top, _largest(z))
         chunk_total = _sum(z.sub_(new_top[..., None]).exp_())

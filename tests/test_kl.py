@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shl import sweep as room
+from shl import chunks as room
 from shl.kl import (
     forward_kl_and_nll,
     log_probs_at,

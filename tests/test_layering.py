@@ -16,6 +16,7 @@ FLOORS = {
     "config": 0.5,
     "linear": 0.5,
     "spectra": 0.75,
+    "chunks": 0.6,
     "sweep": 0.75,
     "kl_triton": 0.9,
     "kl_plain": 0.9,
