@@ -79,7 +79,16 @@ def plane(events: Sequence[Event]) -> Figure:
     for e, (x, y) in zip(order, points, strict=True):
         panel.scatter(x, y, color=colours[e["stage"]], zorder=3)
         label = e["stage"] if e["round"] < 0 else f"{e['stage']} {e['round']}"
-        panel.annotate(label, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        # Rounds stand close together: names take turns on either side.
+        left = e["round"] % 2 == 1
+        panel.annotate(
+            label,
+            (x, y),
+            xytext=(-5 if left else 5, 5),
+            ha="right" if left else "left",
+            textcoords="offset points",
+            fontsize=8,
+        )
     for e in events:
         if e["event"] == "stage" and e["stage"].startswith("prompted"):
             x, y = e["nats"]["care"], e["nats"]["authority"]
@@ -87,7 +96,7 @@ def plane(events: Sequence[Event]) -> Figure:
             panel.annotate(
                 e["stage"], (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8
             )
-    panel.margins(0.12)
+    panel.margins(0.2, 0.12)
     panel.set_xlabel("care [nats]")
     panel.set_ylabel("authority [nats]")
     return figure

@@ -20,6 +20,7 @@ FLOORS = {
     "sweep": 0.75,
     "kl_triton": 0.9,
     "kl_plain": 0.9,
+    "divergence": 0.95,
     "axes": 1,
     "convert": 1,
     "dose": 1,

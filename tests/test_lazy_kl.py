@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shl import kl as room
+from shl import divergence as room
 from shl.errors import ShlError
 from shl.kl import reverse_kl_and_nll
 from shl.sweep import logsumexp
