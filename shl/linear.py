@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, deep: bool 
         tensor([[1., 1., 0.]])
     """
     if not _suits(x, weight, bias, deep):
-        threads = _shares(x, weight)
+        threads = _shares(x, weight, bias)
         if threads > 1:
             return _shared(x, weight, bias, threads)
         return functional.linear(x, weight, bias)
@@ -71,16 +71,18 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None, deep: bool = False) -
     )
 
 
-def _shares(x: Tensor, weight: Tensor) -> int:
+def _shares(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     d_out, d_in = weight.shape
     threads = torch.get_num_threads()
     shares = (
         threads > 1
         and d_out % threads == 0
         and weight.numel() >= SHARED
+        and x.shape[-1] == d_in
         and 0 < x.numel() <= FEW * d_in
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and (bias is None or bias.dtype == torch.float32)
         and weight.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
     )

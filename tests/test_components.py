@@ -147,6 +147,17 @@ def test_a_few_rows_times_rows_of_w_by_thread(rows, with_bias):
     torch.testing.assert_close(grad, w.sum(0).expand(grad.shape), rtol=1e-4, atol=1e-4)
 
 
+def test_what_does_not_fit_together_is_refused_as_torch_does(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x, w = torch.zeros(1, 256), torch.zeros(256, 256)
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(x, w, torch.zeros(256, dtype=torch.float64))
+    for wrong in (x[:, :255], x.view(2, 128), x.view(1, 1, 256, 1)):
+        with pytest.raises(RuntimeError, match="shapes"):
+            linear(wrong, w)
+    assert linear(x, w).shape == (1, 256)
+
+
 @pytest.mark.parametrize("how", ["hook", "pre-hook"])
 @pytest.mark.parametrize("first", [True, False])
 def test_what_a_caller_keeps_is_not_written_over(model, how, first):
