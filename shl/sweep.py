@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from shl.chunks import Chunk, pieces, space
-from shl.linear import linear
 from shl.shapes import Bool, Float, Hidden, PerToken, Unembed
 
 # Above this exp(ubar - u) of a single word leaves fp32's safe range; such rows, far from the
@@ -143,12 +142,8 @@ def logsumexp(
     total = h.new_zeros(tok, 1)
     for start, count, width in pieces(tok, vocab):
         words = Chunk(unembed, bias, start, count, width)
-        if scoring:
-            part = None if words.bias is None else words.bias.flatten()
-            z = linear(h, words.weight, part).unflatten(1, words.shape)
-        else:
-            z = words.products(h, room)
-            z = z if words.bias is None else z.add_(words.bias)
+        z = words.exact_enough(h) if scoring else words.products(h, room)
+        z = z if words.bias is None else z.add_(words.bias)
         new_top = torch.maximum(top, _largest(z))
         chunk_total = _sum(z.sub_(new_top[..., None]).exp_())
         total = total * (top - new_top).exp() + chunk_total

@@ -6,7 +6,9 @@ from helpers import lenient
 from rich.console import Console
 
 from experiments import control as program
-from experiments.control import ControlConfig, compare, on_axis
+from experiments.control import compare
+from experiments.control_arms import ControlConfig
+from experiments.control_told import on_axis
 from shl.axes import load_axis
 from shl.tiny import tiny_gemma
 

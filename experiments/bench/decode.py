@@ -85,11 +85,12 @@ def hook_costs() -> list[Row]:
     """A step with hooks over the same step without, batch 1 and 16."""
     rows = []
     with ExitStack() as stack:
-        layers = range(load_model(MODEL).cfg.n_layers)
         hooks: dict[str, turns.Hooks] = {
             "bare": lambda model: nullcontext(),
             STEERED: lambda model: vector(model, range(9, 10)).steering(model, 0.5),
-            "steered at all layers": lambda model: vector(model, layers).steering(model, 0.5),
+            "steered at all layers": lambda model: vector(
+                model, range(model.cfg.n_layers)
+            ).steering(model, 0.5),
             "8 rounds of rank 8": lambda model: baked(model, adapters(model, 8, 8)),
             "8 rounds of rank 32": lambda model: baked(model, adapters(model, 8, 32)),
             "1 round of rank 64": lambda model: baked(model, adapters(model, 1, 64)),
