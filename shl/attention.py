@@ -22,7 +22,9 @@ from transformer_lens import HookedTransformer
 from transformer_lens.components import GroupedQueryAttention
 
 from shl.cache import Entry
+from shl.errors import check
 from shl.hooks import watched
+from shl.joint import Joint, joint_output
 from shl.linear import linear
 from shl.shapes import Int
 
@@ -55,6 +57,14 @@ class FastAttention(GroupedQueryAttention):
     """Grouped-query attention whose scores are only formed where somebody looks at them."""
 
     shared: Shared
+    joint: dict[str, Joint]
+
+    @property
+    def asks_joint(self) -> bool:
+        """Whether the outputs of q, k, v and o may come from `joint`."""
+        cfg = self.cfg
+        split = cfg.use_split_qkv_input or cfg.use_attn_in
+        return not (split or cfg.ungroup_grouped_query_attention or cfg.use_attn_result)
 
     def forward(
         self,
@@ -75,6 +85,11 @@ class FastAttention(GroupedQueryAttention):
         )
         ours = isinstance(entry, Entry) or (entry is None and not explicit)
         if not ours or additive_attention_mask is not None or position_bias is not None:
+            check(
+                not self.joint,
+                "inside `decoding` attention needs a cache of shl.cache, and no additive mask or "
+                f"position bias; its cache is a {type(entry).__name__}.",
+            )
             return super().forward(
                 query_input,
                 key_input,
@@ -107,9 +122,9 @@ class FastAttention(GroupedQueryAttention):
         """TransformerLens's, `[batch, pos, head, d_head]` each, with this package's products."""
         if query_input.dim() != 3 or self.cfg.ungroup_grouped_query_attention:
             return super().calculate_qkv_matrices(query_input, key_input, value_input)
-        q = self.hook_q(_by_head(query_input, self.W_Q, self.b_Q))
-        k = self.hook_k(_by_head(key_input, self._W_K, self._b_K))
-        v = self.hook_v(_by_head(value_input, self._W_V, self._b_V))
+        q = self.hook_q(self._by_head("q", query_input, "W_Q", "b_Q"))
+        k = self.hook_k(self._by_head("k", key_input, "_W_K", "_b_K"))
+        v = self.hook_v(self._by_head("v", value_input, "_W_V", "_b_V"))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._apply_qk_norm(q, self.q_norm), self._apply_qk_norm(k, self.k_norm)
         return q, k, v
@@ -202,14 +217,22 @@ class FastAttention(GroupedQueryAttention):
         if self.cfg.use_attn_result:
             by_head = einsum(z, self.W_O, "b p head d_head, head d_head d -> b p head d")
             return self.hook_result(by_head).sum(-2) + self.b_O
+        rows = z.flatten(2)
+        out = joint_output(self, "o", z, rows)
+        if out is not None:
+            return out
         w = self.W_O.flatten(0, 1).T  # [d_model, (head d_head)], a view as in `_by_head`
-        return linear(z.flatten(2), w, self.b_O)
+        return linear(rows, w, self.b_O)
 
-
-def _by_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    # Plain views: einops takes ten times as long, which decoding pays in each layer of each step.
-    rows = weight.mT.flatten(0, 1)  # [(head d_head), d_model]
-    return linear(x, rows, bias.flatten()).unflatten(-1, bias.shape)
+    def _by_head(self, kind: str, x: Tensor, weight: str, bias: str) -> Tensor:
+        """q, k or v `[batch, pos, head, d_head]`, from the parameters of these names."""
+        out = joint_output(self, kind, x)
+        if out is None:
+            w, b = getattr(self, weight), getattr(self, bias)
+            # Plain views: einops takes ten times as long, which decoding pays in every layer.
+            rows = w.mT.flatten(0, 1)  # [(head d_head), d_model]
+            out = linear(x, rows, b.flatten())
+        return out.unflatten(-1, (-1, self.cfg.d_head))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -66,7 +66,12 @@ class Baked(LowRank):
     `model.reset_hooks()` leaves on."""
 
     def __init__(
-        self, model: HookedTransformer, adapters: Sequence[Adapter], scope: Scope | None = None
+        self,
+        model: HookedTransformer,
+        adapters: Sequence[Adapter],
+        scope: Scope | None = None,
+        *,
+        joint: bool = True,
     ) -> None:
         for adapter in adapters:
             check_fits(model, adapter)
@@ -83,7 +88,7 @@ class Baked(LowRank):
             super().__init__(model, (), {}, {}, 1.0, scope)
         else:
             own = self.stacked
-            super().__init__(model, own.sites, own.down, own.up, own.scale, scope)
+            super().__init__(model, own.sites, own.down, own.up, own.scale, scope, joint=joint)
             # The hooks' own tensors, instead of a copy of each beside them.
             own.down.update(self.down)
 
@@ -148,6 +153,7 @@ def baked(
     adapters: Sequence[Adapter],
     *,
     materialise: bool = False,
+    joint: bool = True,
     dose: float | Float[Tensor, " batch"] = 1.0,
     mask: Bool[Tensor, "batch pos"] | None = None,
     positions: Positions | None = None,
@@ -157,6 +163,8 @@ def baked(
     Args:
         materialise: put the sum into the weights instead (base's tensors are kept aside and come
             back bit for bit): nothing more per token, one more copy of the adapted weights.
+        joint: while `generate` decodes on a CPU, sites that nobody else watches share products with
+            copies of their weights (`shl.joint`); False spares that copy, and a step takes longer.
         dose: times the updates are added; a number, or one per row of the batch.
         mask: True where they act, by row and absolute position in the row's own tokens; they do
             not act beyond the mask's width.
@@ -175,7 +183,7 @@ def baked(
     """
     scope = Scope(model, dose, mask=mask, positions=positions)
     if not materialise:
-        return Baked(model, adapters, scope)
+        return Baked(model, adapters, scope, joint=joint)
     check(
         scope.whole,
         "weights act on every token alike; bake as hooks to give a dose, mask or positions.",

@@ -10,6 +10,7 @@ from transformer_lens.components import GatedMLP, RMSNorm, TransformerBlock, Une
 
 from shl.attention import FastAttention, Shared
 from shl.hooks import only_looked_at, watched
+from shl.joint import Joint, joint_output
 from shl.linear import linear
 
 
@@ -69,14 +70,24 @@ class FastRMSNorm(RMSNorm):
 class FastGatedMLP(GatedMLP):
     """`(act(x W_gate) * (x W_in) + b_in) W_out + b_out`, with TransformerLens's HookPoints."""
 
+    joint: dict[str, Joint]
+
+    @property
+    def asks_joint(self) -> bool:
+        """Whether the outputs of gate, up and down may come from `joint`."""
+        return not self.cfg.is_layer_norm_activation()
+
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, pos, d_model]` to the same."""
         if self.cfg.is_layer_norm_activation():
             return super().forward(x)
-        gate = self.hook_pre(linear(x, self.W_gate.T))
-        up = self.hook_pre_linear(linear(x, self.W_in.T))
+        gate = joint_output(self, "gate", x)
+        gate = self.hook_pre(linear(x, self.W_gate.T) if gate is None else gate)
+        up = joint_output(self, "up", x)
+        up = self.hook_pre_linear(linear(x, self.W_in.T) if up is None else up)
         post = self.hook_post(self.act_fn(gate) * up + self.b_in)
-        return linear(post, self.W_out.T, self.b_out)
+        out = joint_output(self, "down", post)
+        return linear(post, self.W_out.T, self.b_out) if out is None else out
 
 
 class FastUnembed(Unembed):
@@ -104,3 +115,5 @@ def speed_up(model: HookedTransformer) -> None:
         attention: Any = block.attn
         attention.__class__ = FastAttention
         attention.shared = shared
+        for component in (attention, block.mlp):
+            component.joint = {}

@@ -5,6 +5,7 @@ position alone, one random stream per row, and finished rows leave the batch.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,7 @@ from shl.config import GenerateConfig
 from shl.errors import check
 from shl.finite import require_finite
 from shl.halving import in_batches
-from shl.hooks import handles_on, running
+from shl.hooks import decoding, handles_on, running
 from shl.prefill import prefill, run
 from shl.sampling import next_logits, sample
 from shl.seeds import generator_for
@@ -162,34 +163,36 @@ def _decode_batch(
     out: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
     new: Tensor | None = None
-    for step in range(config.max_new_tokens):
-        with running(rows=[indices[i] for i in active], prompts=[len(rows[i]) for i in active]):
-            if new is None:
-                residual, cache = prefill(model, rows, room=config.max_new_tokens)
-            else:
-                residual = run(model, new, torch.ones_like(new), cache)
-            logits, ids = next_logits(model, residual, k=wanted)
-            require_finite(
-                logits.amax(1),
-                f"a logit of token {step}",
-                model,
-                lambda: [[*rows[i], *out[i]] for i in active],  # noqa: B023
-                [indices[i] for i in active],
-            )
-        if step < config.min_new_tokens:
-            logits = logits.masked_fill(torch.isin(ids, stop_ids), -torch.inf)
-        chosen = sample(logits, draws[active, step], config, ids)
-        for i, token in zip(active, chosen.tolist(), strict=True):
-            out[i].append(token)
-            ended[i] = _cut_turn_end(model, out[i], ends, step + 1 >= config.min_new_tokens)
-        gone = {row for row, i in enumerate(active) if ended[i]}
-        if len(gone) == len(active):
-            break
-        if gone:
-            order = cache.drop(gone)
-            active = [active[row] for row in order]
-            chosen = chosen[order]
-        new = chosen[:, None]
+    with ExitStack() as steps:
+        for step in range(config.max_new_tokens):
+            with running(rows=[indices[i] for i in active], prompts=[len(rows[i]) for i in active]):
+                if new is None:
+                    residual, cache = prefill(model, rows, room=config.max_new_tokens)
+                    steps.enter_context(decoding(model, len(rows)))
+                else:
+                    residual = run(model, new, torch.ones_like(new), cache)
+                logits, ids = next_logits(model, residual, k=wanted)
+                require_finite(
+                    logits.amax(1),
+                    f"a logit of token {step}",
+                    model,
+                    lambda: [[*rows[i], *out[i]] for i in active],  # noqa: B023
+                    [indices[i] for i in active],
+                )
+            if step < config.min_new_tokens:
+                logits = logits.masked_fill(torch.isin(ids, stop_ids), -torch.inf)
+            chosen = sample(logits, draws[active, step], config, ids)
+            for i, token in zip(active, chosen.tolist(), strict=True):
+                out[i].append(token)
+                ended[i] = _cut_turn_end(model, out[i], ends, step + 1 >= config.min_new_tokens)
+            gone = {row for row, i in enumerate(active) if ended[i]}
+            if len(gone) == len(active):
+                break
+            if gone:
+                order = cache.drop(gone)
+                active = [active[row] for row in order]
+                chosen = chosen[order]
+            new = chosen[:, None]
     return list(zip(out, ended, strict=True))
 
 

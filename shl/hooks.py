@@ -11,6 +11,7 @@ differs by row (a dose, a mask, where the answer begins) stays with its row.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -31,6 +32,7 @@ PROMPTS: ContextVar[Tensor | None] = ContextVar("shl_prompts", default=None)
 _HANDLES: "WeakKeyDictionary[HookedTransformer, list[Handle]]" = WeakKeyDictionary()
 _LOOKING: "WeakSet[Callable[..., None]]" = WeakSet()
 H = TypeVar("H", bound="Handle")
+Register = Callable[..., RemovableHandle]
 _SUSPENDED: ContextVar[frozenset[int]] = ContextVar("shl_suspended", default=frozenset())
 
 
@@ -54,7 +56,7 @@ class Handle:
 
     def __init__(self, model: HookedTransformer) -> None:
         self.model = model
-        self._torch_handles: list[RemovableHandle] = []
+        self._torch_handles: dict[Register, RemovableHandle] = {}
         _HANDLES.setdefault(model, []).append(self)
 
     @property
@@ -77,37 +79,48 @@ class Handle:
         module: nn.Module,
         hook: Callable[[Tensor], Tensor | None],
         argument: str | None = None,
-    ) -> None:
+    ) -> "Register":
         """Run `hook` on a module's output, which its return value replaces unless it is None, or
         (if `argument` is named) only show it that argument, given by keyword or in first place."""
 
         if argument is not None:
-            self._before(module, lambda args, kwargs: hook(kwargs.get(argument, *args[:1])))
-            return
+            return self._before(module, lambda args, kwargs: hook(kwargs.get(argument, *args[:1])))
 
         def after(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
             return hook(output) if id(self) not in _SUSPENDED.get() else None
 
-        self._torch_handles.append(module.register_forward_hook(after))
+        return self._place(partial(module.register_forward_hook, after))
 
     def _before(
         self, module: nn.Module, hook: Callable[[tuple[Any, ...], dict[str, Any]], object]
-    ) -> None:
+    ) -> "Register":
         """Show `hook` the arguments of a module before it runs."""
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if id(self) not in _SUSPENDED.get():
                 hook(args, kwargs)
 
-        self._torch_handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         _LOOKING.add(before)
+        return self._place(partial(module.register_forward_pre_hook, before, with_kwargs=True))
+
+    def _place(self, register: "Register", **order: bool) -> "Register":
+        self._torch_handles[register] = register(**order)
+        return register
 
     def _gate(self, closed: bool) -> None:
         """Called where `suspended` begins (closed) and ends, for what is more than hooks."""
 
+    def _decoding(self, rows: int) -> bool:
+        """Called where a loop begins that runs a few tokens of so many rows again and again without
+        derivatives; returns whether `_decoded` must be called where it ends."""
+        return False
+
+    def _decoded(self) -> None:
+        pass
+
     def remove(self) -> None:
         """Take the hooks off; a second call does nothing."""
-        for handle in self._torch_handles:
+        for handle in self._torch_handles.values():
             handle.remove()
         self._torch_handles.clear()
         handles = _HANDLES.get(self.model, [])
@@ -155,6 +168,25 @@ def suspended(model: HookedTransformer, *handles: Handle) -> Iterator[None]:
         _SUSPENDED.reset(token)
         for handle in chosen:
             handle._gate(closed=False)
+
+
+@contextmanager
+def decoding(model: HookedTransformer, rows: int) -> Iterator[None]:
+    """Tell the handles on `model` that the body decodes so many rows token by token: what they do
+    stays the same, the way may become a faster one.
+
+    Example:
+        >>> from shl.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> with torch.no_grad(), decoding(model, 1):
+        ...     logits = model(torch.tensor([[2, 5]]))
+    """
+    told = [handle for handle in handles_on(model) if handle._decoding(rows)]
+    try:
+        yield
+    finally:
+        for handle in told:
+            handle._decoded()
 
 
 def watched(module: nn.Module) -> bool:

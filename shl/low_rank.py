@@ -1,6 +1,7 @@
 """The low-rank update s B A x as hooks, for trainable and for frozen factors alike."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
+from shl.config import SITE_KINDS
 from shl.errors import ShlError
-from shl.hooks import Handle
+from shl.hooks import Handle, Register
+from shl.joint import Joint
 from shl.linear import LARGE_WEIGHT, linear
 from shl.scope import Scope, follow
 from shl.shapes import Down, Up
@@ -24,7 +27,8 @@ class LowRank(Handle):
 
     Sites that read the same x (q, k and v; gate and up) share one product with their stacked A.
     Computed in the factors' dtype, returned in that of the output. `scope` scales the update per
-    token; `model.reset_hooks()` leaves all of it on.
+    token; `model.reset_hooks()` leaves all of it on. With `joint`, frozen factors leave their
+    hooks for products of their own while a batch decodes (`shl.joint`).
     """
 
     def __init__(
@@ -35,8 +39,13 @@ class LowRank(Handle):
         up: Mapping[str, Up],
         scale: float,
         scope: Scope | None = None,
+        *,
+        joint: bool = False,
     ) -> None:
         super().__init__(model)
+        # Of each group of sites that may leave its hooks while a batch decodes: those hooks.
+        self._groups: dict[Joint, list[Register]] = {}
+        self._inside: list[Joint] = []
         self.scope = scope = scope or Scope(model)
         self.scale = scale
         self._factors: dict[int, Tensor] = {}
@@ -44,7 +53,7 @@ class LowRank(Handle):
         if not isinstance(scope.dose, Tensor) and not self._per_token:
             self.scale = scale * scope.dose  # nothing to do per token
         else:
-            follow(self, [site.layer for site in sites], self._place)
+            follow(self, [site.layer for site in sites], self._follow)
         # [rank, d_out] in memory, where one row times a wide B is twice as fast.
         self.up = {k: b if b.requires_grad else b.T.contiguous().T for k, b in up.items()}
         self.down = dict(down)
@@ -55,6 +64,7 @@ class LowRank(Handle):
             module, argument = linear_input(model, site)
             groups.setdefault((id(module), argument is not None), []).append(site)
         for group in groups.values():
+            group.sort(key=lambda site: SITE_KINDS.index(site.kind))
             names = [site.name for site in group]
             factors = [down[name] for name in names]
             # Trainable factors change, so they are stacked anew each time.
@@ -69,10 +79,14 @@ class LowRank(Handle):
                     self._add(module, self._whole(site, factors, module))
                 continue
             module, argument = linear_input(model, group[0])
-            self._add(module, self._see(names, factors, fixed), argument=argument)
+            hooks = [self._add(module, self._see(names, factors, fixed), argument=argument)]
             for site in group:
                 output = linear_output(model, site)
-                self._add(output, self._outer(site, output))
+                hooks.append(self._add(output, self._outer(site, output)))
+            ups = [self.up[name] for name in names]
+            if joint and fixed is not None and not any(b.requires_grad for b in ups):
+                factor = partial(self._factors.get, group[0].layer)
+                self._groups[Joint(model, group, factors, ups, self.scale, factor)] = hooks
 
     def _see(
         self, names: list[str], factors: list[Tensor], fixed: Tensor | None
@@ -99,7 +113,42 @@ class LowRank(Handle):
         """How many rows have one; None where all are treated alike."""
         return self.scope.rows
 
-    def _place(self, layer: int, at: Tensor) -> None:
+    @property
+    def on(self) -> bool:
+        """False inside `suspended(model)` and after `remove()`."""
+        return super().on or (bool(self._inside) and not self._inside[0].off)
+
+    def _decoding(self, rows: int) -> bool:
+        own = {handle.id for handle in self._torch_handles.values()}
+        chosen = [group for group in self._groups if group.may(rows, own)]
+        for group in chosen:
+            for register in self._groups[group]:
+                self._torch_handles.pop(register).remove()
+            group.enter()
+        self._inside += chosen
+        return bool(chosen)
+
+    def _decoded(self) -> None:
+        for group in self._inside:
+            group.leave()
+            for register in self._groups[group]:
+                # Before all that came in the meantime, as it was.
+                self._place(register, prepend=True)
+        self._inside.clear()
+
+    def _gate(self, closed: bool) -> None:
+        for group in self._inside:
+            group.off = closed
+
+    def remove(self) -> None:
+        """Take the hooks off, and free the copies of weights; a second call does nothing."""
+        for group in self._inside:
+            group.leave()
+        self._inside.clear()
+        self._groups.clear()
+        super().remove()
+
+    def _follow(self, layer: int, at: Tensor) -> None:
         self._factors[layer] = rearrange(self.scope.factor(at), "batch pos 1 -> (batch pos) 1")
 
     def _outer(self, site: Site, module: nn.Module) -> Callable[[Tensor], Tensor | None]:

@@ -54,6 +54,18 @@ after a colon its argument. q, k and v read one tensor, unless a TransformerLens
 by head."""
 
 
+PARAMETERS = {
+    "q": ("W_Q", "b_Q"),
+    "k": ("_W_K", "_b_K"),
+    "v": ("_W_V", "_b_V"),
+    "o": ("W_O", "b_O"),
+    "gate": ("W_gate", None),
+    "up": ("W_in", None),
+    "down": ("W_out", "b_out"),
+}
+"""A linear site's weight and the bias of its own product, in the component that holds them."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One place for a low-rank update: `kind` at `layer`, from `d_in` to `d_out` features.
@@ -169,6 +181,11 @@ def linear_output(model: HookedTransformer, site: Site) -> nn.Module:
     return block_of(model, site.layer).get_submodule(HOOKS[site.kind][1])
 
 
+def component_of(model: HookedTransformer, site: Site) -> nn.Module:
+    """The attention or MLP that holds a linear site's weight."""
+    return block_of(model, site.layer).get_submodule(HOOKS[site.kind][1].partition(".")[0])
+
+
 def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, dict[str, int]]:
     """A linear site's parameter, and how einops turns it into `[out, in]` (a view, given the
     sizes that come third).
@@ -179,20 +196,15 @@ def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, 
         >>> as_linear(model, sites_of(model, ["q"], [0])[0])[1]
         'head d d_head -> (head d_head) d'
     """
-    block = block_of(model, site.layer)
+    check(site.kind in PARAMETERS, f"{site.name} is no linear site, it has no weight of its own.")
     sizes = {"d_head": model.cfg.d_head}
-    heads_out = "head d d_head -> (head d_head) d"
-    table: dict[str, tuple[nn.Parameter, str, dict[str, int]]] = {
-        "q": (block.attn.W_Q, heads_out, sizes),
-        "k": (block.attn._W_K, heads_out, sizes),
-        "v": (block.attn._W_V, heads_out, sizes),
-        "o": (block.attn.W_O, "head d_head d -> d (head d_head)", sizes),
-        "gate": (block.mlp.W_gate, "d_in d_out -> d_out d_in", {}),
-        "up": (block.mlp.W_in, "d_in d_out -> d_out d_in", {}),
-        "down": (block.mlp.W_out, "d_in d_out -> d_out d_in", {}),
+    out_in: dict[str, tuple[str, dict[str, int]]] = {
+        **dict.fromkeys("qkv", ("head d d_head -> (head d_head) d", sizes)),
+        "o": ("head d_head d -> d (head d_head)", sizes),
     }
-    check(site.kind in table, f"{site.name} is no linear site, it has no weight of its own.")
-    return table[site.kind]
+    parameter = component_of(model, site)._parameters[PARAMETERS[site.kind][0]]
+    assert isinstance(parameter, nn.Parameter)
+    return parameter, *out_in.get(site.kind, ("d_in d_out -> d_out d_in", {}))
 
 
 def readout(model: HookedTransformer) -> dict[str, Any]:

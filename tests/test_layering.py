@@ -15,6 +15,7 @@ FLOORS = {
     "seeds": 0,
     "config": 0.5,
     "linear": 0.5,
+    "joint": 1.6,
     "spectra": 0.75,
     "chunks": 0.6,
     "sweep": 0.75,

@@ -10,6 +10,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from experiments.bench.measure import Row, Timing
+from shl.hooks import decoding
 from shl.models import load_model
 from shl.prefill import prefill, run
 from shl.sampling import next_logits
@@ -38,20 +39,23 @@ def twins(name: str, hooks: Mapping[str, Hooks], stack: ExitStack) -> dict[str, 
 def steps(models: Mapping[str, HookedTransformer], prompts: list[Prompt]) -> dict[str, Timing]:
     """Wall and CPU time of a greedy step, its logits included: each case once per turn."""
     caches = {}
+    stack = ExitStack()
     for case, model in models.items():
         rows = [encode(model, p)[:CONTEXT] for p in prompts]
         caches[case] = prefill(model, rows, room=2 * TURNS)[1]
+        stack.enter_context(decoding(model, len(rows)))
     tokens = torch.full((len(prompts), 1), 1000, device=next(iter(models.values())).W_U.device)
     walls: dict[str, list[float]] = {case: [] for case in models}
     cpus: dict[str, list[float]] = {case: [] for case in models}
-    for turn in range(TURNS + 3):
-        for case, model in models.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            residual = run(model, tokens, torch.ones_like(tokens), caches[case])
-            float(next_logits(model, residual, k=3)[0].sum())  # waits for a GPU
-            if turn >= 3:
-                walls[case].append(time.perf_counter() - wall)
-                cpus[case].append(time.process_time() - cpu)
+    with stack:
+        for turn in range(TURNS + 3):
+            for case, model in models.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                residual = run(model, tokens, torch.ones_like(tokens), caches[case])
+                float(next_logits(model, residual, k=3)[0].sum())  # waits for a GPU
+                if turn >= 3:
+                    walls[case].append(time.perf_counter() - wall)
+                    cpus[case].append(time.process_time() - cpu)
     return {case: Timing(tuple(walls[case]), tuple(cpus[case]), 0.0) for case in models}
 
 
