@@ -27,8 +27,8 @@ class Joint:
     that differ are filled up with zeros.
 
     Args:
-        down: A `[rank, d_in]` by site, in order.
-        up: B `[d_out, rank]` by site, in order.
+        down: A `[rank, d_in]` by site.
+        up: B `[d_out, rank]` by site, in the same order.
         scale: s; s B A x is added.
         factor: of each token, `[rows, 1]`, times which the update is added; None: 1.
     """

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from shl.config import SITE_KINDS
 from shl.errors import ShlError
 from shl.hooks import Handle, Register
 from shl.joint import Joint
@@ -64,7 +63,6 @@ class LowRank(Handle):
             module, argument = linear_input(model, site)
             groups.setdefault((id(module), argument is not None), []).append(site)
         for group in groups.values():
-            group.sort(key=lambda site: SITE_KINDS.index(site.kind))
             names = [site.name for site in group]
             factors = [down[name] for name in names]
             # Trainable factors change, so they are stacked anew each time.

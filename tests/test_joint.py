@@ -304,10 +304,29 @@ def test_attention_that_splits_its_heads_keeps_its_hooks(model, monkeypatch, opt
     setattr(model.cfg, option, True)
     try:
         with baked(model, three(model, ["o", "down"])), counted(monkeypatch) as kinds:
-            step_by_step(model)
+            got, expected = step_by_step(model), step_by_step(model, body=hooks_only)
     finally:
         setattr(model.cfg, option, False)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert set(kinds) == {"down"}
+
+
+def test_inputs_that_somebody_tells_apart_stay_apart(model):
+    """A hook in the norm is called for q, k and v each; theirs are then three tensors."""
+    calls = iter(range(10**6))
+
+    def differently(x, hook):
+        return x * (1 + next(calls) % 3)
+
+    def run(of):
+        hooks = [("blocks.1.ln1.hook_normalized", differently)]
+        with torch.no_grad(), of.hooks(fwd_hooks=hooks), decoding(of, 3):
+            return of(TOKENS)
+
+    adapter = random_adapter(model, ["q", "k", "v"], (1,))
+    with baked(model, [adapter]):
+        got = run(model)
+    torch.testing.assert_close(got, run(merged(model, adapter)), rtol=1e-4, atol=1e-4)
 
 
 def test_another_cache_is_refused_while_decoding(model):
