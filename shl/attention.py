@@ -40,17 +40,26 @@ class Shared:
     seen: Tensor | None = None
     key: tuple[Any, ...] = ()
     held: Tensor | None = None
+    content: Tensor | None = None
     made: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def start(self, attention_mask: Tensor | None, offset: int, new: int, like: Tensor) -> None:
         """Forget everything unless this is the same forward as before, on the same device."""
-        version = None if attention_mask is None else attention_mask._version
+        mask = attention_mask
+        # Of inference tensors torch does not count the edits, so their content is compared.
+        content = mask.clone() if mask is not None and mask.is_inference() else None
+        version = None if mask is None or content is not None else mask._version
         # Inference tensors cannot be saved for a later backward.
         inference = torch.is_inference_mode_enabled()
-        key = (id(attention_mask), version, offset, new, inference, like.device, like.dtype)
-        if key != self.key:
+        key = (id(mask), version, offset, new, inference, like.device, like.dtype)
+        edited = (
+            content is not None
+            and self.content is not None
+            and not torch.equal(content, self.content)
+        )
+        if key != self.key or edited:
             # Holding the mask keeps its id from being given to another tensor.
-            self.key, self.held, self.made = key, attention_mask, {}
+            self.key, self.held, self.content, self.made = key, mask, content, {}
 
 
 class FastAttention(GroupedQueryAttention):

@@ -163,7 +163,7 @@ def baked(
     Args:
         materialise: put the sum into the weights instead (base's tensors are kept aside and come
             back bit for bit): nothing more per token, one more copy of the adapted weights.
-        joint: while `generate` decodes on a CPU, sites that nobody else watches share products with
+        joint: in a long `generate` on a CPU, sites that nobody else watches share products with
             copies of their weights (`shl.joint`); False spares that copy, and a step takes longer.
         dose: times the updates are added; a number, or one per row of the batch.
         mask: True where they act, by row and absolute position in the row's own tokens; they do

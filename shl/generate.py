@@ -32,6 +32,9 @@ from shl.tokens import (
     length_batches,
 )
 
+LONG = 16
+"""From so many steps in all a call gains from `decoding`, which first copies weights."""
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -117,13 +120,16 @@ def generate(
     doses = _doses(model, len(rows))
     done: dict[int, Completion] = {}
 
+    batches = length_batches([len(row) for row in rows], batch_size)
+    long = len(batches) * max_new_tokens >= LONG
+
     def work(indices: list[int]) -> None:
-        decoded = _decode_batch(model, indices, [rows[i] for i in indices], config, seed)
+        decoded = _decode_batch(model, indices, [rows[i] for i in indices], config, seed, long)
         for i, (tokens, ended) in zip(indices, decoded, strict=True):
             text = decode(model, tokens)
             done[i] = Completion(asked[i], text, tuple(tokens), tuple(rows[i]), doses[i], ended)
 
-    in_batches(length_batches([len(row) for row in rows], batch_size), work, "generation")
+    in_batches(batches, work, "generation")
     return [done[i] for i in range(len(rows))]
 
 
@@ -146,6 +152,7 @@ def _decode_batch(
     rows: list[list[int]],
     config: GenerateConfig,
     seed: int,
+    long: bool,
 ) -> list[tuple[list[int], bool]]:
     device = model.W_U.device
     draws = torch.stack(
@@ -168,7 +175,8 @@ def _decode_batch(
             with running(rows=[indices[i] for i in active], prompts=[len(rows[i]) for i in active]):
                 if new is None:
                     residual, cache = prefill(model, rows, room=config.max_new_tokens)
-                    steps.enter_context(decoding(model, len(rows)))
+                    if long:
+                        steps.enter_context(decoding(model, len(rows)))
                 else:
                     residual = run(model, new, torch.ones_like(new), cache)
                 logits, ids = next_logits(model, residual, k=wanted)

@@ -79,7 +79,7 @@ class Handle:
         module: nn.Module,
         hook: Callable[[Tensor], Tensor | None],
         argument: str | None = None,
-    ) -> "Register":
+    ) -> Register:
         """Run `hook` on a module's output, which its return value replaces unless it is None, or
         (if `argument` is named) only show it that argument, given by keyword or in first place."""
 
@@ -93,7 +93,7 @@ class Handle:
 
     def _before(
         self, module: nn.Module, hook: Callable[[tuple[Any, ...], dict[str, Any]], object]
-    ) -> "Register":
+    ) -> Register:
         """Show `hook` the arguments of a module before it runs."""
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ class Handle:
         _LOOKING.add(before)
         return self._place(partial(module.register_forward_pre_hook, before, with_kwargs=True))
 
-    def _place(self, register: "Register", **order: bool) -> "Register":
+    def _place(self, register: Register, **order: bool) -> Register:
         self._torch_handles[register] = register(**order)
         return register
 
@@ -172,8 +172,11 @@ def suspended(model: HookedTransformer, *handles: Handle) -> Iterator[None]:
 
 @contextmanager
 def decoding(model: HookedTransformer, rows: int) -> Iterator[None]:
-    """Tell the handles on `model` that the body decodes so many rows token by token: what they do
-    stays the same, the way may become a faster one.
+    """Tell the handles on `model` that the body decodes so many rows token by token, as `generate`
+    does: what they do stays the same, the way may become a faster one.
+
+    On a CPU, without derivatives and with up to `shl.linear.FEW` rows, baked adapters leave those
+    sites that nobody else has hooked (`shl.joint`), until the body ends.
 
     Example:
         >>> from shl.tiny import tiny_gemma

@@ -108,7 +108,8 @@ class Joint:
     def _outputs(self, rows: Tensor) -> dict[str, Tensor]:
         """`[..., d_out]` of every site."""
         shape, up = rows.shape[:-1], self.up
-        assert up is not None and self.weight is not None  # noqa: PT018
+        assert up is not None
+        assert self.weight is not None
         product = linear(rows.reshape(-1, rows.shape[-1]), self.weight, self.bias)
         base, inner = product[:, : self.outs], product[:, self.outs :]
         factor = self.factor()
@@ -137,8 +138,10 @@ class Joint:
         ]
         if self.weight is None:
             like = weights[0]
-            self.weight = like.new_zeros(self.outs + len(sites) * rank, sites[0].d_in)
-            self.up = like.new_zeros(sum(self.blocks), rank, self.width)
+            # A buffer of inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                self.weight = like.new_zeros(self.outs + len(sites) * rank, sites[0].d_in)
+                self.up = like.new_zeros(sum(self.blocks), rank, self.width)
         assert self.up is not None
         parts = self.weight.split([*(site.d_out for site in sites), *[rank] * len(sites)])
         for part, own in zip(parts, (*weights, *self.factors_down), strict=True):
@@ -147,7 +150,7 @@ class Joint:
             blocks = rearrange(own, "(block width) rank -> block rank width", width=self.width)
             torch.mul(blocks, self.scale, out=part[:, : own.shape[1]])
         names = [PARAMETERS[kind][1] for kind in self.kinds]
-        biases = [self.component._parameters[name].data.flatten() for name in names if name]
+        biases = [getattr(self.component, name).data.flatten() for name in names if name]
         # Gemma-3 and Llama have none, TransformerLens gives them zeros.
         any_bias = any(bool(bias.any()) for bias in biases)
         rest = self.weight.new_zeros(len(sites) * rank)

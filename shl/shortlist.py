@@ -72,6 +72,7 @@ def applies(model: HookedTransformer) -> bool:
     return (
         model.W_U.device.type == "cpu"
         and model.W_U.dtype == torch.float32
+        and not model.W_U.is_inference()  # whose edits torch does not count
         and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
         and not any(map(watched, (unembed, unembed.hook_in, unembed.hook_out)))
     )

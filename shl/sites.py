@@ -202,8 +202,7 @@ def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, 
         **dict.fromkeys("qkv", ("head d d_head -> (head d_head) d", sizes)),
         "o": ("head d_head d -> d (head d_head)", sizes),
     }
-    parameter = component_of(model, site)._parameters[PARAMETERS[site.kind][0]]
-    assert isinstance(parameter, nn.Parameter)
+    parameter: nn.Parameter = getattr(component_of(model, site), PARAMETERS[site.kind][0])
     return parameter, *out_in.get(site.kind, ("d_in d_out -> d_out d_in", {}))
 
 

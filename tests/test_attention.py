@@ -85,6 +85,16 @@ def test_a_mask_changed_in_place_is_seen(model):
     assert torch.equal(got, model(TOKENS, attention_mask=PADDED))
 
 
+def test_a_mask_of_inference_mode_changed_in_place_is_seen(model):
+    with torch.inference_mode():
+        mask = torch.ones_like(TOKENS)
+        model(TOKENS, attention_mask=mask)
+        mask[0, :11] = 0
+        mask[1, :3] = 0
+        got = model(TOKENS, attention_mask=mask)
+        assert torch.equal(got, model(TOKENS, attention_mask=PADDED.clone()))
+
+
 def test_another_dtype_or_mode_makes_its_own_tables(model):
     expected = model(TOKENS)
     with torch.inference_mode():

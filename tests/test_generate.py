@@ -205,3 +205,10 @@ def test_the_stop_text_before_min_new_tokens_is_text(gemma, monkeypatch):
     scripted(monkeypatch, gemma, ["\nQ:abc\nQ: x"])
     (got,) = generate(gemma, ["a?"], temperature=0.0, max_new_tokens=16, min_new_tokens=5)
     assert (got.text.rstrip("\n"), got.ended) == ("\nQ:abc", True)
+
+
+def test_inference_mode_changes_no_token(model):
+    expected = generate(model, PROMPTS, max_new_tokens=20)
+    with torch.inference_mode():
+        inside = generate(model, PROMPTS, max_new_tokens=20)
+    assert tokens(inside) == tokens(expected)

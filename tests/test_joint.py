@@ -13,7 +13,7 @@ from shl.bake import baked
 from shl.cache import KeyValues
 from shl.config import LINEAR_SITES, SITE_KINDS
 from shl.errors import ShlError
-from shl.generate import generate
+from shl.generate import LONG, generate
 from shl.hooks import decoding, handles_on, running, suspended
 from shl.joint import Joint
 from shl.linear import FEW
@@ -383,6 +383,15 @@ def test_what_failed_half_way_leaves_nothing_behind(gemma):
         torch.testing.assert_close(mlp(x), expected)
 
 
+def test_inference_mode_may_come_and_go(gemma):
+    with baked(gemma, three(gemma)):
+        with torch.inference_mode():
+            inside = step_by_step(gemma)
+        assert torch.equal(step_by_step(gemma), inside)
+        with torch.inference_mode():
+            assert torch.equal(step_by_step(gemma), inside)
+
+
 def test_copies_are_freed_with_the_handle(gemma):
     with baked(gemma, three(gemma)) as handle:
         step_by_step(gemma)
@@ -396,8 +405,8 @@ def test_copies_are_freed_with_the_handle(gemma):
 def test_generation_takes_that_way_to_the_same_texts(model, monkeypatch):
     prompts = [Prompt("Who are you?"), Prompt("Why do you ask me?"), Prompt("No.")]
 
-    def texts():
-        done = generate(model, prompts, max_new_tokens=12, temperature=0.0)
+    def texts(new=LONG, size=3):
+        done = generate(model, prompts, max_new_tokens=new, temperature=0.0, batch_size=size)
         return [completion.tokens for completion in done]
 
     base = texts()
@@ -405,6 +414,10 @@ def test_generation_takes_that_way_to_the_same_texts(model, monkeypatch):
         expected = texts()
     with baked(model, three(model)), counted(monkeypatch) as kinds:
         assert texts() == expected
-        steps = len(kinds) / (7 * 3)
-    assert 0 < steps <= 11  # the first token comes from the prompt
+        assert 0 < len(kinds) <= 7 * 3 * (LONG - 1)  # the first token comes from the prompt
+        kinds.clear()
+        texts(LONG - 1)
+        assert kinds == []  # too few steps for copies of the weights
+        texts(LONG - 1, size=2)
+        assert kinds != []
     assert expected != base
