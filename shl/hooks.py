@@ -48,7 +48,7 @@ class Handle:
         >>> from shl.tiny import tiny_gemma
         >>> model = tiny_gemma()
         >>> with Handle(model) as handle:
-        ...     handle._add(model.hook_embed, lambda x: 0 * x)
+        ...     _ = handle._add(model.hook_embed, lambda x: 0 * x)
         ...     model.reset_hooks(including_permanent=True)
         ...     handle.on
         True
