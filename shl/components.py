@@ -8,10 +8,11 @@ from torch.nn.functional import rms_norm
 from transformer_lens import HookedTransformer
 from transformer_lens.components import GatedMLP, RMSNorm, TransformerBlock, Unembed
 
-from shl.attention import FastAttention, Shared
+from shl.attention import FastAttention
 from shl.hooks import only_looked_at, watched
 from shl.joint import Joint, joint_output
 from shl.linear import linear
+from shl.shared import Shared
 
 
 class FastBlock(TransformerBlock):

@@ -18,11 +18,12 @@ from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedCon
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from shl.attention import FastAttention, placed
+from shl.attention import FastAttention
 from shl.errors import ShlError, check
 from shl.hf_cache import HookedCache
 from shl.hooks import Handle, running
 from shl.prefill import run
+from shl.shared import placed
 from shl.tokens import end_ids
 
 

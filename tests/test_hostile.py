@@ -4,7 +4,6 @@ Some 2,900 cases. A damaged file has bytes flipped, cut off, doubled or put in; 
 sealed like one of ours.
 """
 
-import ast
 import copy
 import hashlib
 import json
@@ -400,22 +399,3 @@ def test_the_weights_package(tmp_path, monkeypatch):
     found = refused_or(path, good, 100, lambda: embedded_folder("fake"), lambda *_: False)
     assert found == 100
     assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_nothing_is_unpickled_or_run():
-    """No module of ours calls what turns data into code."""
-    forbidden = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml", "runpy"}
-    for path in [*(ROOT / "shl").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = {alias.name.split(".")[0] for alias in node.names}
-                module = getattr(node, "module", None) or ""
-                assert not (names | {module.split(".")[0]}) & forbidden, path
-                assert module not in ("torch", "numpy") or not names & {"load", "save"}, path
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in ("eval", "exec", "compile", "__import__"), path
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) not in (("torch", "load"), ("torch", "save")), (
-                    path
-                )
-                assert (node.value.id, node.attr) != ("np", "load"), path

@@ -16,6 +16,7 @@ FLOORS = {
     "config": 0.5,
     "linear": 0.5,
     "joint": 1.6,
+    "shared": 1.6,
     "spectra": 0.75,
     "chunks": 0.6,
     "sweep": 0.75,
