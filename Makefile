@@ -15,7 +15,7 @@ export GOMP_SPINCOUNT ?= 5000
 export TOKENIZERS_PARALLELISM ?= false
 BIN = .venv/bin
 STUDY = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED)
-.PHONY: help install experiment arms smoke status report probe control crash bench test check docs notebooks
+.PHONY: help install experiment arms smoke status report probe crash bench test check docs notebooks
 # Rooms that share their name with a public function (shl.heal) come with `shl` itself; shl.shapes
 # re-exports Tensor, whose pages are not ours to make, and kl_triton takes triton.
 FACE = $(shell sed -n 's/^    "\([a-z_]*\)",/shl.\1/p' shl/__init__.py)
@@ -57,9 +57,6 @@ crash: install  ## kill a small real run again and again, and compare it with on
 
 probe: install  ## the vignette probe's validity on MODEL
 	$(BIN)/python -m experiments.probe --axis "$(AXIS)" --model "$(MODEL)" $(ARGS)
-
-control: install  ## gated and decaying steering against the plain dose on MODEL
-	$(BIN)/python -m experiments.control --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED) $(ARGS)
 
 bench: install  ## us and the peers side by side: BENCH=kernel|decode|heal|start, all by default
 	$(BIN)/python -m experiments.bench $(BENCH) $(ARGS)

@@ -235,7 +235,6 @@ class Settings(Strict):
     axis: str
     model: str
     device: str
-    max_memory: Number | None
     loop: LoopConfig
     eval: Literal["vignettes", "tinymfv"] = "vignettes"
     tinymfv: TinymfvConfig = Field(default_factory=TinymfvConfig)

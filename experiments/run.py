@@ -27,12 +27,10 @@ from experiments.stop import Stop, Stopped
 from experiments.tinymfv import Tinymfv
 from experiments.validities import validities
 from shl.axes import Axis, load_axis
-from shl.config import LoopConfig
 from shl.errors import ShlError
 from shl.fingerprint import weights_hash
 from shl.loop import StarvedError, baselines, love
 from shl.lora import Adapter
-from shl.memory import fit
 from shl.models import load_model
 from shl.vector import SteeringVector
 
@@ -64,9 +62,6 @@ def run(
         Stopped: a signal; the record is complete up to the last stage.
     """
     loop = config.loop
-    if config.max_memory is not None:
-        loop = fit(model, axis, loop, config.max_memory * 1e9)
-        console.print(f"for {config.max_memory:g} GB: {_batches(loop)}")
     instruments = {"tinymfv": Tinymfv(config.tinymfv)} if config.eval == "tinymfv" else {}
     bar = Bar(loop, console, len(instruments))
     known = Recall(record, model, loop)
@@ -107,17 +102,6 @@ def run(
             adapters.append(done.adapter)
     with stop.held():
         record.event("end", loop.rounds - 1, {})
-
-
-def _batches(loop: LoopConfig) -> str:
-    sizes = {
-        "generation": loop.generate.batch_size,
-        "scoring": loop.filter.batch_size,
-        "extraction": loop.vector.batch_size,
-        "evaluation": loop.eval.batch_size,
-        "training": loop.heal.rows,
-    }
-    return ", ".join(f"{name} by {size}" for name, size in sizes.items())
 
 
 def study(

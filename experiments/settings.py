@@ -32,8 +32,6 @@ class RunConfig:
     runs/AXIS-MODEL-seedSEED-DIGEST, the digest of settings, axis, code and packages."""
     device: str | None = None
     """Where the model lives; default CUDA if there is any, else the CPU."""
-    max_memory: float | None = None
-    """Batches are made small enough for this much memory, the GPU's or resident [GB]."""
     eval: Literal["vignettes", "tinymfv"] = "vignettes"
     """What reads each stage beside our own vignettes: tinymfv is the public package, installed
     with the extra of that name."""

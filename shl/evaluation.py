@@ -1,6 +1,5 @@
 """What the probe read, as a frozen result: arrays in, trait and coherence out."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,18 +132,6 @@ def nats_of(log_p: np.ndarray) -> np.ndarray:
     # Without the largest taken out, what a broken model gives would underflow to log 0.
     top = log_p.max(0)
     return top + np.log(np.exp(log_p - top).mean(0))
-
-
-def selectivity(shift: Mapping[str, float], expected: Mapping[str, int]) -> float:
-    """Mean expected-sign shift on the axis over the largest absolute shift off it.
-
-    Example:
-        >>> selectivity({"care": 1.0, "authority": -2.0, "social": 0.5}, {"care": 1})
-        0.5
-    """
-    on = float(np.mean([sign * shift[name] for name, sign in expected.items()]))
-    off = max((abs(value) for name, value in shift.items() if name not in expected), default=0.0)
-    return on / off if off > 0 else float("inf")
 
 
 def logsumexp(x: np.ndarray) -> np.ndarray:

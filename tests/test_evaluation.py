@@ -1,11 +1,11 @@
-"""What a reading says, on constructed probabilities: nats, mass, shifts, selectivity."""
+"""What a reading says, on constructed probabilities: nats, mass, shifts."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from shl.evaluation import Evaluation, nats_of, selectivity
+from shl.evaluation import Evaluation, nats_of
 
 
 def constructed(p, *, base_mass=(1.0,), labels=("care", "authority"), prior=0.0):
@@ -41,7 +41,7 @@ def test_coherence_is_a_geometric_mean_of_mass_ratios():
     assert replace(found, base_mass=np.array([0.25, 0.08])).coherence == pytest.approx(2**0.5)
 
 
-def test_shifts_and_selectivity_by_arithmetic():
+def test_shifts_by_arithmetic():
     base = constructed([[1 / 7] * 7, [1 / 7] * 7])
     moved = constructed([[0.4, *[0.1] * 6], [0.4, *[0.1] * 6]])
     shift = moved.shift(base)
@@ -54,11 +54,6 @@ def test_shifts_and_selectivity_by_arithmetic():
     assert sum(centred.values()) == pytest.approx(0.0, abs=1e-12)
     assert moved.shift_interval(moved, "care") == (0.0, 0.0)
     assert moved.shift_interval(base, "care") == pytest.approx([np.log(2.8)] * 2)
-    # (1.0 + 3.0) / 2 on the axis over 0.5 off it; the sign expected counts, the size off it.
-    shifts = {"care": 1.0, "authority": -3.0, "social": -0.5, "loyalty": 0.2}
-    assert selectivity(shifts, {"care": 1, "authority": -1}) == pytest.approx(4.0)
-    assert selectivity(shifts, {"care": -1, "authority": 1}) == pytest.approx(-4.0)
-    assert selectivity({"care": 1.0, "social": 0.0}, {"care": 1}) == float("inf")
 
 
 def test_noise_is_a_recall_of_at_most_twice_chance():

@@ -17,7 +17,6 @@ from shl.halving import in_batches
 from shl.heal import train_adapter
 from shl.hooks import suspended
 from shl.loop import baselines, love
-from shl.memory import fit, needs
 from shl.scores import token_nll
 from shl.tiny import tiny_gemma
 from shl.vector import extract_vector
@@ -109,32 +108,6 @@ def test_training_with_fewer_rows_at_a_time_is_the_same_training(how, divergence
         assert list(vars(b).values()) == pytest.approx(list(vars(a).values()), rel=2e-3, abs=1e-5)
     for a, b in zip(whole.adapter.parameters(), parts.adapter.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
-
-
-def test_batches_shrink_with_the_limit_and_too_little_is_one_sentence(gemma):
-    config = small_loop()
-    found = needs(gemma, AXIS, config)
-    names = ("generate", "score", "vector", "evaluate", "heal")
-    room = max(getattr(found, name) for name in names)
-    tight = fit(gemma, AXIS, config, found.fixed + 2 * room)
-    # The hungriest stage gets two rows, as 2 * room is twice its need.
-    sizes = (
-        tight.generate.batch_size,
-        tight.filter.batch_size,
-        tight.vector.batch_size,
-        tight.eval.batch_size,
-        tight.heal.rows,
-    )
-    assert min(sizes) == 2
-    assert sizes == tuple(
-        min(asked, int(2 * room / getattr(found, name)))
-        for name, asked in zip(names, (48, 16, 16, 8, 4), strict=True)
-    )
-    # Nothing else is touched.
-    assert (tight.heal.batch_size, tight.dose, tight.rounds) == (4, config.dose, 2)
-    with pytest.raises(ShlError) as error:
-        fit(gemma, AXIS, config, found.fixed + 0.9 * room)
-    assert "of a single row takes" in one_sentence(error)
 
 
 def poisoned(name):

@@ -82,7 +82,6 @@ FLOORS = {
     "training": 4.7,
     "heal": 5,
     "stages": 5.5,
-    "memory": 5.6,
     "rounds": 5.7,
     "study": 5.75,
     "loop": 6,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import one_sentence
 
-from experiments.distributions import distribution, histogram
+from experiments.distributions import distribution
 from experiments.scales import AxisSpec, Scale
 from experiments.svg import Point, Rule, Series, chart, styles
 from experiments.svg_shapes import MARKERS, PALETTE
@@ -193,18 +193,6 @@ def test_a_distribution_is_numpys_share_at_or_below():
         # A tenth of a unit on the page is 0.003 of the axis.
         near = [np.mean(np.array(values) <= v) for v in (value - 0.003, value, value + 0.003)]
         assert min(near) - 1e-3 <= share <= max(near) + 1e-3
-
-
-def test_a_histogram_is_numpys():
-    values = [0.1, 0.2, 0.2, 0.9, 1.0, 3.0]
-    edges = [0.0, 0.5, 1.0]
-    svg = histogram({"a": values}, edges, AxisSpec("KL", low=0.0, high=1.0), **TOLD)
-    counts, _ = np.histogram(values, edges)
-    assert counts.tolist() == [3, 2]
-    corners = steps(svg)
-    # 0, up to 3/6, down to 2/6, down to 0; one of six is beyond the last edge.
-    tops = [(corners[0][1] - y) for _, y in corners]
-    assert [t / tops[1] for t in tops] == pytest.approx([0, 1, 2 / 3, 2 / 3, 0], abs=0.01)
 
 
 def luminance(colour):
