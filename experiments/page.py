@@ -23,8 +23,9 @@ from experiments import (
 from experiments.folder import axis_of, read, read_json
 from experiments.journal import read_lines, write
 from experiments.page_charts import Figure
+from experiments.rows import rows
 from experiments.shown import clean
-from experiments.summary import Event, rows
+from experiments.summary import Event
 from experiments.svg_shapes import PALETTE
 from shl.axes import Axis
 from shl.config import EvalConfig

@@ -15,8 +15,8 @@ from experiments.diary import diary
 from experiments.folder import axis_of, read
 from experiments.journal import write
 from experiments.page import write_page
+from experiments.rows import rows
 from experiments.status import newest
-from experiments.summary import rows
 from shl.config import EvalConfig
 from shl.errors import ShlError
 

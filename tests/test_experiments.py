@@ -15,8 +15,8 @@ from experiments import run as program
 from experiments.folder import read
 from experiments.plot import draw
 from experiments.report import report
+from experiments.rows import rows
 from experiments.settings import RunConfig
-from experiments.summary import rows
 from shl.bake import baked
 from shl.errors import ShlError
 from shl.generate import Completion

@@ -30,10 +30,10 @@ from experiments.page import write_page
 from experiments.recall import Recall
 from experiments.record import Record
 from experiments.report import report
+from experiments.rows import rows
 from experiments.run import study
 from experiments.settings import RunConfig, settings_of
 from experiments.status import status
-from experiments.summary import rows
 from shl import weights
 from shl.axes import load_axis
 from shl.config import EvalConfig
