@@ -15,12 +15,10 @@ export GOMP_SPINCOUNT ?= 5000
 export TOKENIZERS_PARALLELISM ?= false
 BIN = .venv/bin
 STUDY = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED)
+# Triton's own language has no docstrings to read, and shapes re-exports jaxtyping's.
+DOCUMENTED = $(filter-out %.__init__ shl.kl.triton shl.utils.shapes, \
+  $(subst /,.,$(basename $(wildcard shl/*.py shl/*/*.py))))
 .PHONY: help install experiment arms smoke status report probe crash bench test check docs notebooks
-# Rooms that share their name with a public function (shl.heal) come with `shl` itself; shl.shapes
-# re-exports Tensor, whose pages are not ours to make, and kl_triton takes triton.
-FACE = $(shell sed -n 's/^    "\([a-z_]*\)",/shl.\1/p' shl/__init__.py)
-ROOMS = $(filter-out shl.__init__ shl.kl_triton shl.shapes $(FACE),$(patsubst shl/%.py,shl.%,$(wildcard shl/*.py)))
-
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
 	@echo "variables: AXIS=$(AXIS) MODEL=$(MODEL) ROUNDS=$(ROUNDS) SEED=$(SEED) ARGS=\"--help\""
@@ -47,16 +45,16 @@ smoke: install  ## the same path on the same weights at the smallest honest scal
 	  --eval.samples 4 --eval.bootstrap 100 $(ARGS)
 
 status: install  ## what a run has done and what remains: RUN=, the newest by default
-	$(BIN)/python -m experiments.status $(RUN)
+	$(BIN)/python -m experiments.record.status $(RUN)
 
 report: install  ## a run's table, answers, pictures and report.html again: RUN=, the newest by default
-	$(BIN)/python -m experiments.report $(RUN)
+	$(BIN)/python -m experiments.arms.report $(RUN)
 
 crash: install  ## kill a small real run again and again, and compare it with one left alone
-	$(BIN)/python -m experiments.crash --model "$(MODEL)" $(ARGS)
+	$(BIN)/python -m experiments.checks.crash --model "$(MODEL)" $(ARGS)
 
 probe: install  ## the vignette probe's validity on MODEL
-	$(BIN)/python -m experiments.probe --axis "$(AXIS)" --model "$(MODEL)" $(ARGS)
+	$(BIN)/python -m experiments.checks.validity --axis "$(AXIS)" --model "$(MODEL)" $(ARGS)
 
 bench: install  ## us and the peers side by side: BENCH=kernel|decode|heal|start, all by default
 	$(BIN)/python -m experiments.bench $(BENCH) $(ARGS)
@@ -68,7 +66,7 @@ check: install  ## format, lint and static types
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 docs: install  ## the API reference, from the docstrings, into runs/docs; a warning is an error
-	$(BIN)/python -W error -m pdoc --docformat google -o runs/docs shl $(ROOMS)
+	$(BIN)/python -W error -m pdoc --docformat google -o runs/docs shl $(DOCUMENTED)
 
 notebooks: install  ## run the notebooks on the real model and store their outputs
-	$(BIN)/python -m experiments.notebooks
+	$(BIN)/python -m experiments.checks.notebooks

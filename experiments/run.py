@@ -15,24 +15,24 @@ import tyro
 from rich.console import Console
 from transformer_lens import HookedTransformer
 
-from experiments.bar import Bar
-from experiments.folder import finished, same_run
-from experiments.journal import read_lines
-from experiments.memory import Usage
-from experiments.recall import Recall
-from experiments.record import Record, token_curves
-from experiments.report import report
-from experiments.settings import RunConfig, folder_of, settings_of
-from experiments.stop import Stop, Stopped
-from experiments.tinymfv import Tinymfv
-from experiments.validities import validities
-from shl.axes import Axis, load_axis
-from shl.errors import ShlError
-from shl.fingerprint import weights_hash
-from shl.loop import StarvedError, baselines, love
-from shl.lora import Adapter
-from shl.models import load_model
-from shl.vector import SteeringVector
+from experiments.questions.agreement import validities
+from experiments.record.journal import read_lines
+from experiments.record.progress import Bar
+from experiments.record.reader import finished, same_run
+from experiments.record.resume import Recall
+from experiments.record.settings import RunConfig, folder_of, settings_of
+from experiments.record.signals import Stop, Stopped
+from experiments.record.status import Usage
+from experiments.record.writer import Record, token_curves
+from experiments.report.report import report
+from shl.hooks.adapter import Adapter
+from shl.hooks.fingerprint import weights_hash
+from shl.hooks.vector import SteeringVector
+from shl.measure.tinymfv import Tinymfv
+from shl.method.axes import Axis, load_axis
+from shl.method.loop import StarvedError, baselines, love
+from shl.models.load import load_model
+from shl.utils.errors import ShlError
 
 Lent = Callable[[str, int, str], Mapping[str, Any] | None]
 """Called as `lent(event, round, part)`."""

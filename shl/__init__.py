@@ -1,9 +1,13 @@
 """Steer, heal, love: distil a steering vector into an adapter that keeps the model coherent."""
 
-from shl.activations import activations, difference
-from shl.adapter import Adapter
-from shl.axes import Axis, load_axis
-from shl.bake import baked, stack
+import sys
+from importlib import import_module
+from types import ModuleType
+
+from shl.analysis.check import check
+from shl.analysis.dose_response import dose_response
+from shl.analysis.ledger import Ledger
+from shl.analysis.logit_lens import logit_lens
 from shl.config import (
     DoseConfig,
     EvalConfig,
@@ -13,24 +17,36 @@ from shl.config import (
     LoopConfig,
     VectorConfig,
 )
-from shl.directions import SteeringVector
-from shl.errors import ShlError
-from shl.export import export_hf, export_peft
-from shl.filters import judge, keep_coherent
-from shl.generate import Completion, generate
-from shl.heal import heal
-from shl.hf_view import as_hf
-from shl.hooks import suspended
+from shl.hooks.adapter import Adapter
+from shl.hooks.bake import baked, stack
+from shl.hooks.handle import suspended
+from shl.hooks.vector import SteeringVector
 from shl.kl import aggregate, reverse_kl_and_nll
-from shl.ledger import Ledger
-from shl.lens import logit_lens
-from shl.loop import Round, baselines, love
-from shl.models import load_model
-from shl.response import dose_response
-from shl.tokens import Prompt
-from shl.trust import check
-from shl.vector import extract_vector
-from shl.vignettes import evaluate
+from shl.measure.vignettes import evaluate
+from shl.method.axes import Axis, load_axis
+from shl.method.extract import extract_vector
+from shl.method.filters import judge, keep_coherent
+from shl.method.heal import heal
+from shl.method.loop import Round, baselines, love
+from shl.models.activations import activations, difference
+from shl.models.as_hf import as_hf
+from shl.models.export import export_hf, export_peft
+from shl.models.generate import Completion, generate
+from shl.models.load import load_model
+from shl.models.tokens import Prompt
+from shl.utils.errors import ShlError
+
+# Short names of three modules.
+for _alias, _name in (("tiny", "shl.models.tiny"), ("lens", "shl.analysis.logit_lens")):
+    globals()[_alias] = sys.modules[f"shl.{_alias}"] = import_module(_name)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`shl.pictures`, which takes matplotlib and is imported when it is asked for."""
+    if name == "pictures":
+        return import_module("shl.analysis.plots")
+    raise AttributeError(f"module 'shl' has no attribute {name!r}")
+
 
 __all__ = [
     "Adapter",

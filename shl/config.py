@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shl.errors import ShlError, check
+from shl.utils.errors import ShlError, check
 
 LINEAR_SITES = ("q", "k", "v", "o", "gate", "up", "down")
 SITE_KINDS = (*LINEAR_SITES, "resid")

@@ -11,7 +11,7 @@ import helpers
 import pytest
 import torch
 
-from shl.tiny import tiny_gemma
+from shl.models.tiny import tiny_gemma
 
 torch.set_num_threads(1)
 

@@ -8,8 +8,6 @@ import torch
 from transformer_lens.components import GroupedQueryAttention
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shl.attention import FastAttention
-from shl.components import FASTER
 from shl.config import (
     LINEAR_SITES,
     DoseConfig,
@@ -19,10 +17,12 @@ from shl.config import (
     LoopConfig,
     VectorConfig,
 )
-from shl.lora import fresh_adapter
-from shl.models import build_model
-from shl.probes import vignettes
-from shl.tiny import tiny_tokenizer
+from shl.fast.attention import FastAttention
+from shl.fast.blocks import FASTER
+from shl.hooks.adapter import fresh_adapter
+from shl.measure.vignettes import vignettes
+from shl.models.load import build_model
+from shl.models.tiny import tiny_tokenizer
 
 
 def tiny_llama_hf(**changes):
@@ -54,6 +54,12 @@ def fill(hf, seed):
     for name, parameter in hf.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
+
+
+def save(folder, hf, **settings):
+    hf.save_pretrained(folder, **settings)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def tiny_llama(**changes):
@@ -166,7 +172,7 @@ def small_loop(**changes):
 def lenient(monkeypatch, *, reasons=lambda text: []):
     """Noise passes the filter (or falls for `reasons`), and the probe has 8 vignettes."""
     scores = [(9.0, 8.0)]
-    filters, probe = import_module("shl.filters"), import_module("shl.vignettes")
+    filters, probe = import_module("shl.method.filters"), import_module("shl.measure.vignettes")
     few = vignettes()[:8]
     monkeypatch.setattr(filters, "text_reasons", lambda text, *_: reasons(text))
     monkeypatch.setattr(filters, "base_perplexities", lambda _, texts, **__: scores * len(texts))

@@ -21,22 +21,21 @@ from transformer_lens import HookedTransformer
 from experiments.arms.catalogue import ARMS, Arm, chosen
 from experiments.arms.doses import FILE as DOSES
 from experiments.arms.doses import measure_doses
-from experiments.arms.kinds import FILE as TEXTS
-from experiments.arms.kinds import measure_kinds
-from experiments.arms.lend import Lender
 from experiments.arms.report import compare
-from experiments.folder import finished, same_run
-from experiments.journal import read_lines
-from experiments.lines import Past
-from experiments.report import report
+from experiments.arms.stage_cache import Lender
+from experiments.arms.text_kl import FILE as TEXTS
+from experiments.arms.text_kl import measure_kinds
+from experiments.record.journal import read_lines
+from experiments.record.reader import Past, finished, same_run
+from experiments.record.settings import RunConfig, name_for, settings_of
+from experiments.record.signals import Stop, Stopped
+from experiments.report.report import report
 from experiments.run import study
-from experiments.settings import RunConfig, name_for, settings_of
-from experiments.stop import Stop, Stopped
-from shl.axes import load_axis
 from shl.config import EvalConfig, LoopConfig
-from shl.errors import ShlError, check
-from shl.loop import StarvedError
-from shl.models import load_model
+from shl.method.axes import load_axis
+from shl.method.loop import StarvedError
+from shl.models.load import load_model
+from shl.utils.errors import ShlError, check
 
 Load = Callable[[], HookedTransformer]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shl.config import LoopConfig
-from shl.errors import check
+from shl.utils.errors import check
 
 Change = Callable[[LoopConfig], LoopConfig]
 

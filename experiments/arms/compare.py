@@ -11,15 +11,14 @@ import numpy as np
 from experiments.arms.catalogue import ARMS
 from experiments.arms.doses import FILE as DOSES
 from experiments.arms.doses import read_doses
-from experiments.folder import axis_of
-from experiments.journal import Line, read_lines
-from experiments.lines import Past
-from experiments.recall import scores
-from shl.axes import Axis
+from experiments.record.journal import Line, read_lines
+from experiments.record.reader import Past, axis_of
+from experiments.record.resume import scores
 from shl.config import FOUNDATIONS
-from shl.evaluation import nats_of
-from shl.stats import bootstrap
-from shl.vignettes import reading
+from shl.measure.evaluation import nats_of
+from shl.measure.stats import bootstrap
+from shl.measure.vignettes import reading
+from shl.method.axes import Axis
 
 LEVELS = (0.97, 0.9, 0.75, 0.5)
 """Shares of base's coherence at which arms are compared: Q2's "a whisker", and three below it."""

@@ -5,19 +5,18 @@ from typing import Any
 
 from transformer_lens import HookedTransformer
 
-from experiments.journal import Journal, failed, read_lines
-from experiments.lines import Past
-from experiments.numbers import shift_numbers, stage_numbers
-from experiments.recall import scores
-from experiments.record import text_lines
-from experiments.stop import Stop
-from shl.axes import Axis
+from experiments.record.journal import Journal, failed, read_lines
+from experiments.record.reader import Past
+from experiments.record.resume import scores
+from experiments.record.signals import Stop
+from experiments.record.writer import shift_numbers, stage_numbers, text_lines
 from shl.config import LoopConfig
-from shl.dose import ladder
-from shl.errors import check
-from shl.stages import measure
-from shl.vector import SteeringVector
-from shl.vignettes import reading, remember_base
+from shl.hooks.vector import SteeringVector
+from shl.measure.vignettes import reading, remember_base
+from shl.method.axes import Axis
+from shl.method.dose import ladder
+from shl.method.loop import measure
+from shl.utils.errors import check
 
 FILE = "doses.jsonl"
 

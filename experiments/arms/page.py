@@ -8,16 +8,16 @@ from markupsafe import Markup
 
 from experiments.arms.catalogue import ARMS
 from experiments.arms.compare import LEVELS, Found, spots
-from experiments.arms.kinds import HOWS, KINDS, kinds_tau, sizes, summary
-from experiments.arms.words import columns, kinds_words, question, sentence, verdicts
-from experiments.distributions import distribution
-from experiments.folder import axis_of, read
-from experiments.journal import Line, read_lines, write
-from experiments.page import environment
-from experiments.page_charts import Figure, drawn
-from experiments.page_view import MARKS
-from experiments.scales import AxisSpec
-from experiments.svg import Point, Rule, Series, chart, styles
+from experiments.arms.tables import columns, kinds_words, question, sentence, verdicts
+from experiments.arms.text_kl import HOWS, KINDS, kinds_tau, sizes, summary
+from experiments.record.journal import Line, read_lines, write
+from experiments.record.reader import axis_of, read
+from experiments.report.distributions import distribution
+from experiments.report.page import MARKS, environment
+from experiments.report.page_charts import Figure, drawn
+from experiments.report.scales import AxisSpec
+from experiments.report.svg import chart, styles
+from experiments.report.svg_frame import Point, Rule, Series
 
 _KIND_COLOURS = dict(zip(KINDS, ("blue", "green", "red"), strict=True))
 LEAST = 0.01

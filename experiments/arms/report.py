@@ -1,6 +1,7 @@
 """Table, verdicts, pictures and page of the arms, from their records alone."""
 
 import json
+import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from experiments.arms.compare import points, table
-from experiments.arms.kinds import FILE as TEXTS
-from experiments.arms.kinds import kinds_tau, read_kinds, summary
 from experiments.arms.page import write_page
-from experiments.arms.words import (
+from experiments.arms.tables import (
     columns,
     kinds_words,
     legend,
@@ -20,9 +19,13 @@ from experiments.arms.words import (
     sentence,
     verdicts,
 )
-from experiments.journal import write
-from shl.errors import check
-from shl.files import write_whole
+from experiments.arms.text_kl import FILE as TEXTS
+from experiments.arms.text_kl import kinds_tau, read_kinds, summary
+from experiments.record.journal import write
+from experiments.record.status import newest
+from experiments.report.report import report
+from shl.utils.errors import ShlError, check
+from shl.utils.files import write_whole
 
 
 def compare(folder: Path, console: Console) -> None:
@@ -34,7 +37,7 @@ def compare(folder: Path, console: Console) -> None:
     # matplotlib is slow to import and only needed at the end.
     from matplotlib import pyplot as plt
 
-    from experiments.arms.pictures import kinds, plane
+    from experiments.arms.plots import kinds, plane
 
     found = points(folder)
     check(bool(found), f"{folder} holds no arm that has measured base.")
@@ -57,3 +60,22 @@ def compare(folder: Path, console: Console) -> None:
         write_whole(folder / f"{name}.png", picture.getvalue())
         plt.close(figure)
     write_page(folder, found, texts)
+
+
+def main() -> None:
+    """The command line: a run folder, or that of arms."""
+    try:
+        folder = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
+        console = Console(width=max(120, Console().width), soft_wrap=True)
+        if (folder / "events.jsonl").exists() or not any(folder.glob("*/seed*/events.jsonl")):
+            report(folder, console)
+        else:
+            compare(folder, console)
+        console.print(f"page: {folder / 'report.html'}", highlight=False, markup=False)
+    except ShlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from experiments.bench import turns
 from experiments.bench.measure import Around, Row, Timing, interleave, spread_note
-from shl.bake import baked
 from shl.config import LINEAR_SITES, HealConfig
-from shl.generate import generate
-from shl.lora import Adapter, fresh_adapter
-from shl.models import load_model
-from shl.probes import vignettes
-from shl.tokens import Prompt, encode, pad_left
-from shl.vector import SteeringVector
-from shl.weights import model_folder
+from shl.hooks.adapter import Adapter, fresh_adapter
+from shl.hooks.bake import baked
+from shl.hooks.vector import SteeringVector
+from shl.measure.vignettes import vignettes
+from shl.models.generate import generate
+from shl.models.load import load_model
+from shl.models.tokens import Prompt, encode, pad_left
+from shl.models.weights import model_folder
 
 MODEL = "gemma-3-270m"
 STEERED, BOTH = "steered at one layer", "steered + 8 rounds of rank 8"

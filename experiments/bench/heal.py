@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM
 from experiments.bench.decode import MODEL, prompts
 from experiments.bench.measure import Row, interleave, spread_note
 from shl.config import HealConfig
-from shl.generate import Completion
-from shl.hooks import suspended
+from shl.hooks.adapter import Adapter, fresh_adapter
+from shl.hooks.handle import suspended
+from shl.hooks.sites import HF_NAMES
 from shl.kl import aggregate, reverse_kl_and_nll
-from shl.lora import Adapter, fresh_adapter
-from shl.models import load_model
-from shl.scores import completion_hidden
-from shl.sites import HF_NAMES
-from shl.tokens import decode, encode
-from shl.weights import model_folder
+from shl.models.generate import Completion
+from shl.models.load import load_model
+from shl.models.scores import completion_hidden
+from shl.models.tokens import decode, encode
+from shl.models.weights import model_folder
 
 NEW, BATCH = 64, 4
 CONFIG = HealConfig(tau=0.0)  # the barrier is open from the first step

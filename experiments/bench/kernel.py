@@ -9,8 +9,8 @@ from torch import Tensor
 
 from experiments.bench import kernel_gpu
 from experiments.bench.measure import Row, Timing, interleave, spread_note
-from shl.kl import aggregate, naive_kl_and_nll, reverse_kl_and_nll
-from shl.sweep import logsumexp
+from shl.kl import aggregate, logsumexp, reverse_kl_and_nll
+from shl.kl.divergence import naive_kl_and_nll
 
 TOKENS, D_MODEL, VOCAB = 256, 640, 262144
 TAU = 0.0  # the barrier is open

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from experiments.bench.measure import Row, Timing, interleave, spread_note
-from shl.kl import aggregate, fused, naive_kl_and_nll, reverse_kl_and_nll
-from shl.sweep import logsumexp
+from shl.kl import aggregate, fused, logsumexp, reverse_kl_and_nll
+from shl.kl.divergence import naive_kl_and_nll
 
 TOKENS, D_MODEL, VOCAB = 4096, 2560, 262208
 TAU = 0.0  # the barrier is open

@@ -16,7 +16,7 @@ print(time.perf_counter() - t)
 _TRANSFORMERS = """
 import time, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from shl.weights import model_folder
+from shl.models.weights import model_folder
 folder = model_folder("gemma-3-270m")
 t = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -10,11 +10,10 @@ import torch
 from transformer_lens import HookedTransformer
 
 from experiments.bench.measure import Row, Timing
-from shl.hooks import decoding
-from shl.models import load_model
-from shl.prefill import prefill, run
-from shl.sampling import next_logits
-from shl.tokens import Prompt, encode
+from shl.hooks.handle import decoding
+from shl.models.generate import next_logits, prefill, run
+from shl.models.load import load_model
+from shl.models.tokens import Prompt, encode
 
 Hooks = Callable[[HookedTransformer], AbstractContextManager[Any]]
 

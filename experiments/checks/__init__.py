@@ -1,0 +1,1 @@
+"""Checks on the real weights: the crash test, the validity of the probe, the notebooks."""

@@ -1,0 +1,108 @@
+"""The probe's validity on a model, before anything is built on it: `make probe`."""
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from shl.config import FOUNDATIONS
+from shl.measure.evaluation import Evaluation, nats_of
+from shl.measure.validity import validity
+from shl.measure.vignettes import evaluate
+from shl.method.axes import load_axis
+from shl.models.load import load_model
+from shl.utils.errors import ShlError
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Read the vignettes on base and under both personas, and say how far to trust them."""
+
+    axis: str = "care_auth"
+    """Whose personas are tried."""
+    model: str = "gemma-3-270m"
+    """Embedded model, hub name, or local folder."""
+
+
+def main() -> None:
+    """The command line; bad input ends with one sentence and status 2."""
+    config = tyro.cli(ProbeConfig, description=__doc__)
+    console = Console(width=110)
+    try:
+        axis = load_axis(config.axis)
+        model = load_model(config.model)
+        base = evaluate(model)
+        plus = evaluate(model, persona=axis.positive)
+        minus = evaluate(model, persona=axis.negative)
+    except ShlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    show(console, config, base, plus, minus)
+
+
+def show(
+    console: Console, config: ProbeConfig, base: Evaluation, plus: Evaluation, minus: Evaluation
+) -> None:
+    """Print top-1, confusion, split-half, and the shift of each persona."""
+    console.print(f"{config.model}, {base.style} style, {len(base.labels)} vignettes")
+    each = [
+        float((x.argmax(1) == base.intended).mean()) for x in np.swapaxes(base.log_p_each, 0, 1)
+    ]
+    found = validity(
+        "vignettes",
+        base.log_probs,
+        plus.log_probs,
+        minus.log_probs,
+        base.labels,
+        load_axis(config.axis).expected,
+        calibrated=base.style == "completion",
+    )
+    console.print(
+        f"top-1 {base.accuracy:.2f} (chance 0.14), alone {', '.join(f'{a:.2f}' for a in each)}; "
+        f"informedness {found.informedness:.2f} (permutation p {found.informedness_p:.4f})"
+    )
+    # Base's own profile is flat by calibration, so reliability is that of the persona contrast.
+    console.print(f"split-half of the persona contrast over vignettes {found.split_half:.3f}")
+    table = Table(title="chosen (columns) for intended (rows)")
+    for column in ("intended", *FOUNDATIONS, "recall"):
+        table.add_column(column, justify="right")
+    for name, row in zip(FOUNDATIONS, base.confusion, strict=True):
+        recall = row[FOUNDATIONS.index(name)] / row.sum()
+        noise = " noise" if name in base.noise else ""
+        table.add_row(name, *map(str, row), f"{recall:.2f}{noise}")
+    console.print(table)
+    table = Table(title="shift that a persona prompt alone causes [nats]")
+    for column in (
+        "foundation",
+        "positive",
+        "negative",
+        "positive - negative",
+        "95 % interval",
+        "by stem or order",
+    ):
+        table.add_column(column, justify="right")
+    per = [
+        nats_of(x) - nats_of(y)
+        for x, y in zip(
+            np.swapaxes(plus.log_p_each, 0, 1), np.swapaxes(minus.log_p_each, 0, 1), strict=True
+        )
+    ]
+    for k, name in enumerate(FOUNDATIONS):
+        low, high = plus.shift_interval(minus, name)
+        table.add_row(
+            name,
+            f"{plus.shift(base)[name]:+.2f}",
+            f"{minus.shift(base)[name]:+.2f}",
+            f"{plus.shift(minus)[name]:+.2f}",
+            f"{low:+.2f} to {high:+.2f}",
+            " ".join(f"{x[k]:+.2f}" for x in per),
+        )
+    console.print(table)
+    console.print(f"{'valid' if found.valid else 'not valid'} here: {found.reason}")
+
+
+if __name__ == "__main__":
+    main()

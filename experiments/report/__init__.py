@@ -1,0 +1,1 @@
+"""What is shown of a run: table, answers, page and plots, from its record alone."""

@@ -1,0 +1,1 @@
+"""Looking inside a run: vectors, weight updates, words, doses, sanity checks, plots."""

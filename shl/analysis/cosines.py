@@ -1,0 +1,299 @@
+"""Each round's steering vector in numbers: norms, and cosines beside what chance gives."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformer_lens import HookedTransformer
+
+from shl.hooks.adapter import Adapter
+from shl.hooks.bake import baked
+from shl.hooks.handle import suspended
+from shl.hooks.vector import SteeringVector
+from shl.method.axes import Axis
+from shl.models.activations import residual_at_tag
+from shl.models.tokens import Prompt
+from shl.utils.errors import check
+from shl.utils.seeds import generator_for
+from shl.utils.shapes import Direction, Float, Tensor
+
+
+def random_cosines(
+    reference: Direction,
+    states: Float[Tensor, "n d_model"],
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Float[Tensor, " draws"]:
+    """Cosines to `reference` of normal random directions with the covariance of `states`.
+
+    "Would any direction along which this stream varies look as close?" A draw is sum_i z_i x_i
+    with z normal and x the centred rows, whose covariance is that of the rows without forming it.
+    It has rank n - 1 at most: take n well above the few directions that matter.
+
+    Args:
+        reference: `[d_model]`, what the cosines are to.
+        states: `[n, d_model]`, for instance residuals at one token of n prompts.
+
+    Raises:
+        ShlError: fewer than two rows, rows that do not differ, or a reference of zero.
+
+    Example:
+        >>> import torch
+        >>> axes = torch.cat([torch.eye(50), -torch.eye(50)])  # the same in every direction
+        >>> cosines = random_cosines(torch.ones(50), axes, draws=2000)
+        >>> round(float((cosines**2).mean()), 2)  # 1 / 50
+        0.02
+    """
+    check(len(states) >= 2, f"{len(states)} rows have no covariance, it takes two.")
+    states = states.double()
+    centred = states - states.mean(0)
+    check(bool(centred.any()), "the rows do not differ, so they have no covariance.")
+    z = torch.randn(draws, len(states), generator=generator_for(seed, "null"), dtype=torch.float64)
+    return _cosines(reference, z @ centred)
+
+
+def shuffled_cosines(
+    reference: Direction,
+    differences: Float[Tensor, "n d_model"],
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Float[Tensor, " draws"]:
+    """Cosines to `reference` of mean differences whose persona labels are shuffled.
+
+    "Would these contexts give such a vector if the personas meant nothing?" In each draw the two
+    personas change places in a random half of the contexts (an odd one is left out), which takes
+    the mean difference out exactly. Flips at random would leave a share of it in, and a cosine
+    does not see how small that share is.
+
+    Args:
+        reference: `[d_model]`, what the cosines are to.
+        differences: `[n, d_model]`, positive minus negative persona, one row per context.
+
+    Raises:
+        ShlError: fewer than two contexts, differences that are all alike, or a reference of zero.
+
+    Example:
+        >>> import torch
+        >>> noise = torch.eye(4)[[0, 1, 2, 3]]
+        >>> cosines = shuffled_cosines(torch.tensor([1.0, 0, 0, 0]), noise + 100.0, draws=10)
+        >>> sorted({round(float(c), 6) for c in cosines})  # four of +-1 each: 1 / sqrt(4)
+        [-0.5, 0.5]
+    """
+    n = len(differences)
+    check(n >= 2, f"the labels of {n} contexts cannot be shuffled, it takes two.")
+    differences = differences.double()
+    centred = differences - differences.mean(0)
+    spread = float(torch.linalg.vector_norm(centred) / torch.linalg.vector_norm(differences))
+    check(spread > 1e-6, "the differences are all alike, so shuffled labels leave nothing.")
+    signs = torch.zeros(draws, n, dtype=torch.float64)
+    order = torch.rand(draws, n, generator=generator_for(seed, "shuffle")).argsort(1)
+    signs.scatter_(1, order[:, : n // 2], 1.0)
+    signs.scatter_(1, order[:, n // 2 : 2 * (n // 2)], -1.0)
+    return _cosines(reference, signs @ centred)
+
+
+def bound(cosines: Float[Tensor, " draws"], confidence: float = 0.95) -> float:
+    """The |cosine| that a share `confidence` of the draws stays below.
+
+    Example:
+        >>> import torch
+        >>> round(bound(torch.linspace(-1, 1, 2001)), 3)
+        0.95
+    """
+    return float(torch.quantile(cosines.abs(), confidence))
+
+
+def _cosines(reference: Direction, directions: Float[Tensor, "draws d_model"]) -> Tensor:
+    reference = reference.double().cpu()
+    check(bool(reference.any()), "the reference direction is 0, nothing has a cosine to it.")
+    return torch.cosine_similarity(directions, reference[None], dim=1)
+
+
+States = Mapping[int, Float[Tensor, "n d_model"]]
+"""Residuals at the assistant tag per layer, one row per context, fp32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """One round's residuals, all on the same contexts.
+
+    `positive`, `negative` and `neutral` (no persona) are of the student that enters the round,
+    `healed` is neutral too, of the one that leaves it, and `base` that of the model without any
+    adapter.
+
+    Example:
+        >>> from shl.method.axes import load_axis
+        >>> from shl.models.tiny import tiny_gemma
+        >>> [student] = students(tiny_gemma(), load_axis("love"), [[]], [1], contexts=3)
+        >>> float(student.shift(1).abs().max())  # a round without an adapter moves nothing
+        0.0
+    """
+
+    positive: States
+    negative: States
+    neutral: States
+    healed: States
+    base: States
+
+    def differences(self, layer: int) -> Float[Tensor, "n d_model"]:
+        """Positive minus negative persona per context; their mean is the round's vector."""
+        return self.positive[layer] - self.negative[layer]
+
+    def shift(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Mean of healed minus base: what the student has made its own by the round's end."""
+        return (self.healed[layer] - self.base[layer]).mean(0)
+
+
+def students(
+    model: HookedTransformer,
+    axis: Axis,
+    adapters: Sequence[Sequence[Adapter]],
+    layers: Sequence[int],
+    *,
+    contexts: int,
+    batch_size: int = 16,
+) -> list[Student]:
+    """Run the axis's contexts on the student of every round, without any other hook of ours.
+
+    Args:
+        adapters: per round, what it added (one adapter, or none).
+        contexts: how many of the axis's contexts are used, from the first.
+
+    Raises:
+        ShlError: adapters that do not fit the model, or a layer that it does not have.
+    """
+    asked = axis.contexts[:contexts]
+
+    def states(persona: str | None) -> States:
+        prompts = [Prompt(context, persona) for context in asked]
+        return residual_at_tag(model, prompts, layers, batch_size=batch_size)
+
+    out = []
+    with suspended(model):
+        base = neutral = states(None)
+        before: list[Adapter] = []
+        for added in adapters:
+            with baked(model, before):
+                positive, negative = states(axis.positive), states(axis.negative)
+            before = [*before, *added]
+            with baked(model, before):
+                healed = states(None)
+            out.append(Student(positive, negative, neutral, healed, base))
+            neutral = healed
+    return out
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """A cosine, and what 95 % of chance stays below in size: random directions with the
+    covariance of the residuals, and the same contexts with shuffled persona labels (see
+    `shl.analysis.cosines`). Both are None in a ledger that was made without a model.
+
+    Example:
+        >>> Cosine(0.5, random=0.3, shuffled=0.4).beyond_chance
+        True
+    """
+
+    value: float
+    random: float | None = None
+    shuffled: float | None = None
+
+    @property
+    def beyond_chance(self) -> bool | None:
+        """Whether the size is above both nulls; None without them."""
+        if self.random is None or self.shuffled is None:
+            return None
+        return abs(self.value) > max(self.random, self.shuffled)
+
+
+@dataclass(frozen=True)
+class VectorEntry:
+    """One layer of one round's steering vector.
+
+    `norm` is in units of the residual stream, `relative_norm` its share of the mean norm of the
+    entering student's residuals without persona; `shift_norm` is that of the internalised shift,
+    the mean of healed minus base residuals without persona, after the round. All at the assistant
+    tag; None where there was no model. A cosine of or to what is missing or 0 is None, as
+    `to_previous` is in the first round.
+    """
+
+    round: int
+    layer: int
+    norm: float
+    to_first: Cosine | None
+    to_previous: Cosine | None
+    relative_norm: float | None = None
+    shift_norm: float | None = None
+    to_shift: Cosine | None = None
+
+
+def vector_entries(
+    vectors: Sequence[SteeringVector],
+    found: Sequence[Student] | None = None,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Iterator[VectorEntry]:
+    """One entry per round and layer.
+
+    Args:
+        vectors: one per round, in order.
+        found: `students` of the same rounds; without them there are no nulls and no shift.
+        draws: random draws behind each null.
+
+    Raises:
+        ShlError: too few contexts for a null, or contexts that are all alike.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.tensor([3.0, 0.0]), torch.tensor([3.0, 4.0])
+        >>> vectors = [SteeringVector({1: v}, "tiny", "demo", 8) for v in (x, y)]
+        >>> [round(e.to_first.value, 3) for e in vector_entries(vectors)]
+        [1.0, 0.6]
+    """
+    nulls = {"draws": draws, "seed": seed}
+    for index, vector in enumerate(vectors):
+        student = found[index] if found else None
+        for layer, v in sorted(vector.directions.items()):
+            first = vectors[0].directions.get(layer)
+            previous = vectors[index - 1].directions.get(layer) if index else None
+            entry = VectorEntry(
+                index,
+                layer,
+                float(v.norm()),
+                _cosine(v, first, layer, student, nulls),
+                _cosine(v, previous, layer, student, nulls),
+            )
+            if student:
+                shift = student.shift(layer)
+                entry = replace(
+                    entry,
+                    relative_norm=entry.norm / float(student.neutral[layer].norm(dim=1).mean()),
+                    shift_norm=float(shift.norm()),
+                    to_shift=_cosine(v, shift, layer, student, nulls),
+                )
+            yield entry
+
+
+def _cosine(
+    v: Direction,
+    other: Direction | None,
+    layer: int,
+    student: Student | None,
+    nulls: dict[str, int],
+) -> Cosine | None:
+    if other is None or not bool(other.any()) or not bool(v.any()):
+        return None
+    value = float(torch.cosine_similarity(v.cpu(), other.cpu(), dim=0))
+    if student is None:
+        return Cosine(value)
+    # Each persona's own mean goes, so that the trait is not part of what varies.
+    sides = (student.positive[layer], student.negative[layer])
+    states = torch.cat([side - side.mean(0) for side in sides])
+    return Cosine(
+        value,
+        bound(random_cosines(other, states, **nulls)),
+        bound(shuffled_cosines(other, student.differences(layer), **nulls)),
+    )

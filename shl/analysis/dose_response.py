@@ -1,0 +1,110 @@
+"""Dose-response: how far each dose of a vector takes the model from base, in one batched call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformer_lens import HookedTransformer
+
+from shl.hooks.handle import suspended
+from shl.hooks.sites import readout
+from shl.hooks.steering import Steering
+from shl.hooks.vector import SteeringVector
+from shl.kl import aggregate, logsumexp, reverse_kl_and_nll
+from shl.models.generate import Completion
+from shl.models.scores import completion_hidden
+from shl.models.tokens import length_batches
+from shl.utils.errors import check
+from shl.utils.shapes import Float, PerToken, Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class DoseResponse:
+    """Per-token KL(steered || base), nats: `kl[i][j]` is `[tok]` for dose i on completion j.
+
+    Example:
+        >>> import torch
+        >>> response = DoseResponse((0.0, 1.0), (((torch.zeros(2),), (torch.tensor([3.0, 4.0]),))))
+        >>> [round(x, 2) for x in response.divergence("rmse")[:, 0].tolist()]
+        [0.0, 3.54]
+    """
+
+    doses: tuple[float, ...]
+    kl: tuple[tuple[PerToken, ...], ...]
+
+    def divergence(self, how: str = "rmse") -> Float[Tensor, "dose completion"]:
+        """One number D per dose and completion, nats: `mean`, `rmse`, `max` or `pNN`.
+
+        Raises:
+            ShlError: an unknown aggregate.
+        """
+        return torch.stack([torch.stack([aggregate(kl, how) for kl in row]) for row in self.kl])
+
+
+@torch.no_grad()
+def dose_response(
+    model: HookedTransformer,
+    vector: SteeringVector,
+    completions: Sequence[Completion],
+    doses: Sequence[float],
+    *,
+    batch_size: int = 64,
+) -> DoseResponse:
+    """KL to base per dose over the same texts: every dose is a row of the same batches.
+
+    The texts are fixed (base's own answers, for instance), so doses differ in nothing but the
+    dose. Base is the model with this package's hooks suspended; adapters that are on stay on under
+    the vector, and then dose 0 shows their own divergence.
+
+    Args:
+        completions: what `generate` gave; prompts and padding do not count.
+        doses: multiples of the vector, in any order, 0 and negative ones included.
+        batch_size: rows (completions times doses) in one forward pass.
+
+    Raises:
+        ShlError: no dose, no completion, one without tokens, or a dose that is not finite.
+
+    Example:
+        >>> from shl.method.axes import load_axis
+        >>> from shl.models.generate import generate
+        >>> from shl.models.tiny import tiny_gemma
+        >>> from shl.method.extract import extract_vector
+        >>> model = tiny_gemma()
+        >>> texts = generate(model, ["Hello?"], max_new_tokens=4, min_new_tokens=4)
+        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
+        >>> d = dose_response(model, vector, texts, [0.0, 0.5, 1.0]).divergence()
+        >>> bool(d[0, 0] < 1e-5 < d[1, 0] < d[2, 0])
+        True
+    """
+    check(len(doses) > 0, "doses is empty, name at least one.")
+    check(len(completions) > 0, "completions is empty, give at least one.")
+    for completion in completions:
+        check(len(completion.tokens) > 0, "a completion without tokens has no divergence.")
+    with suspended(model):
+        hidden = completion_hidden(model, completions)
+    sizes = [len(c.tokens) for c in completions]
+    lse = logsumexp(hidden, model.W_U, model.b_U).split(sizes)
+    base = hidden.split(sizes)
+    texts = [j for _ in doses for j in range(len(completions))]
+    amounts = torch.tensor(doses, dtype=torch.float64).repeat_interleave(len(completions))
+    kl: dict[int, PerToken] = {}
+    lengths = [len(completions[j].prompt_tokens) + sizes[j] for j in texts]
+    for rows in length_batches(lengths, batch_size):
+        chosen = [texts[row] for row in rows]
+        with Steering(model, vector.directions, amounts[rows]):
+            steered = completion_hidden(model, [completions[j] for j in chosen])
+        values, _ = reverse_kl_and_nll(
+            steered,
+            torch.cat([base[j] for j in chosen]),
+            model.W_U,
+            torch.cat([torch.tensor(completions[j].tokens) for j in chosen]).to(steered.device),
+            ref_lse=torch.cat([lse[j] for j in chosen]),
+            lazy=True,
+            **readout(model),
+        )
+        kl |= zip(rows, values.cpu().split([sizes[j] for j in chosen]), strict=True)
+    n = len(completions)
+    return DoseResponse(
+        tuple(map(float, doses)),
+        tuple(tuple(kl[i * n + j] for j in range(n)) for i in range(len(doses))),
+    )

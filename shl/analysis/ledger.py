@@ -1,0 +1,199 @@
+"""`Ledger`: a run's vectors and updates in numbers, layer by round and site by round."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformer_lens import HookedTransformer
+
+from shl.analysis.cosines import Cosine, Student, students, vector_entries
+from shl.analysis.weight_updates import update_entries
+from shl.hooks.adapter import Adapter
+from shl.hooks.fingerprint import check_made_for
+from shl.hooks.vector import SteeringVector
+from shl.method.axes import Axis
+from shl.method.loop import Round
+from shl.utils.errors import check
+
+
+class Ledger:
+    """Norms, cosines and spectra of a run, per layer x round and per site x round.
+
+    From the files alone: every vector's norm and its cosines to the first and to the previous
+    round's; every site's dW. With `model` and `axis` also what needs the students themselves:
+    relative norms, the internalised shift, and two nulls beside each cosine.
+
+    Args:
+        run: a run folder (`rounds/N/vector.safetensors` and `adapter.safetensors`; a last round
+            without its adapter is not finished and left out), or the rounds that `love` gave.
+        model: the base model of the run, without other hooks of its own.
+        axis: the run's axis.
+        contexts: how many of the axis's contexts are read; None is as many as the vectors took.
+        any_weights: take a run that was made on other weights of a model of this name.
+        top: singular values kept per site.
+        draws: random draws behind each null.
+
+    Raises:
+        ShlError: no finished round, a damaged file, rounds of different models or axes, a model
+            or axis other than the run's, or one of the two without the other.
+
+    Example:
+        >>> import torch
+        >>> from shl.config import HealConfig
+        >>> from shl.hooks.adapter import fresh_adapter
+        >>> from shl.models.tiny import tiny_gemma
+        >>> adapter = fresh_adapter(tiny_gemma(), HealConfig(rank=2, sites=("q",), layers=(0,)))
+        >>> vectors = [
+        ...     SteeringVector({1: torch.eye(32)[i]}, "tiny-gemma", "demo", 8) for i in (0, 1)
+        ... ]
+        >>> ledger = Ledger([(v, adapter) for v in vectors])
+        >>> [entry.to_first.value for entry in ledger.vectors]
+        [1.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        run: str | Path | Sequence[Round] | Sequence[tuple[SteeringVector, Adapter]],
+        model: HookedTransformer | None = None,
+        axis: Axis | None = None,
+        *,
+        contexts: int | None = None,
+        any_weights: bool = False,
+        top: int = 8,
+        draws: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        check(
+            (model is None) == (axis is None),
+            "a ledger takes the run's model and axis together, or neither of them.",
+        )
+        self.rounds = _rounds_of(run, model, any_weights)
+        first = self.rounds[0][0]
+        for vector, adapter in self.rounds:
+            names = {first.model_name, vector.model_name, adapter.model_name}
+            check(len(names) == 1, f"the rounds were made on different models: {sorted(names)}.")
+            check(vector.axis == first.axis, f"the axes differ: {first.axis!r}, {vector.axis!r}.")
+        self.model_name, self.axis_name = first.model_name, first.axis
+        found: list[Student] | None = None
+        if model is not None and axis is not None:
+            for vector, _ in self.rounds:
+                told = (vector.model_name, vector.weights, vector.dtype)
+                check_made_for(model, "the run", *told, any_weights=any_weights)
+            check(
+                axis.name == first.axis,
+                f"the run's axis is {first.axis!r}, the ledger was given {axis.name!r}.",
+            )
+            layers = sorted({layer for vector, _ in self.rounds for layer in vector.directions})
+            found = students(
+                model,
+                axis,
+                [[adapter] for _, adapter in self.rounds],
+                layers,
+                contexts=contexts or first.contexts,
+            )
+        self.vectors = tuple(
+            vector_entries([v for v, _ in self.rounds], found, draws=draws, seed=seed)
+        )
+        self.updates = tuple(update_entries([a for _, a in self.rounds], top))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that any round's vector has."""
+        return tuple(sorted({entry.layer for entry in self.vectors}))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that any round's adapter has, in order of the forward pass."""
+        return tuple(dict.fromkeys(entry.site for entry in self.updates))
+
+    def grid(self, of: str = "to_first") -> np.ndarray:
+        """A number per layer x round, nan where there is none: `norm`, `relative_norm`,
+        `shift_norm`, or the values of `to_first`, `to_previous`, `to_shift`.
+
+        Raises:
+            ShlError: no such number.
+        """
+        return _grid(self.vectors, "layer", self.layers, len(self.rounds), of)
+
+    def site_grid(self, of: str = "norm") -> np.ndarray:
+        """A number per site x round, nan where there is none: `norm`, `effective_rank`, or the
+        cosines of `to_first`, `to_previous`.
+
+        Raises:
+            ShlError: no such number.
+        """
+        return _grid(self.updates, "site", self.sites, len(self.rounds), of)
+
+    def __str__(self) -> str:
+        lines = [f"{self.axis_name} on {self.model_name}, {len(self.rounds)} rounds"]
+        if any(entry.to_first and entry.to_first.random for entry in self.vectors):
+            lines.append("in brackets: 95 % of chance, random directions and shuffled labels")
+        lines += ["", "round layer    norm  rel.  cos first          cos previous       cos shift"]
+        for entry in self.vectors:
+            cosines = (_told(c) for c in (entry.to_first, entry.to_previous, entry.to_shift))
+            relative = "" if entry.relative_norm is None else f"{entry.relative_norm:.3f}"
+            lines.append(
+                f"{entry.round:5d} {entry.layer:5d} {entry.norm:7.2f} {relative:>5s}  "
+                + "  ".join(f"{text:17s}" for text in cosines).rstrip()
+            )
+        lines += ["", "round  mean over sites: |dW|  effective rank  cos to first (chance)"]
+        for index in range(len(self.rounds)):
+            own = [entry for entry in self.updates if entry.round == index]
+            turns = [entry.to_first for entry in own if entry.to_first]
+            to_first = ""
+            if turns:
+                mean = np.mean([turn.cosine for turn in turns])
+                to_first = f"{mean:.3f} ({np.mean([turn.chance for turn in turns]):.3f})"
+            norm, rank = (np.mean([getattr(e, k) for e in own]) for k in ("norm", "effective_rank"))
+            lines.append(f"{index:5d}  {norm:22.3f}  {rank:14.1f}  {to_first}".rstrip())
+        return "\n".join(lines)
+
+
+def _told(cosine: Cosine | None) -> str:
+    """`0.87 (0.31, 0.22)`: the value, and the nulls' bounds where there are any."""
+    if cosine is None:
+        return ""
+    if cosine.random is None or cosine.shuffled is None:
+        return f"{cosine.value:+.2f}"
+    return f"{cosine.value:+.2f} ({cosine.random:.2f}, {cosine.shuffled:.2f})"
+
+
+def _grid(
+    entries: Sequence[Any], key: str, rows: Sequence[Any], rounds: int, of: str
+) -> np.ndarray:
+    out = np.full((len(rows), rounds), np.nan)
+    for entry in entries:
+        check(hasattr(entry, of), f"a ledger has no {of!r} per {key} and round.")
+        value = getattr(entry, of)
+        number = value.value if isinstance(value, Cosine) else getattr(value, "cosine", value)
+        check(
+            number is None or isinstance(number, float),
+            f"{of!r} is not one number per {key} and round.",
+        )
+        out[rows.index(getattr(entry, key)), entry.round] = np.nan if number is None else number
+    return out
+
+
+def _rounds_of(
+    run: str | Path | Sequence[Round] | Sequence[tuple[SteeringVector, Adapter]],
+    model: HookedTransformer | None,
+    any_weights: bool,
+) -> tuple[tuple[SteeringVector, Adapter], ...]:
+    if not isinstance(run, str | Path):
+        check(len(run) > 0, "a ledger of no rounds was asked for, give at least one.")
+        return tuple((r.vector, r.adapter) if isinstance(r, Round) else r for r in run)
+    found = []
+    for index in itertools.count():
+        place = Path(run) / "rounds" / str(index)
+        files = (place / "vector.safetensors", place / "adapter.safetensors")
+        if not all(path.is_file() for path in files):
+            break
+        if model is None:
+            adapter = Adapter.read(files[1])
+        else:
+            adapter = Adapter.load(files[1], model, any_weights=any_weights)
+        found.append((SteeringVector.load(files[0]), adapter))
+    check(len(found) > 0, f"{run} holds no finished round, rounds/0 needs a vector and an adapter.")
+    return tuple(found)

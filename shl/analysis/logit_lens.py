@@ -1,0 +1,182 @@
+"""The logit lens of a direction: which words it raises and lowers where it is written.
+
+nostalgebraist 2020, "interpreting GPT: the logit lens": a direction of the residual stream is read
+as if it went straight to the unembedding. What later layers make of it is not part of the answer.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from transformer_lens import HookedTransformer
+
+from shl.analysis.weight_updates import spectrum
+from shl.hooks.adapter import Adapter
+from shl.hooks.sites import Site
+from shl.models.tokens import decode
+from shl.utils.errors import check
+from shl.utils.shapes import Direction, Float, Tensor
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words with their scores, the strongest first: standard deviations from the vocabulary's mean.
+
+    Example:
+        >>> Words((("care", 4.2),), (("rule", -3.9),)).raised[0]
+        ('care', 4.2)
+    """
+
+    raised: tuple[tuple[str, float], ...]
+    lowered: tuple[tuple[str, float], ...]
+
+
+@torch.no_grad()
+def logit_lens(
+    model: HookedTransformer,
+    direction: Direction,
+    k: int = 10,
+    *,
+    keep: Callable[[str], bool] | None = None,
+) -> Words:
+    """The `k` words that a residual direction raises and lowers most, through the final norm's
+    scale and the unembedding.
+
+    Scores are standard deviations over the vocabulary, so they do not depend on the direction's
+    length; `largest_by_chance` tells how large they get in any vocabulary of that size.
+
+    Args:
+        direction: `[d_model]`, of the residual stream: a vector's, or `written_directions`.
+        k: words on either side.
+        keep: which words may be listed, given their text (`str.isascii`); None is all of them.
+
+    Raises:
+        ShlError: a direction of another width, of zero or not finite, or k below 1.
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> words = logit_lens(model, model.W_U[:, 70] / model.ln_final.w, 1)
+        >>> words.raised[0][0] == model.tokenizer.decode([70])
+        True
+    """
+    d_model = model.cfg.d_model
+    check(
+        tuple(direction.shape) == (d_model,),
+        f"the direction has shape {tuple(direction.shape)}, {model.cfg.model_name} has d_model "
+        f"{d_model}.",
+    )
+    check(
+        bool(torch.isfinite(direction).all() and direction.any()),
+        "the direction is 0 or not finite, it raises no word.",
+    )
+    check(k >= 1, f"k is {k}, it must be at least 1.")
+    scaled = _final_scale(model) * direction.to(model.W_U.device, torch.float32)
+    logits = (scaled.to(model.W_U.dtype) @ model.W_U).float()
+    scores = ((logits - logits.mean()) / logits.std()).cpu()
+    order = scores.argsort(descending=True).tolist()
+
+    def first(ids: Iterable[int]) -> tuple[tuple[str, float], ...]:
+        texts = ((decode(model, [i]), i) for i in ids)
+        return tuple(islice(((t, float(scores[i])) for t, i in texts if not keep or keep(t)), k))
+
+    return Words(first(order), first(reversed(order)))
+
+
+def written_directions(
+    model: HookedTransformer, adapter: Adapter, site: str, k: int = 1
+) -> Float[Tensor, "n d_model"]:
+    """What dW writes into the residual stream: its top left singular vectors, one per row.
+
+    On Gemma the output of attention and MLP passes a norm before it is added; its learned scale is
+    applied (its division only rescales). Rows have length 1 and no sign of their own: a direction
+    is written one way or the other, depending on what is read.
+
+    Args:
+        site: one of the adapter's that writes to the stream: `blocks.N.o`, `.down` or `.resid`.
+        k: how many, from the largest singular value; fewer come back if dW has a lower rank.
+
+    Raises:
+        ShlError: a site that the adapter does not have, or that writes elsewhere.
+
+    Example:
+        >>> from shl.config import HealConfig
+        >>> from shl.hooks.adapter import fresh_adapter
+        >>> from shl.models.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> adapter = fresh_adapter(model, HealConfig(rank=2, sites=("o",), layers=(1,)))
+        >>> adapter.up["blocks.1.o"].data[:, 0] = 1.0
+        >>> written_directions(model, adapter, "blocks.1.o").shape
+        torch.Size([1, 32])
+    """
+    own = {s.name: s for s in adapter.sites}
+    check(site in own, f"{site!r} is no site of the adapter, its sites are {sorted(own)[:4]} ...")
+    written = spectrum(adapter.down[site], adapter.up[site], adapter.scale).left[:, :k].T.float()
+    written = written * _post_scale(model, own[site]).cpu()
+    return written / written.norm(dim=1, keepdim=True)
+
+
+def strongest_directions(
+    model: HookedTransformer, adapter: Adapter, count: int = 8
+) -> dict[str, Direction]:
+    """The first written direction of each of the `count` sites with the largest singular values,
+    by site name, in order of the forward pass.
+
+    Raises:
+        ShlError: an adapter without a site that writes to the residual stream.
+
+    Example:
+        >>> from shl.config import HealConfig
+        >>> from shl.hooks.adapter import fresh_adapter
+        >>> from shl.models.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> adapter = fresh_adapter(model, HealConfig(rank=2, sites=("o", "q"), layers=(1, 2)))
+        >>> for up in adapter.up.values():
+        ...     up.data[:, 0] = 1.0
+        >>> list(strongest_directions(model, adapter))
+        ['blocks.1.o', 'blocks.2.o']
+    """
+    sizes = {}
+    for site in adapter.sites:
+        if site.kind in ("o", "down", "resid"):
+            values = spectrum(adapter.down[site.name], adapter.up[site.name], adapter.scale).values
+            if len(values):
+                sizes[site.name] = float(values[0])
+    check(len(sizes) > 0, "the adapter writes to the residual stream nowhere (o, down or resid).")
+    chosen = sorted(sizes, key=lambda name: -sizes[name])[:count]
+    return {
+        site.name: written_directions(model, adapter, site.name)[0]
+        for site in adapter.sites
+        if site.name in chosen
+    }
+
+
+def largest_by_chance(n: int) -> float:
+    """The median of the largest of `n` standard normal scores: what a top word's is worth.
+
+    Example:
+        >>> round(largest_by_chance(1), 2), round(largest_by_chance(262_144), 2)
+        (0.0, 4.55)
+    """
+    return float(torch.special.ndtri(torch.tensor(0.5, dtype=torch.float64) ** (1 / n)))
+
+
+def _final_scale(model: HookedTransformer) -> Tensor:
+    w = getattr(model.ln_final, "w", None)
+    return torch.ones(model.cfg.d_model, device=model.W_U.device) if w is None else w.float()
+
+
+def _post_scale(model: HookedTransformer, site: Site) -> Tensor:
+    """The learned scale between a site's output and the residual stream."""
+    check(
+        site.kind in ("o", "down", "resid"),
+        f"{site.name} does not write to the residual stream; o, down and resid do.",
+    )
+    norm = {"o": "ln1_post", "down": "ln2_post"}.get(site.kind)
+    block = model.blocks[site.layer]
+    if norm is None or not hasattr(block, norm):
+        return torch.ones(model.cfg.d_model)
+    scale = getattr(block, norm).w
+    assert isinstance(scale, Tensor)
+    return scale.float()

@@ -1,0 +1,358 @@
+"""Pictures of what is inside a run; every function returns a matplotlib `Figure`.
+
+The numbers come from `Ledger`, `logit_lens`, `token_divergence` and `dose_response`; nothing is
+computed here that cannot be had without drawing. It takes matplotlib (the extra `pictures`), so
+`import shl` leaves it out: `from shl import pictures`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.patches import Rectangle
+from transformer_lens import HookedTransformer
+
+from shl.analysis.dose_response import DoseResponse
+from shl.analysis.ledger import Ledger
+from shl.analysis.logit_lens import largest_by_chance, logit_lens
+from shl.models.generate import Completion
+from shl.models.scores import token_divergence
+from shl.models.tokens import decode
+from shl.utils.errors import check
+from shl.utils.shapes import Direction
+
+FONT, MONO = FontProperties("DejaVu Sans"), FontProperties("DejaVu Sans Mono")
+"""Shipped with matplotlib; what they cannot draw becomes an empty square."""
+COLUMNS = 92
+"""Characters in a line of drawn text."""
+
+
+def one_panel(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure with a single panel, in inches."""
+    figure, panel = plt.subplots(figsize=(width, height), layout="constrained")
+    return released(figure), panel
+
+
+def released(figure: Figure) -> Figure:
+    """Out of pyplot's list, or a notebook would show the figure a second time."""
+    plt.close(figure)
+    return figure
+
+
+def cell(
+    panel: Axes,
+    x: float,
+    y: float,
+    width: float,
+    text: str,
+    colour: tuple[float, ...],
+    font: FontProperties,
+    size: float,
+) -> None:
+    """A coloured box, one line high, with its text in the middle in black or white."""
+    panel.add_patch(Rectangle((x, y), width, 1, color=colour, lw=0))
+    red, green, blue, _ = colour
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+    one_line = "\n" not in text  # those stand on one baseline, side by side
+    panel.text(
+        x + width / 2,
+        y + (0.68 if one_line else 0.5),
+        text,
+        ha="center",
+        va="baseline" if one_line else "center",
+        fontproperties=font,
+        fontsize=size,
+        color="white" if dark else "black",
+        linespacing=0.95,
+        parse_math=False,
+    )
+
+
+def wrapped(pieces: Sequence[str]) -> list[tuple[int, int, str]]:
+    """(line, column, drawable text) of each token, broken between tokens.
+
+    Example:
+        >>> wrapped(["a" * 90, " b", "\\n", "c"])[1:]
+        [(0, 90, ' b'), (1, 0, '↵'), (1, 1, 'c')]
+    """
+    out, line, column = [], 0, 0
+    for piece in pieces:
+        text = drawable(piece.replace("\n", "\u21b5").replace("\t", "\u2192"), MONO)[:COLUMNS]
+        if column + len(text) > COLUMNS:
+            line, column = line + 1, 0
+        out.append((line, column, text))
+        column += len(text)
+    return out
+
+
+def drawable(text: str, font: FontProperties) -> str:
+    """The text, with an empty square for every character that the font lacks.
+
+    Example:
+        >>> drawable("café 希", FONT)
+        'café □'
+    """
+    own = get_font(findfont(font))
+    return "".join(c if c.isprintable() and own.get_char_index(ord(c)) else "\u25a1" for c in text)
+
+
+def lens(
+    model: HookedTransformer,
+    directions: Mapping[int, Direction] | Mapping[str, Direction],
+    k: int = 5,
+    *,
+    keep: Callable[[str], bool] | None = None,
+) -> Figure:
+    """Logit lens: the `k` words that each direction raises and lowers most, with their scores.
+
+    Args:
+        directions: `vector.directions`, or `strongest_directions(model, adapter)` of dW, whose
+            two sides may be swapped.
+        keep: which words may be listed, given their text (`str.isascii`); None is all of them.
+
+    Raises:
+        ShlError: no direction, or one that has no words.
+
+    Example:
+        >>> from shl.method.axes import load_axis
+        >>> from shl.models.tiny import tiny_gemma
+        >>> from shl.method.extract import extract_vector
+        >>> model = tiny_gemma()
+        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
+        >>> figure = lens(model, vector.directions, keep=str.isalpha)
+    """
+    check(len(directions) > 0, "there are no directions to look through, give at least one.")
+    rows = [logit_lens(model, v, k, keep=keep) for v in directions.values()]
+    labels = [f"layer {key}" if isinstance(key, int) else key for key in directions]
+    chance = largest_by_chance(model.cfg.d_vocab)
+    # Scores that chance reaches are pale.
+    norm = Normalize(-2.2 * chance, 2.2 * chance)
+    figure, panel = one_panel(1.4 + 1.12 * 2 * k, 1.1 + 0.36 * len(rows))
+    colours = mpl.colormaps["PuOr_r"]
+    for y, row in enumerate(rows):
+        for side, words in enumerate((row.raised, row.lowered)):
+            for i, (word, z) in enumerate(words):
+                x = side * (k + 0.25) + i
+                text = drawable(word.replace(" ", "\u00b7"), FONT)
+                text = text if len(text) <= 14 else text[:13] + "\u2026"
+                cell(panel, x, y, 1.0, f"{text}\n{z:+.1f}", colours(norm(z)), FONT, 7)
+    panel.set(xlim=(0, 2 * k + 0.25), ylim=(len(rows), 0))
+    panel.set_yticks(np.arange(len(rows)) + 0.5, labels, fontsize=8)
+    panel.set_xticks([k / 2, k + 0.25 + k / 2], ["raised", "lowered"])
+    panel.tick_params(length=0, labeltop=True, labelbottom=False)
+    panel.spines[:].set_visible(False)
+    panel.set_xlabel(
+        "standard deviations from the vocabulary's mean; the largest of as many random scores is "
+        f"about {chance:.1f}",
+        fontsize=8,
+    )
+    return figure
+
+
+def divergence(
+    model: HookedTransformer, completions: Sequence[Completion], *, tau: float = 0.5
+) -> Figure:
+    """Per-token KL(model as it stands || base) over the text of each completion.
+
+    Call it under the hooks that are to be seen (a steering vector, adapters).
+
+    Args:
+        tau: nats, from which a token counts as above the barrier in the titles.
+
+    Raises:
+        ShlError: no completion, or one without tokens.
+
+    Example:
+        >>> from shl.method.axes import load_axis
+        >>> from shl.models.generate import generate
+        >>> from shl.models.tiny import tiny_gemma
+        >>> from shl.method.extract import extract_vector
+        >>> model = tiny_gemma()
+        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
+        >>> texts = generate(model, ["Hello?"], max_new_tokens=4, min_new_tokens=4)
+        >>> with vector.steering(model, 0.7):
+        ...     figure = divergence(model, texts)
+    """
+    check(len(completions) > 0, "there are no completions to draw, give at least one.")
+    for completion in completions:
+        check(len(completion.tokens) > 0, "a completion without tokens has no divergence.")
+    values = [token_divergence(model, completion).numpy() for completion in completions]
+    norm = PowerNorm(0.5, 0, max(float(kl.max()) for kl in values) or 1.0)
+    colours = mpl.colormaps["YlOrBr"]
+    placed = [wrapped([decode(model, [t]) for t in c.tokens]) for c in completions]
+    heights = [1 + max(line for line, _, _ in words) for words in placed]
+    figure, axes = plt.subplots(
+        len(placed),
+        1,
+        figsize=(8.6, sum(0.24 * h + 0.35 for h in heights) + 0.2),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+    )
+    for panel, words, kl, height in zip(axes[:, 0], placed, values, heights, strict=True):
+        for (line, column, text), value in zip(words, kl, strict=True):
+            cell(panel, column, line, len(text), text, colours(norm(value)), MONO, 8)
+        panel.set(xlim=(0, COLUMNS), ylim=(height, 0), xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+        panel.set_title(
+            f"mean {kl.mean():.2f}, rmse {(kl**2).mean() ** 0.5:.2f}, max {kl.max():.2f} nats; "
+            f"{(kl > tau).mean():.0%} of {len(kl)} tokens above {tau:g}",
+            fontsize=8,
+            loc="left",
+        )
+    scale = mpl.cm.ScalarMappable(norm, colours)
+    figure.colorbar(scale, ax=list(axes[:, 0]), label="KL to base [nats]", pad=0.01, aspect=12)
+    return released(figure)
+
+
+__all__ = ["cosines", "divergence", "lens", "norms", "response"]
+
+
+def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
+    """Heat of one cosine per layer x round; those that chance gives too are in brackets.
+
+    Args:
+        to: `to_first`, `to_previous` or `to_shift` (the internalised shift, which takes a ledger
+            with a model).
+
+    Raises:
+        ShlError: another `to`, or a ledger that has no such cosine.
+
+    Example:
+        >>> from shl.method.axes import load_axis
+        >>> from shl.config import HealConfig
+        >>> from shl.hooks.adapter import fresh_adapter
+        >>> from shl.models.tiny import tiny_gemma
+        >>> from shl.method.extract import extract_vector
+        >>> model = tiny_gemma()
+        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
+        >>> ledger = Ledger([(vector, fresh_adapter(model, HealConfig(rank=2)))])
+        >>> cosines(ledger).axes[0].get_xlabel()
+        'round'
+    """
+    names = {
+        "to_first": "the first round's vector",
+        "to_previous": "the previous round's vector",
+        "to_shift": "the internalised shift",
+    }
+    check(to in names, f"to is {to!r}, it must be one of {', '.join(names)}.")
+    grid = ledger.grid(to)
+    check(not np.isnan(grid).all(), f"the ledger has no cosine {to!r}; the shift takes a model.")
+    layers = ledger.layers
+    figure, panel = one_panel(3.5 + 0.75 * grid.shape[1], 1.5 + 0.34 * len(layers))
+    # What has no cosine is grey, since white is 0.
+    colours = mpl.colormaps["RdBu_r"].with_extremes(bad="#cccccc")
+    image = panel.imshow(
+        grid, cmap=colours, vmin=-1, vmax=1, origin="lower", aspect="auto", interpolation="nearest"
+    )
+    nulls = False
+    for entry in ledger.vectors:
+        cosine = getattr(entry, to)
+        if cosine is None:
+            continue
+        nulls = nulls or cosine.beyond_chance is not None
+        inside = cosine.beyond_chance is False
+        panel.text(
+            entry.round,
+            layers.index(entry.layer),
+            (f"({cosine.value:.2f})" if inside else f"{cosine.value:.2f}")
+            + ("" if cosine.random is None else f"\n{max(cosine.random, cosine.shuffled):.2f}"),
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="white" if abs(cosine.value) > 0.6 else "black",
+        )
+    panel.set_xticks(range(grid.shape[1]))
+    panel.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    panel.set(xlabel="round", ylabel="layer")
+    panel.set_title(
+        f"cosine of each round's vector to\n{names[to]}"
+        + ("\n(below: 95 % of chance; brackets: within it)" if nulls else ""),
+        fontsize=9,
+    )
+    figure.colorbar(image, ax=panel, label="cosine")
+    return figure
+
+
+def norms(ledger: Ledger) -> Figure:
+    """Norms by layer, one line per round: the vector's own; with a model also relative to the
+    residual stream, and the internalised shift's.
+
+    Args:
+        ledger: of any run.
+
+    Example:
+        >>> from shl.method.axes import load_axis
+        >>> from shl.config import HealConfig
+        >>> from shl.hooks.adapter import fresh_adapter
+        >>> from shl.models.tiny import tiny_gemma
+        >>> from shl.method.extract import extract_vector
+        >>> model = tiny_gemma()
+        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
+        >>> ledger = Ledger([(vector, fresh_adapter(model, HealConfig(rank=2)))])
+        >>> norms(ledger).axes[0].get_xlabel()
+        'layer'
+    """
+    panels = {
+        "norm": "norm of the vector\n[units of the residual stream]",
+        "relative_norm": "norm of the vector /\nmean norm of the residual",
+        "shift_norm": "norm of the internalised shift\n[units of the residual stream]",
+    }
+    shown = {key: text for key, text in panels.items() if not np.isnan(ledger.grid(key)).all()}
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(0.6 + 3.1 * len(shown), 3.2), layout="constrained", squeeze=False
+    )
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(ledger.rounds)))
+    for panel, (key, text) in zip(axes[0], shown.items(), strict=True):
+        for index, values in enumerate(ledger.grid(key).T):
+            panel.plot(
+                ledger.layers,
+                values,
+                color=colours[index],
+                marker="osD^vP*X"[index % 8],
+                ms=4,
+                label=f"round {index}",
+            )
+        panel.set_ylim(bottom=0)
+        panel.set(xlabel="layer", ylabel=text)
+        panel.set_xticks(ledger.layers[:: 1 + len(ledger.layers) // 10])
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    return released(figure)
+
+
+def response(found: DoseResponse, *, how: str = "rmse", tau: float | None = 0.5) -> Figure:
+    """Dose-response: the divergence D of each dose from base, per completion (thin) and their
+    median (thick).
+
+    Args:
+        how: the aggregate over tokens, as in `aggregate`.
+        tau: nats, where the barrier begins (dashed), or None.
+
+    Raises:
+        ShlError: an unknown aggregate.
+
+    Example:
+        >>> import torch
+        >>> kl = tuple((torch.full((3,), dose**2),) for dose in (0.0, 0.5, 1.0))
+        >>> response(DoseResponse((0.0, 0.5, 1.0), kl)).axes[0].get_ylabel()
+        'rmse of KL to base [nats]'
+    """
+    order = np.argsort(found.doses)
+    doses, values = np.array(found.doses)[order], found.divergence(how).numpy()[order]
+    figure, panel = one_panel(5.4, 3.6)
+    panel.plot(doses, values, color="#999999", lw=0.8)
+    panel.plot(
+        doses, np.median(values, 1), color="#0072B2", lw=2.2, marker="o", ms=5, label="median"
+    )
+    panel.plot([], [], color="#999999", lw=0.8, label=f"each of {values.shape[1]} texts")
+    if tau is not None:
+        panel.axhline(tau, ls="--", lw=1, color="#D55E00", label=f"tau = {tau:g}")
+    panel.set(xlabel="dose [multiples of the vector]", ylabel=f"{how} of KL to base [nats]")
+    panel.set_ylim(bottom=0)
+    panel.legend(fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,191 @@
+"""Finished adapters as frozen hooks: one stacked (A, B) per site, however many rounds there were.
+
+By default nothing is merged into the weights; either way base is one `suspended(model)` away.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+
+from shl.hooks.adapter import Adapter, check_fits, shared
+from shl.hooks.handle import Handle, handles_on
+from shl.hooks.lora import LowRank
+from shl.hooks.positions import Positions, Scope
+from shl.hooks.sites import as_linear
+from shl.utils.errors import check
+from shl.utils.shapes import Bool, Float
+
+
+def stack(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter that acts like `adapters` applied one after the other; scales go into B.
+
+    At a linear site updates add: A and B are concatenated. At the residual site they compose,
+    (I + B2 A2)(I + B1 A1) = I + B1 A1 + B2 A2 (I + B1 A1), so A2 becomes A2 + A2 B1 A1 first.
+    What the adapters say of their weights and axis is kept where they agree.
+
+    Raises:
+        ShlError: no adapter, or adapters of different models.
+
+    Example:
+        >>> from shl.config import HealConfig
+        >>> from shl.hooks.adapter import fresh_adapter
+        >>> from shl.models.tiny import tiny_gemma
+        >>> one = fresh_adapter(tiny_gemma(), HealConfig(rank=2, sites=("q",), layers=(0,)))
+        >>> stack([one, one]).down["blocks.0.q"].shape
+        torch.Size([4, 32])
+    """
+    check(len(adapters) > 0, "there are no adapters to stack, give at least one.")
+    models = {adapter.model_name for adapter in adapters}
+    check(len(models) == 1, f"the adapters were made for different models: {sorted(models)}.")
+    told = {key: shared(getattr(a, key) for a in adapters) for key in ("weights", "dtype", "axis")}
+    sites = {site.name: site for adapter in adapters for site in adapter.sites}
+    down: dict[str, Tensor] = {}
+    up: dict[str, Tensor] = {}
+    for name, site in sites.items():
+        own = [adapter for adapter in adapters if name in adapter.down]
+        a_of = [adapter.down[name].detach() for adapter in own]
+        b_of = [adapter.up[name].detach() * adapter.scale for adapter in own]
+        if site.kind == "resid":
+            for i in range(1, len(own)):
+                below = torch.cat(a_of[:i])
+                a_of[i] = a_of[i] + (a_of[i] @ torch.cat(b_of[:i], dim=1)) @ below
+        down[name] = torch.cat(a_of)
+        # [rank, d_out] in memory, as the hooks want it: theirs is then no second copy.
+        up[name] = torch.cat([b.T for b in b_of]).T
+    ordered = tuple(sorted(sites.values(), key=lambda site: (site.layer, site.name)))
+    return Adapter(ordered, down, up, 1.0, models.pop(), **told)
+
+
+class Baked(LowRank):
+    """A frozen stack of adapters on a model: a context manager with `.remove()`, which
+    `model.reset_hooks()` leaves on."""
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        adapters: Sequence[Adapter],
+        scope: Scope | None = None,
+        *,
+        joint: bool = True,
+    ) -> None:
+        for adapter in adapters:
+            check_fits(model, adapter)
+        whole = scope is None or scope.whole
+        carried = Counter(s.name for a in adapters for s in a.sites if s.kind == "resid")
+        twice = [name for name, count in carried.items() if count > 1]
+        check(
+            whole or not twice,
+            f"adapters follow each other at {', '.join(twice)}, where a dose of their product is "
+            "not the product of their doses; attach them one by one.",
+        )
+        self.stacked = stack(adapters) if adapters else None
+        if self.stacked is None:
+            super().__init__(model, (), {}, {}, 1.0, scope)
+        else:
+            own = self.stacked
+            super().__init__(model, own.sites, own.down, own.up, own.scale, scope, joint=joint)
+            # The hooks' own tensors, instead of a copy of each beside them.
+            own.down.update(self.down)
+
+
+class Materialised(Handle):
+    """The stack inside the weights: effective tensors, computed once in fp32, stand where base's
+    stood; base's own tensors wait untouched and come back by reference. `model.reset_hooks()`
+    leaves it on."""
+
+    def __init__(self, model: HookedTransformer, adapters: Sequence[Adapter]) -> None:
+        for adapter in adapters:
+            check_fits(model, adapter)
+        check(
+            not any(isinstance(h, Materialised) for h in handles_on(model)),
+            "the model carries a materialised stack already, remove it first.",
+        )
+        stacked = stack(adapters) if adapters else None
+        self.swaps: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        for site in stacked.sites if stacked else ():
+            check(
+                site.kind != "resid",
+                f"{site.name} sits on the residual stream, where no weight can take it in; bake it "
+                "as hooks.",
+            )
+            assert stacked is not None
+            parameter, out_in, sizes = as_linear(model, site)
+            base = rearrange(parameter.data, out_in, **sizes)
+            update = einsum(
+                stacked.up[site.name].float(),
+                stacked.down[site.name].float(),
+                "d_out rank, rank d_in -> d_out d_in",
+            )
+            effective = (base.float() + update * stacked.scale).to(base.dtype)
+            back = " -> ".join(reversed(out_in.split(" -> ")))
+            self.swaps.append((parameter, parameter.data, rearrange(effective, back, **sizes)))
+        super().__init__(model)
+        self._live = self._removed = False
+        self._gate(closed=False)
+
+    @property
+    def on(self) -> bool:
+        """Whether the effective weights are in place."""
+        return self._live
+
+    def _gate(self, closed: bool) -> None:
+        for parameter, base, effective in self.swaps:
+            parameter.data = base if closed else effective
+        # One that was removed inside `suspended` stays off where that ends.
+        self._live = not closed and not self._removed
+
+    def remove(self) -> None:
+        """Put base's tensors back; a second call does nothing."""
+        if self._live:
+            self._gate(closed=True)
+        self.swaps.clear()
+        self._removed = True
+        super().remove()
+
+
+def baked(
+    model: HookedTransformer,
+    adapters: Sequence[Adapter],
+    *,
+    materialise: bool = False,
+    joint: bool = True,
+    dose: float | Float[Tensor, " batch"] = 1.0,
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    positions: Positions | None = None,
+) -> Baked | Materialised:
+    """Apply finished adapters, in order, while the returned context lasts; none is base itself.
+
+    Args:
+        materialise: put the sum into the weights instead (base's tensors are kept aside and come
+            back bit for bit): nothing more per token, one more copy of the adapted weights.
+        joint: in a long `generate` on a CPU, sites that nobody else watches share products with
+            copies of their weights (`shl.fast.fused_lora`); False spares that copy, and a step
+            takes longer.
+        dose: times the updates are added; a number, or one per row of the batch.
+        mask: True where they act, by row and absolute position in the row's own tokens; they do
+            not act beyond the mask's width.
+        positions: which absolute positions they act on, in every row.
+
+    Raises:
+        ShlError: an adapter made for another model or other sites; a dose, mask or positions out
+            of range; to materialise, an adapter on the residual stream, a second stack, or
+            anything but one dose for all tokens, which weights cannot express.
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> with baked(model, []):
+        ...     logits = model("plain TransformerLens from here")
+    """
+    scope = Scope(model, dose, mask=mask, positions=positions)
+    if not materialise:
+        return Baked(model, adapters, scope, joint=joint)
+    check(
+        scope.whole,
+        "weights act on every token alike; bake as hooks to give a dose, mask or positions.",
+    )
+    return Materialised(model, adapters)

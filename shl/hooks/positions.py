@@ -1,0 +1,205 @@
+"""Where a hook acts, and how strongly: dose, mask, positions and decay become one factor per token.
+
+Positions are absolute, counted in each row's own tokens without padding: the first is 0, and a
+token that is decoded with a cache counts on from those before it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from shl.hooks.handle import PROMPTS, ROWS, Handle, row_values
+from shl.hooks.sites import block_of
+from shl.utils.errors import check
+from shl.utils.shapes import Bool, Float, Int
+
+Positions = Sequence[int] | slice
+
+
+def positions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"]:
+    """Absolute positions of the tokens that a block is about to see, from its arguments; -1 is
+    padding. Without an attention mask no token is padding."""
+    residual = kwargs.get("resid_pre", *args[:1])
+    mask, entry = kwargs.get("attention_mask"), kwargs.get("past_kv_cache_entry")
+    batch, new = residual.shape[:2]
+    if mask is not None:
+        at = (mask.cumsum(1) - 1).masked_fill(mask == 0, -1)[:, -new:]
+        return at.to(residual.device)
+    before = entry.past_keys.shape[1] if entry is not None else 0
+    return torch.arange(before, before + new, device=residual.device).expand(batch, new)
+
+
+class Scope:
+    """A dose and where it counts.
+
+    The factor of the token at absolute position p of row i is
+
+        dose[i] * 0.5 ** (n / half_life) * mask[i, p] * (p in positions),
+
+    where n = max(0, p - (prompt tokens of row i) + 1) counts completion tokens from the assistant
+    tag, which has the full dose as every prompt token has. Where `generate` or the scores run the
+    model they say how long each prompt is; tokens of a plain `model(tokens)` are all prompt,
+    unless `shl.hooks.handle.running(prompts=...)` says otherwise.
+
+    Args:
+        dose: a number, or one per row.
+        mask: `[batch, pos]`, True where the hook acts; **positions beyond its width (generated
+            tokens, say) are not acted on**. Rows are those of the dose.
+        positions: which positions the hook acts on, the same in each row: a range, numbers from
+            0, or a slice such as `slice(20, None)`.
+        half_life: completion tokens after which the dose has fallen to a half; None: never.
+
+    Raises:
+        ShlError: a value that is not finite, a mask that is no `[batch, pos]` of booleans, or
+            positions that the model does not have.
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> scope = Scope(tiny_gemma(), 2.0, positions=[1, 3])
+        >>> scope.factor(torch.arange(4)[None])[0, :, 0]
+        tensor([0., 2., 0., 2.])
+    """
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        dose: float | Float[Tensor, " batch"] = 1.0,
+        *,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        positions: Positions | None = None,
+        half_life: float | None = None,
+    ) -> None:
+        finite = torch.isfinite(torch.as_tensor(dose)).all()
+        check(bool(finite), f"dose is {dose!r}, it must be finite.")
+        if isinstance(dose, Tensor):
+            check(dose.ndim == 1, f"dose has shape {tuple(dose.shape)}, it must be (batch,).")
+        if half_life is not None:
+            fine = math.isfinite(half_life) and half_life > 0
+            check(fine, f"half_life is {half_life!r}, it must be finite and above 0 tokens.")
+        if mask is not None:
+            seen = tuple(mask.shape)
+            check(
+                mask.dtype == torch.bool and mask.ndim == 2 and 0 < seen[1] <= model.cfg.n_ctx,
+                f"mask has dtype {mask.dtype} and shape {seen}, it must be torch.bool and (batch, "
+                f"pos) with 1 to {model.cfg.n_ctx} positions.",
+            )
+            if isinstance(dose, Tensor):
+                check(
+                    len(dose) == len(mask),
+                    f"{len(dose)} per-row doses and a mask of {len(mask)} rows were given, they "
+                    "must be as many.",
+                )
+        self.dose = dose
+        self.mask = None if mask is None else mask.to(model.W_U.device)
+        self.half_life = half_life
+        self.allowed = None if positions is None else _allowed(model, positions)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every token has the same dose."""
+        return not isinstance(self.dose, Tensor) and not self.by_position
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token has a dose of 1."""
+        return self.plain and bool(self.dose == 1)
+
+    @property
+    def by_position(self) -> bool:
+        """Whether the factor depends on where a token stands."""
+        return not (self.mask is None and self.allowed is None and self.half_life is None)
+
+    @property
+    def per_row(self) -> bool:
+        """Whether rows of a batch may differ at one position."""
+        return self.rows is not None or self.half_life is not None
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows there are values for, None where all are treated alike."""
+        own = (x for x in (self.dose, self.mask) if isinstance(x, Tensor))
+        return next((len(x) for x in own), None)
+
+    def factor(self, at: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos 1"]:
+        """The factor of each token, given absolute positions; 0 at padding (-1).
+
+        Raises:
+            ShlError: doses, mask rows or prompt lengths are not as many as the rows.
+        """
+        batch, real = len(at), at >= 0
+        if isinstance(self.dose, Tensor):
+            dose = row_values(self.dose.to(at.device), batch)
+            out = rearrange(dose, "batch -> batch 1").expand(at.shape)
+        else:
+            out = torch.full(at.shape, float(self.dose), device=at.device)
+        prompts = PROMPTS.get()
+        if self.half_life is not None and prompts is not None:
+            check(
+                len(prompts) == batch,
+                f"{len(prompts)} prompt lengths were given for a batch of {batch} rows.",
+            )
+            tag = rearrange(prompts.to(at.device) - 1, "batch -> batch 1")
+            out = out * 0.5 ** ((at - tag).clamp(min=0) / self.half_life)
+        if self.mask is not None:
+            mask = row_values(self.mask, batch, "rows of a mask")
+            width = mask.shape[1]
+            real = real & (at < width) & mask.gather(1, at.clamp(0, width - 1))
+        if self.allowed is not None:
+            real = real & self.allowed[at.clamp(min=0)]
+        return rearrange(torch.where(real, out, 0.0), "batch pos -> batch pos 1")
+
+
+def _allowed(model: HookedTransformer, positions: Positions) -> Bool[Tensor, " pos"]:
+    n_ctx = model.cfg.n_ctx
+    if isinstance(positions, slice):
+        ends = (positions.start, positions.stop, positions.step)
+        good = all(x is None or (type(x) is int and x >= 0) for x in ends) and ends[2] != 0
+        chosen = tuple(range(n_ctx)[positions]) if good else ()
+    else:
+        chosen = tuple(positions)
+        good = all(type(p) is int and 0 <= p < n_ctx for p in chosen)
+    check(
+        good and len(chosen) > 0,
+        f"positions is {positions!r}, it must name some of 0 to {n_ctx - 1}.",
+    )
+    out = torch.zeros(n_ctx, dtype=torch.bool, device=model.W_U.device)
+    out[list(chosen)] = True
+    return out
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The factors of one forward: `rows` `[batch]` of the caller, absolute `positions` and
+    `factors` `[batch, pos]`; padding has position -1."""
+
+    rows: Tensor
+    positions: Tensor
+    factors: Tensor
+
+
+def applied(at: Int[Tensor, "batch pos"], factor: Float[Tensor, "batch pos 1"]) -> Applied:
+    """A record of what the current batch got, on the CPU."""
+    flat = rearrange(factor, "batch pos 1 -> batch pos")
+    return Applied(caller_rows(len(at)), at.clone().cpu(), flat.detach().clone().cpu())
+
+
+def caller_rows(batch: int) -> Int[Tensor, " batch"]:
+    """Which of the caller's rows the current batch holds."""
+    rows = ROWS.get()
+    return torch.arange(batch) if rows is None else rows.clone()
+
+
+def follow(handle: Handle, layers: Iterable[int], tell: Callable[[int, Tensor], None]) -> None:
+    """Have `tell(layer, positions)` called before each block of `layers` runs."""
+    for layer in sorted(set(layers)):
+
+        def see(args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
+            tell(layer, positions_of(args, kwargs))
+
+        handle._before(block_of(handle.model, layer), see)

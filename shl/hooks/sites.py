@@ -1,0 +1,216 @@
+"""The one table of where things hook on a HookedTransformer: names, shapes, which norm.
+
+Where a weight-exact LoRA reads and adds (TransformerLens 3.9, Gemma-3 and Llama):
+
+=========  ==========================================  ====================================
+site       the linear's input                          the update is added at
+=========  ==========================================  ====================================
+q k v      argument of module ``blocks.i.attn``        ``attn.hook_q`` / ``k`` / ``v``
+o          ``attn.hook_z``, heads flattened            output of module ``attn``
+gate up    argument of module ``blocks.i.mlp``         ``mlp.hook_pre`` / ``hook_pre_linear``
+down       ``mlp.hook_post``                           output of module ``mlp``
+resid      ``hook_resid_post``                         ``hook_resid_post``
+=========  ==========================================  ====================================
+
+Modules without a HookPoint at the right place are hooked themselves: ``hook_attn_out`` and
+``hook_mlp_out`` fire after Gemma's post-norms and ``hook_normalized`` before the norm's learned
+scale, so the shapes fit there and the numbers are wrong. `hook_q` and `hook_k` fire before the
+q/k norms, as the update of the linear must.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+
+from shl.config import SITE_KINDS
+from shl.utils.errors import check
+
+HF_NAMES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+"""The linear sites' names in transformers, within `model.layers.i` (Gemma-3 and Llama alike)."""
+
+HOOKS = {
+    "q": ("attn:query_input", "attn.hook_q"),
+    "k": ("attn:query_input", "attn.hook_k"),
+    "v": ("attn:query_input", "attn.hook_v"),
+    "o": ("attn.hook_z", "attn"),
+    "gate": ("mlp:x", "mlp.hook_pre"),
+    "up": ("mlp:x", "mlp.hook_pre_linear"),
+    "down": ("mlp.hook_post", "mlp"),
+    "resid": ("hook_resid_post", "hook_resid_post"),
+}
+"""Where a site's input is read and its update added, within `blocks.i`: a module's output, or
+after a colon its argument. q, k and v read one tensor, unless a TransformerLens option splits it
+by head."""
+
+
+PARAMETERS = {
+    "q": ("W_Q", "b_Q"),
+    "k": ("_W_K", "_b_K"),
+    "v": ("_W_V", "_b_V"),
+    "o": ("W_O", "b_O"),
+    "gate": ("W_gate", None),
+    "up": ("W_in", None),
+    "down": ("W_out", "b_out"),
+}
+"""A linear site's weight and the bias of its own product, in the component that holds them."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place for a low-rank update: `kind` at `layer`, from `d_in` to `d_out` features.
+
+    Example:
+        >>> Site("down", 3, 2048, 640).name
+        'blocks.3.down'
+    """
+
+    kind: str
+    layer: int
+    d_in: int
+    d_out: int
+
+    @property
+    def name(self) -> str:
+        """The key under which an adapter's factors are stored."""
+        return f"blocks.{self.layer}.{self.kind}"
+
+    @property
+    def hooks(self) -> tuple[str, str]:
+        """Full names of where the input is read and where the update is added.
+
+        Example:
+            >>> Site("gate", 3, 640, 2048).hooks
+            ('blocks.3.mlp:x', 'blocks.3.mlp.hook_pre')
+        """
+        seen, added = HOOKS[self.kind]
+        return f"blocks.{self.layer}.{seen}", f"blocks.{self.layer}.{added}"
+
+
+def sites_of(
+    model: HookedTransformer, kinds: Sequence[str], layers: Sequence[int]
+) -> tuple[Site, ...]:
+    """The sites of `kinds` at `layers`, in order of the forward pass.
+
+    Raises:
+        ShlError: an unknown kind, a layer that the model does not have, or a model whose MLP is
+            not gated (Gemma and Llama are).
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> [s.name for s in sites_of(tiny_gemma(), ["o", "q"], [1])]
+        ['blocks.1.q', 'blocks.1.o']
+    """
+    cfg = model.cfg
+    check(bool(cfg.gated_mlp), "the model's MLP is not gated, only Gemma and Llama shapes are.")
+    for kind in kinds:
+        check(kind in SITE_KINDS, f"site {kind!r} is unknown, the sites are {SITE_KINDS}.")
+    check_layers(model, layers)
+    heads = cfg.n_heads * cfg.d_head
+    kv_heads = (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
+    assert cfg.d_mlp is not None
+    shapes = {
+        "q": (cfg.d_model, heads),
+        "k": (cfg.d_model, kv_heads),
+        "v": (cfg.d_model, kv_heads),
+        "o": (heads, cfg.d_model),
+        "gate": (cfg.d_model, cfg.d_mlp),
+        "up": (cfg.d_model, cfg.d_mlp),
+        "down": (cfg.d_mlp, cfg.d_model),
+        "resid": (cfg.d_model, cfg.d_model),
+    }
+    return tuple(
+        Site(kind, layer, *shapes[kind])
+        for layer in sorted(set(layers))
+        for kind in SITE_KINDS
+        if kind in kinds
+    )
+
+
+def check_layers(model: HookedTransformer, layers: Sequence[int]) -> None:
+    """Raise unless every layer index exists in the model."""
+    for layer in layers:
+        check(
+            0 <= layer < model.cfg.n_layers,
+            f"layer {layer} is out of range, {model.cfg.model_name} has layers 0 to "
+            f"{model.cfg.n_layers - 1}.",
+        )
+
+
+def band(model: HookedTransformer, low: float, high: float) -> tuple[int, ...]:
+    """Layers from `low` to `high` of the depth, ends included, as shares of the layer count.
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> band(tiny_gemma(n_layers=6), 1 / 3, 2 / 3)
+        (2, 3, 4)
+    """
+    n = model.cfg.n_layers
+    return tuple(range(round(low * n), min(n - 1, round(high * n)) + 1))
+
+
+def block_of(model: HookedTransformer, layer: int) -> Any:
+    """The block of a layer; Any: torch types what a module holds as Tensor | Module."""
+    return model.blocks[layer]
+
+
+def residual_after(model: HookedTransformer, layer: int) -> nn.Module:
+    """The HookPoint of the residual stream after `layer`, `[batch, pos, d_model]`."""
+    check_layers(model, [layer])
+    return block_of(model, layer).hook_resid_post
+
+
+def linear_input(model: HookedTransformer, site: Site) -> tuple[nn.Module, str | None]:
+    """The module that shows a site's input: its keyword argument, or (None) its output."""
+    path, _, argument = HOOKS[site.kind][0].partition(":")
+    return block_of(model, site.layer).get_submodule(path), argument or None
+
+
+def linear_output(model: HookedTransformer, site: Site) -> nn.Module:
+    """The module whose output is a site's own output, before any norm."""
+    return block_of(model, site.layer).get_submodule(HOOKS[site.kind][1])
+
+
+def component_of(model: HookedTransformer, site: Site) -> nn.Module:
+    """The attention or MLP that holds a linear site's weight."""
+    return block_of(model, site.layer).get_submodule(HOOKS[site.kind][1].partition(".")[0])
+
+
+def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, dict[str, int]]:
+    """A linear site's parameter, and how einops turns it into `[out, in]` (a view, given the
+    sizes that come third).
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> as_linear(model, sites_of(model, ["q"], [0])[0])[1]
+        'head d d_head -> (head d_head) d'
+    """
+    check(site.kind in PARAMETERS, f"{site.name} is no linear site, it has no weight of its own.")
+    sizes = {"d_head": model.cfg.d_head}
+    out_in: dict[str, tuple[str, dict[str, int]]] = {
+        **dict.fromkeys("qkv", ("head d d_head -> (head d_head) d", sizes)),
+        "o": ("head d_head d -> d (head d_head)", sizes),
+    }
+    parameter: nn.Parameter = getattr(component_of(model, site), PARAMETERS[site.kind][0])
+    return parameter, *out_in.get(site.kind, ("d_in d_out -> d_out d_in", {}))
+
+
+def readout(model: HookedTransformer) -> dict[str, Any]:
+    """What the functions of `shl.kl` need to know beside `W_U`: bias and soft cap of the logits."""
+    return {"bias": model.b_U, "soft_cap": float(model.cfg.output_logits_soft_cap)}
+
+
+def final_hidden(model: HookedTransformer, residual: Tensor) -> Tensor:
+    """Final norm of residual vectors `[n, d_model]`, in the dtype of `W_U`."""
+    return model.ln_final(residual[None])[0].to(model.W_U.dtype)

@@ -1,0 +1,145 @@
+"""Adding a direction to the residual stream: at one dose or one per row, where and while asked."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from shl.hooks.handle import Handle, row_values
+from shl.hooks.positions import Applied, Positions, Scope, applied, follow
+from shl.hooks.sites import check_layers, residual_after
+from shl.utils.errors import check
+from shl.utils.shapes import Bool, Direction, Float, Resid
+
+Gate = Literal["cosine"]
+
+
+class Steering(Handle):
+    """Adds `factor * v` to the residual stream h after each layer of the vector.
+
+    The factor of a token is its dose where `mask`, `positions` and `half_life` let it pass
+    (`shl.hooks.positions.Scope` has the equation), times 1 - max(0, cos(h, sign(dose) v)) under
+    `gate="cosine"`: a token whose residual points along the steered direction already gets less,
+    one that points away no more than the dose. h is the residual as it arrives, with what
+    handles placed earlier have added.
+
+    A context manager and a handle with `.remove()`; `model.reset_hooks()` leaves it on. `dose` is
+    a number, or one per row of the batch; under `generate` rows mean the prompts of the call.
+
+    Attributes:
+        factors: with `record=True`, what each forward applied, per layer, in order; see
+            `applied`. Otherwise empty.
+    """
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        directions: Mapping[int, Direction],
+        dose: float | Float[Tensor, " batch"],
+        *,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        positions: Positions | None = None,
+        gate: Gate | None = None,
+        half_life: float | None = None,
+        record: bool = False,
+    ) -> None:
+        check_directions(model, directions)
+        check(gate in (None, "cosine"), f"gate is {gate!r}, it must be None or 'cosine'.")
+        self.scope = Scope(model, dose, mask=mask, positions=positions, half_life=half_life)
+        super().__init__(model)
+        self.dose = dose
+        self.gate = gate
+        self.record = record
+        self.factors: dict[int, list[Applied]] = {layer: [] for layer in directions}
+        self._at: dict[int, Tensor] = {}
+        simple = gate is None and not record and not self.scope.by_position
+        if not simple:
+            follow(self, directions, self._at.__setitem__)
+        for layer, v in directions.items():
+            own = v.to(model.W_U.device)
+            add = partial(self._steer, own) if simple else partial(self._steer_where, layer, own)
+            self._add(residual_after(model, layer), add)
+
+    @property
+    def per_row(self) -> bool:
+        """Whether each row has a dose, mask or decay of its own, or is recorded."""
+        return self.scope.per_row or self.record
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows have a dose or mask of their own; None where all are treated alike."""
+        return self.scope.rows
+
+    def applied(self, layer: int, row: int = 0) -> Float[Tensor, " pos"]:
+        """The factor that each token of the caller's row got after `layer`, by absolute position;
+        the latest where a position was run more than once, NaN where none was.
+
+        Raises:
+            ShlError: nothing was recorded there.
+
+        Example:
+            >>> from shl.models.tiny import tiny_gemma
+            >>> model = tiny_gemma()
+            >>> steering = Steering(model, {1: torch.ones(32)}, 2.0, positions=[1], record=True)
+            >>> with steering:
+            ...     logits = model(torch.tensor([[2, 5, 6]]))
+            >>> steering.applied(1)
+            tensor([0., 2., 0.])
+        """
+        check(layer in self.factors, f"layer {layer} is not steered, {[*self.factors]} are.")
+        seen: dict[int, float] = {}
+        for one in self.factors[layer]:
+            for i in (one.rows == row).nonzero()[:, 0].tolist():
+                pairs = zip(one.positions[i].tolist(), one.factors[i].tolist(), strict=True)
+                seen.update((at, x) for at, x in pairs if at >= 0)
+        check(len(seen) > 0, f"nothing was recorded of row {row} at layer {layer}.")
+        out = torch.full((max(seen) + 1,), torch.nan)
+        out[list(seen)] = torch.tensor(list(seen.values()))
+        return out
+
+    def _steer(self, v: Tensor, h: Tensor) -> Tensor | None:
+        if isinstance(self.dose, Tensor):
+            dose = row_values(self.dose.to(h.device), len(h))
+            return h + (rearrange(dose, "batch -> batch 1 1") * v).to(h.dtype)
+        # No arithmetic at dose 0: the identity is exact, signed zeros included.
+        return h + (self.dose * v).to(h.dtype) if self.dose != 0 else None
+
+    def _steer_where(self, layer: int, v: Tensor, h: Resid) -> Resid:
+        at = self._at.pop(layer)
+        factor = self.scope.factor(at)
+        if self.gate == "cosine":
+            factor = factor * openness(h, v, factor)
+        if self.record:
+            self.factors[layer].append(applied(at, factor))
+        return h + (factor * v).to(h.dtype)
+
+
+def openness(
+    h: Resid, v: Direction, dose: Float[Tensor, "batch pos 1"]
+) -> Float[Tensor, "batch pos 1"]:
+    """1 - max(0, cos(h, sign(dose) v)) per token, in fp32: 1 where h is at right angles to the
+    steered direction or points away from it, 0 where it points exactly along.
+
+    Example:
+        >>> h = torch.tensor([[[3.0, 4.0], [0.0, 1.0], [-1.0, 0.0]]])
+        >>> openness(h, torch.tensor([2.0, 0.0]), torch.ones(1, 3, 1))[0, :, 0]
+        tensor([0.4000, 1.0000, 1.0000])
+    """
+    cosine = torch.cosine_similarity(h.float(), v.float(), dim=-1)
+    signed = rearrange(cosine, "batch pos -> batch pos 1") * dose.sign()
+    return 1 - signed.clamp(0, 1)
+
+
+def check_directions(model: HookedTransformer, directions: Mapping[int, Direction]) -> None:
+    """Raise unless the model has every layer, at the width of its direction."""
+    check_layers(model, list(directions))
+    for layer, v in directions.items():
+        check(
+            v.shape == (model.cfg.d_model,),
+            f"the vector of layer {layer} has shape {tuple(v.shape)}, {model.cfg.model_name} "
+            f"has d_model {model.cfg.d_model}.",
+        )

@@ -1,0 +1,23 @@
+"""Per-token KL and NLL from final hidden states, without full logits, and their aggregates."""
+
+from shl.kl.divergence import (
+    aggregate,
+    differentiable_nll,
+    forward_kl_and_nll,
+    fused,
+    log_probs_at,
+    nll,
+    reverse_kl_and_nll,
+)
+from shl.kl.sweep import logsumexp
+
+__all__ = [
+    "aggregate",
+    "differentiable_nll",
+    "forward_kl_and_nll",
+    "fused",
+    "log_probs_at",
+    "logsumexp",
+    "nll",
+    "reverse_kl_and_nll",
+]

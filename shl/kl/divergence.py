@@ -1,0 +1,314 @@
+"""Per-token KL and NLL from final hidden states, without a `[tok, vocab]` tensor, and aggregates.
+
+Student and reference share one frozen unembedding W, so their logits differ by u = delta W with
+delta = h - h_ref. With p = softmax(h W), q = softmax(h_ref W), F = logsumexp, A = E_p[W]:
+
+    KL(p || q) = delta . A - F(h) + F(h_ref)          a Bregman divergence of F
+               = log E_p[exp(ubar - u)],  ubar = E_p[u]
+    grad NLL   = A - W[:, y]
+    grad KL    = E_p[(u - ubar) W] = Cov_p[W] delta
+
+One sweep over vocabulary chunks with an online logsumexp gives both values and both gradients.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shl.config import quantile_of
+from shl.kl.sweep import Sweep, logsumexp, sweep
+from shl.utils.errors import ShlError, check
+from shl.utils.shapes import Float, Hidden, Int, PerToken, Targets, Unembed
+
+
+def naive_kl_and_nll(
+    student: Hidden,
+    ref: Hidden,
+    unembed: Unembed,
+    targets: Targets,
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    reverse: bool = True,
+    soft_cap: float = 0.0,
+) -> tuple[PerToken, PerToken]:
+    """The plain reference: two full logits, two log-softmaxes, in the inputs' own dtype.
+
+    For tests, benches, and models whose logits are soft-capped after the unembedding.
+    """
+    log_p = full_log_probs(student, unembed, bias, soft_cap)
+    log_q = full_log_probs(ref, unembed, bias, soft_cap)
+    if reverse:
+        kl = (log_p.exp() * (log_p - log_q)).sum(1)
+    else:
+        kl = (log_q.exp() * (log_q - log_p)).sum(1)
+    return kl, -log_p.gather(1, targets[:, None])[:, 0]
+
+
+def full_log_probs(
+    h: Tensor, unembed: Tensor, bias: Tensor | None, soft_cap: float = 0.0
+) -> Tensor:
+    """Log-probabilities `[tok, vocab]`, capped before the softmax if `soft_cap` is above 0."""
+    logits = h @ unembed if bias is None else h @ unembed + bias
+    if soft_cap > 0:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    return logits.log_softmax(1)
+
+
+def say_plain(soft_cap: float) -> None:
+    """Warn the caller's caller that full logits are formed."""
+    warnings.warn(
+        f"the logits are soft-capped at {soft_cap:g}, so they are formed in full: slow, and "
+        "[tok, vocab] in memory.",
+        stacklevel=3,
+    )
+
+
+_FUSED: ContextVar[bool] = ContextVar("shl_fused", default=False)
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """Let the Triton kernel do the elementwise part of the sweeps in the body.
+
+    Off by default: the kernel is tested under Triton's interpreter and was never timed on a GPU.
+    Needs the `triton` package.
+    """
+    token = _FUSED.set(True)
+    try:
+        yield
+    finally:
+        _FUSED.reset(token)
+
+
+def _sweep(
+    student: Hidden,
+    delta: Hidden | None,
+    unembed: Unembed,
+    bias: Float[Tensor, " vocab"] | None,
+    mean_w: Hidden | None = None,
+) -> Sweep:
+    if _FUSED.get():
+        # Triton is no requirement, and slow to import.
+        from shl.kl.triton import fused_sweep
+
+        return fused_sweep(student, delta, unembed, bias, mean_w=mean_w)
+    return sweep(student, delta, unembed, bias, mean_w=mean_w)
+
+
+class Divergence(torch.autograd.Function):
+    """(kl, nll) whose backward only scales gradients that forward has already formed; lazily,
+    that of the KL is formed in backward, for the rows that have an upstream gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        h_ref: Tensor | None,
+        unembed: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        reverse: bool,
+        ref_lse: Tensor | None,
+        lazy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """KL and NLL per token, `[tok]` each; without a reference the KL is 0."""
+        student = h.detach().float()
+        # delta before the product: never the difference of two large logits.
+        delta = None if h_ref is None else student - h_ref.detach().float()
+        kl = torch.zeros(len(student), device=student.device)
+        grad_kl = torch.zeros_like(student)
+        if h_ref is None or delta is None:
+            own = _sweep(student, None, unembed, bias)
+        elif not reverse:
+            own = _sweep(student, None, unembed, bias)
+            other = _sweep(h_ref.detach(), -delta, unembed, bias)
+            assert other.kl is not None
+            kl, grad_kl = other.kl, own.mean_w - other.mean_w
+        elif lazy:
+            own = _sweep(student, None, unembed, bias)
+            ref_lse = logsumexp(h_ref, unembed, bias) if ref_lse is None else ref_lse
+            kl = (delta * own.mean_w).sum(1) - own.lse + ref_lse
+        else:
+            own = _sweep(student, delta, unembed, bias)
+            assert own.kl is not None
+            assert own.grad_kl is not None
+            kl, grad_kl = own.kl, own.grad_kl
+        target_w = unembed.T[targets].float()
+        nll = own.lse - (student * target_w).sum(1)
+        if bias is not None:
+            nll = nll - bias[targets].float()
+        ctx.lazy = lazy and reverse and delta is not None
+        ctx.save_for_backward(grad_kl, own.mean_w, target_w, student, delta, unembed, bias)
+        ctx.dtype = h.dtype
+        return kl, nll
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """From upstream gradients of KL and NLL, `[tok]` each, to that of `h`, `[tok, d]`."""
+        grad_kl, mean_w, target_w, student, delta, unembed, bias = ctx.saved_tensors
+        kl_up, nll_up = upstream
+        if ctx.lazy:
+            rows = kl_up.nonzero()[:, 0]
+            if len(rows):
+                part = _sweep(student[rows], delta[rows], unembed, bias, mean_w[rows])
+                assert part.grad_kl is not None
+                grad_kl = grad_kl.index_copy(0, rows, part.grad_kl)
+        grad = kl_up[:, None] * grad_kl + nll_up[:, None] * (mean_w - target_w)
+        return grad.to(ctx.dtype), None, None, None, None, None, None, None
+
+
+def aggregate(kl: PerToken, how: str) -> Float[Tensor, ""]:
+    """One number D for a completion's per-token divergences, in nats.
+
+    Args:
+        kl: `[tok]`, nats.
+        how: `mean`, `rmse` = sqrt(mean(kl^2)), `max`, or `pNN`, the linearly interpolated
+            quantile. At all-zero `kl` the gradient of rmse is exactly 0.
+
+    Raises:
+        ShlError: no token, or an unknown aggregate.
+
+    Example:
+        >>> import torch
+        >>> kl = torch.tensor([0.0] * 56 + [3.8, 4.2, 6.7, 8.1])
+        >>> [round(float(aggregate(kl, how)), 2) for how in ("mean", "rmse", "p95", "max")]
+        [0.38, 1.54, 3.82, 8.1]
+    """
+    check(len(kl) > 0, "a completion without tokens has no divergence to aggregate.")
+    if how == "mean":
+        return kl.mean()
+    if how == "rmse":
+        # vector_norm's gradient at the origin is 0, where that of sqrt is infinite.
+        return torch.linalg.vector_norm(kl) / len(kl) ** 0.5
+    if how == "max":
+        return kl.amax()
+    quantile = quantile_of(how)
+    if quantile is None:
+        raise ShlError(f"aggregate is {how!r}, it must be 'mean', 'rmse', 'max' or 'pNN'.")
+    return torch.quantile(kl, quantile)
+
+
+def reverse_kl_and_nll(
+    student: Hidden,
+    ref: Hidden,
+    unembed: Unembed,
+    targets: Targets,
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    ref_lse: PerToken | None = None,
+    lazy: bool = False,
+    soft_cap: float = 0.0,
+) -> tuple[PerToken, PerToken]:
+    """KL(student || reference) and -log p_student(target) per token, without allocating logits.
+
+    Args:
+        student: `[tok, d_model]`, final and normed; the only input that gets a gradient.
+        ref: `[tok, d_model]`, of the reference, through the same unembedding.
+        unembed: `[d_model, vocab]`, TransformerLens's `W_U`, frozen.
+        targets: `[tok]`, the id that follows each position.
+        bias: `[vocab]`, TransformerLens's `b_U`, where it is not 0.
+        ref_lse: `[tok]`, `logsumexp` of the reference's logits, if known; only `lazy` uses it.
+        lazy: form the KL's gradient in backward, for rows with a non-zero upstream only: two
+            products if none has one and `ref_lse` is given, and three more for those that do,
+            against four. The KL's absolute error is then up to 1e-5.
+        soft_cap: logits become cap * tanh(logits / cap) if it is above 0. They are no longer
+            linear in h then, so full logits are formed, with a warning.
+
+    Raises:
+        ShlError: `ref_lse` without `lazy`, where it would be ignored.
+
+    Returns:
+        kl and nll, `[tok]` each, nats, fp32, each with its own per-token upstream gradient.
+
+    Example:
+        >>> import torch
+        >>> h, w = torch.randn(3, 4), torch.randn(4, 11)
+        >>> kl, nll = reverse_kl_and_nll(h, h, w, torch.tensor([0, 5, 10]))
+        >>> kl
+        tensor([0., 0., 0.])
+    """
+    check(lazy or ref_lse is None, "ref_lse is given but lazy is False, which does not use it.")
+    if soft_cap > 0:
+        say_plain(soft_cap)
+        return naive_kl_and_nll(
+            student, ref.detach(), unembed, targets, bias=bias, soft_cap=soft_cap
+        )
+    return Divergence.apply(student, ref, unembed, targets, bias, True, ref_lse, lazy)
+
+
+def forward_kl_and_nll(
+    student: Hidden,
+    ref: Hidden,
+    unembed: Unembed,
+    targets: Targets,
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    soft_cap: float = 0.0,
+) -> tuple[PerToken, PerToken]:
+    """KL(reference || student) and NLL per token; arguments as in `reverse_kl_and_nll`."""
+    if soft_cap > 0:
+        say_plain(soft_cap)
+        return naive_kl_and_nll(
+            student, ref.detach(), unembed, targets, bias=bias, reverse=False, soft_cap=soft_cap
+        )
+    return Divergence.apply(student, ref, unembed, targets, bias, False, None, False)
+
+
+def differentiable_nll(
+    student: Hidden,
+    unembed: Unembed,
+    targets: Targets,
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    soft_cap: float = 0.0,
+) -> PerToken:
+    """NLL per token with its gradient, at half the products of a divergence."""
+    if soft_cap > 0:
+        say_plain(soft_cap)
+        log_p = full_log_probs(student, unembed, bias, soft_cap)
+        return -log_p.gather(1, targets[:, None])[:, 0]
+    return Divergence.apply(student, None, unembed, targets, bias, True, None, False)[1]
+
+
+def nll(
+    student: Hidden,
+    unembed: Unembed,
+    targets: Targets,
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    soft_cap: float = 0.0,
+) -> PerToken:
+    """-log p(target) per token in nats, in chunks, without a gradient: for scoring.
+
+    Example:
+        >>> import torch
+        >>> round(float(nll(torch.zeros(1, 4), torch.randn(4, 10), torch.tensor([3])).exp()), 4)
+        10.0
+    """
+    words = targets[:, None]
+    return -log_probs_at(student, unembed, words, bias=bias, soft_cap=soft_cap)[:, 0]
+
+
+def log_probs_at(
+    student: Hidden,
+    unembed: Unembed,
+    words: Int[Tensor, "tok n"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    soft_cap: float = 0.0,
+) -> Float[Tensor, "tok n"]:
+    """Log-probabilities (nats, fp32) of chosen words `[tok, n]` at each position, in chunks and
+    without a gradient."""
+    with torch.no_grad():
+        if soft_cap > 0:
+            say_plain(soft_cap)
+            return full_log_probs(student.float(), unembed.float(), bias, soft_cap).gather(1, words)
+        chosen = torch.einsum("td,tnd->tn", student.float(), unembed.T[words].float())
+        if bias is not None:
+            chosen = chosen + bias[words].float()
+        return chosen - logsumexp(student, unembed, bias, scoring=True)[:, None]

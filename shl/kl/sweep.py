@@ -1,0 +1,218 @@
+"""One pass over vocabulary chunks: softmax statistics of h W without a `[tok, vocab]` tensor."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shl.fast.linear import linear
+from shl.utils.shapes import Bool, Float, Hidden, PerToken, Unembed
+
+PIECE = 1024
+"""Words per product: MKL is up to twice as fast at a batch of them, a thread to each, as at a wide
+one that its threads share."""
+
+
+def chunk(tokens: int, vocab: int) -> int:
+    """Words per chunk: a function of the shape alone, so results repeat bit for bit. A chunk of
+    logits takes 4 MB: larger ones leave the cache, and with smaller ones threads wait for each
+    other more often, which a busy neighbour makes long."""
+    return max(1, min(vocab, max(512, (1 << 20) // max(tokens, 1))))
+
+
+def pieces(tokens: int, vocab: int) -> Iterator[tuple[int, int, int]]:
+    """(start, count, width) of chunks that are `count` times `width` words.
+
+    Example:
+        >>> list(pieces(512, 5000))
+        [(0, 2, 1024), (2048, 2, 1024), (4096, 1, 904)]
+    """
+    words = chunk(tokens, vocab)
+    width = min(words, PIECE)
+    most = words // width
+    start = 0
+    while start < vocab:
+        count = min(most, (vocab - start) // width)
+        yield (start, count, width) if count else (start, 1, vocab - start)
+        start += count * width or vocab - start
+
+
+class Chunk:
+    """Words of the unembedding, `[count * width, d]`, and their bias, `[count, width]`; fp32."""
+
+    def __init__(
+        self, unembed: Tensor, bias: Tensor | None, start: int, count: int, width: int
+    ) -> None:
+        end = start + count * width
+        self.weight = unembed.T[start:end].float()
+        self.bias = None if bias is None else bias[start:end].float().view(count, width)
+        self.shape = (count, width)
+
+    def products(self, rows: Tensor, room: Tensor) -> Tensor:
+        """`[rows, count, width]`, a view into `room`, without bias."""
+        count, width = self.shape
+        out = room[: count * len(rows) * width].view(count, len(rows), width)
+        shares = self.weight.unflatten(0, self.shape).mT
+        return torch.bmm(rows.expand(count, -1, -1), shares, out=out).transpose(0, 1)
+
+    def exact_enough(self, rows: Tensor) -> Tensor:
+        """The same by the faster of two libraries, up to twice as far off."""
+        return linear(rows, self.weight).unflatten(1, self.shape)
+
+    def weighted(self, e: Tensor) -> Tensor:
+        """e W, from `[tok, count, width]` to `[tok, d]`."""
+        return linear(e.flatten(1), self.weight.T, deep=True)
+
+    def inside(self, room: Tensor, tok: int) -> Tensor:
+        """`[tok, count, width]` of `room`, the words of a token side by side."""
+        count, width = self.shape
+        return room[: tok * count * width].view(tok, count, width)
+
+
+def space(tok: int, vocab: int, like: Tensor) -> Tensor:
+    """Room for a chunk, allocated once per sweep: fresh pages cost more than the sums."""
+    return like.new_empty(len(like) * max(count * width for _, count, width in pieces(tok, vocab)))
+
+
+# Above this exp(ubar - u) of a single word leaves fp32's safe range; such rows, far from the
+# reference, take the logsumexp form, whose error is relative to the logits and small there.
+LARGE = 40.0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What one pass over the vocabulary leaves, per token."""
+
+    lse: PerToken  # F(h)
+    mean_w: Hidden  # A = E_p[W]
+    kl: PerToken | None = None
+    grad_kl: Hidden | None = None  # Cov_p[W] delta
+
+
+def _largest(z: Tensor) -> Tensor:
+    return z.amax(2).amax(1, keepdim=True)
+
+
+def _sum(z: Tensor) -> Tensor:
+    return z.sum(2).sum(1, keepdim=True)
+
+
+def sweep(
+    h: Hidden,
+    delta: Hidden | None,
+    unembed: Unembed,
+    bias: Float[Tensor, " vocab"] | None,
+    *,
+    mean_w: Hidden | None = None,
+) -> Sweep:
+    """Online softmax statistics of h W over chunks of words; with `delta`, of u = delta W too.
+
+    Two matrix products without `delta`, four with it; three if A is known already (`mean_w`), as
+    the divergence is then, which is left out.
+
+    Example:
+        >>> import torch
+        >>> round(float(sweep(torch.zeros(1, 2), None, torch.ones(2, 8), None).lse.exp()), 4)
+        8.0
+    """
+    tok, d = h.shape
+    vocab = unembed.shape[1]
+    h = h.float()
+    delta = None if delta is None else delta.float()
+    rows = h if delta is None else torch.cat([h, delta])
+    room, room_e, room_eu = (space(tok, vocab, like) for like in (rows, h, rows[tok:]))
+    top = h.new_full((tok, 1), -torch.inf)
+    total = h.new_zeros(tok, 1)
+    known, mean_w = mean_w, h.new_zeros(tok, d)
+    # u is taken about its mean over the first chunk, so that what all words share cancels before
+    # it is summed.
+    centre = h.new_zeros(tok, 1)
+    shift = h.new_zeros(tok, 1)  # the running mean of u - centre, around which expm1 is exact
+    excess = h.new_zeros(tok, 1)  # sum of e * expm1(shift - u)
+    mean_uw = h.new_zeros(tok, d)  # sum of e * u * W
+    far: Bool[Tensor, " tok"] = torch.zeros(tok, dtype=torch.bool, device=h.device)
+    for start, count, width in pieces(tok, vocab):
+        words = Chunk(unembed, bias, start, count, width)
+        zu = words.products(rows, room) if known is None else words.exact_enough(rows)
+        z = zu[:tok] if words.bias is None else zu[:tok].add_(words.bias)
+        new_top = torch.maximum(top, _largest(z))
+        rescale = (top - new_top).exp()
+        e = torch.sub(z, new_top[..., None], out=words.inside(room_e, tok)).exp_()
+        top = new_top
+        chunk_total = _sum(e)
+        before = total * rescale
+        total = before + chunk_total
+        if known is None:
+            mean_w.mul_(rescale).add_(words.weighted(e))
+        if delta is None:
+            continue
+        u, eu = zu[tok:], words.inside(room_eu, tok)
+        if start == 0:
+            centre = _sum(torch.mul(e, u, out=eu)) / total
+        torch.mul(e, u.sub_(centre[..., None]), out=eu)
+        chunk_first = _sum(eu)
+        mean_uw.mul_(rescale).add_(words.weighted(eu))
+        # The shift moves to the running mean before this chunk's words are added: the earlier
+        # ones' excess is never negative about their own mean, so nothing large cancels.
+        move = (chunk_first - shift * chunk_total) / total
+        shift = shift + move
+        if known is not None:
+            continue  # the divergence itself is known too
+        if start > 0:
+            far |= move[:, 0] > LARGE
+            move = move.clamp(max=LARGE)
+            excess = move.exp() * (excess * rescale) + move.expm1() * before
+        u = torch.sub(shift[..., None], u, out=u)
+        above = _largest(u)[:, 0] > LARGE
+        if bool(above.any()):
+            far |= above
+            u.clamp_(max=LARGE)
+        excess = excess + _sum(u.expm1_().mul_(e))
+    lse = (top + total.log())[:, 0]
+    mean_w = mean_w / total if known is None else known
+    if delta is None:
+        return Sweep(lse, mean_w)
+    grad_kl = mean_uw / total - shift * mean_w
+    if known is not None:
+        return Sweep(lse, mean_w, grad_kl=grad_kl)
+    kl = torch.log1p(excess / total)[:, 0]
+    if bool(far.any()):
+        rows = far.nonzero()[:, 0]
+        ref_lse = logsumexp(h[rows] - delta[rows], unembed, bias)
+        kl[rows] = (centre + shift)[rows, 0] - lse[rows] + ref_lse
+    return Sweep(lse, mean_w, kl, grad_kl)
+
+
+def logsumexp(
+    h: Hidden,
+    unembed: Unembed,
+    bias: Float[Tensor, " vocab"] | None,
+    *,
+    scoring: bool = False,
+) -> PerToken:
+    """F(h) alone: one matrix product.
+
+    Args:
+        scoring: take the faster product, up to twice as far off (some 1e-5 nats) and not bit for
+            bit what `sweep` gives: not for a difference of two values that are nearly equal.
+
+    Example:
+        >>> import torch
+        >>> round(float(logsumexp(torch.zeros(1, 2), torch.ones(2, 8), None).exp()), 4)
+        8.0
+    """
+    tok, vocab = len(h), unembed.shape[1]
+    h = h.float()
+    room = space(tok, vocab, h)
+    top = h.new_full((tok, 1), -torch.inf)
+    total = h.new_zeros(tok, 1)
+    for start, count, width in pieces(tok, vocab):
+        words = Chunk(unembed, bias, start, count, width)
+        z = words.exact_enough(h) if scoring else words.products(h, room)
+        z = z if words.bias is None else z.add_(words.bias)
+        new_top = torch.maximum(top, _largest(z))
+        chunk_total = _sum(z.sub_(new_top[..., None]).exp_())
+        total = total * (top - new_top).exp() + chunk_total
+        top = new_top
+    return (top + total.log())[:, 0]

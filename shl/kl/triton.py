@@ -1,0 +1,196 @@
+"""The sweep's elementwise part as one Triton kernel per chunk, for GPUs.
+
+The matrix products stay with the vendor's library: a `[64, d_model]` fp32 accumulator for a
+d_model of 2560 fits no streaming multiprocessor, so one kernel for everything cannot be. Per chunk
+of words, two products give logits z = h W and u = delta W in fp32; this kernel reads both, moves
+the online statistics of a row, and writes e = exp(z - top) and e u in the weights' dtype for the
+two gradient products. Without delta it leaves out whatever has u in it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shl.kl.sweep import LARGE, Sweep, logsumexp
+from shl.utils.shapes import Float, Hidden, Unembed
+
+BLOCK = 1024
+"""Words that a row's program handles at a time."""
+CHUNK_BYTES = 1 << 28
+"""Workspace for one chunk's z and u, fp32."""
+
+
+@triton.jit
+def _row(  # noqa: ANN202
+    z_ptr,  # noqa: ANN001
+    u_ptr,  # noqa: ANN001
+    e_ptr,  # noqa: ANN001
+    eu_ptr,  # noqa: ANN001
+    state_ptr,  # noqa: ANN001
+    words,  # noqa: ANN001
+    first: tl.constexpr,
+    divergence: tl.constexpr,
+    large: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One row of one chunk. The state is top, total, centre, shift, excess, far, rescale."""
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * words
+    u_ptr += row * words
+    e_ptr += row * words
+    eu_ptr += row * words
+    state_ptr += row * 7
+    top = tl.load(state_ptr)
+    total = tl.load(state_ptr + 1)
+    centre = tl.load(state_ptr + 2)
+    shift = tl.load(state_ptr + 3)
+    excess = tl.load(state_ptr + 4)
+    far = tl.load(state_ptr + 5)
+    at = tl.arange(0, block)
+
+    best = tl.full([block], float("-inf"), tl.float32)
+    for start in range(0, words, block):
+        inside = start + at < words
+        best = tl.maximum(best, tl.load(z_ptr + start + at, mask=inside, other=float("-inf")))
+    new_top = tl.maximum(top, tl.max(best, 0))
+    rescale = tl.exp(top - new_top)
+
+    if first and divergence:
+        # What all words share cancels before it is summed, as in `sweep`.
+        own = tl.zeros([block], tl.float32)
+        shared = tl.zeros([block], tl.float32)
+        for start in range(0, words, block):
+            inside = start + at < words
+            z = tl.load(z_ptr + start + at, mask=inside, other=float("-inf"))
+            u = tl.load(u_ptr + start + at, mask=inside, other=0.0)
+            e = tl.exp(z - new_top)
+            own += e
+            shared += e * u
+        centre = tl.sum(shared, 0) / tl.sum(own, 0)
+
+    sums = tl.zeros([block], tl.float32)
+    firsts = tl.zeros([block], tl.float32)
+    for start in range(0, words, block):
+        inside = start + at < words
+        z = tl.load(z_ptr + start + at, mask=inside, other=float("-inf"))
+        e = tl.exp(z - new_top)
+        sums += e
+        tl.store(e_ptr + start + at, e.to(e_ptr.dtype.element_ty), mask=inside)
+        if divergence:
+            u = tl.load(u_ptr + start + at, mask=inside, other=0.0) - centre
+            eu = e * u
+            firsts += eu
+            tl.store(eu_ptr + start + at, eu.to(eu_ptr.dtype.element_ty), mask=inside)
+    chunk_total = tl.sum(sums, 0)
+    before = total * rescale
+    total = before + chunk_total
+    tl.store(state_ptr, new_top)
+    tl.store(state_ptr + 1, total)
+    tl.store(state_ptr + 6, rescale)
+    if divergence:
+        # The shift moves to the running mean before this chunk's words are added, as in `sweep`.
+        move = (tl.sum(firsts, 0) - shift * chunk_total) / total
+        shift += move
+        if not first:
+            far = tl.maximum(far, tl.where(move > large, 1.0, 0.0))
+            move = tl.minimum(move, large)
+            # Kahan's expm1: exp(x) - 1 loses digits near 0, and log(exp(x)) loses the same ones.
+            grown = tl.exp(move)
+            close = (grown != 1.0) & (tl.abs(move) < 0.5)
+            more = tl.where(
+                close, (grown - 1.0) * move / tl.log(tl.where(close, grown, 2.0)), grown - 1.0
+            )
+            more = tl.where(grown == 1.0, move, more)
+            excess = grown * (excess * rescale) + more * before
+
+        added = tl.zeros([block], tl.float32)
+        above = tl.zeros([block], tl.float32)
+        for start in range(0, words, block):
+            inside = start + at < words
+            z = tl.load(z_ptr + start + at, mask=inside, other=float("-inf"))
+            u = tl.load(u_ptr + start + at, mask=inside, other=0.0) - centre
+            off = shift - u
+            above = tl.maximum(above, tl.where(inside & (off > large), 1.0, 0.0))
+            off = tl.minimum(off, large)
+            w = tl.exp(off)
+            near = (w != 1.0) & (tl.abs(off) < 0.5)
+            minus = tl.where(near, (w - 1.0) * off / tl.log(tl.where(near, w, 2.0)), w - 1.0)
+            minus = tl.where(w == 1.0, off, minus)
+            added += tl.where(inside, minus * tl.exp(z - new_top), 0.0)
+        tl.store(state_ptr + 2, centre)
+        tl.store(state_ptr + 3, shift)
+        tl.store(state_ptr + 4, excess + tl.sum(added, 0))
+        tl.store(state_ptr + 5, tl.maximum(far, tl.max(above, 0)))
+
+
+def fused_sweep(
+    h: Hidden,
+    delta: Hidden | None,
+    unembed: Unembed,
+    bias: Float[Tensor, " vocab"] | None,
+    *,
+    mean_w: Hidden | None = None,
+) -> Sweep:
+    """`shl.kl.sweep.sweep` through the Triton kernel, with the same arguments.
+
+    Products are taken in the weights' dtype with fp32 results; everything else is fp32.
+
+    Example:
+        >>> h, w = torch.ones(1, 2), torch.ones(2, 8)
+        >>> fused_sweep(h, 0 * h, w, None).kl  # doctest: +SKIP
+        tensor([0.])
+    """
+    tok, d = h.shape
+    vocab, dtype = unembed.shape[1], unembed.dtype
+    h16, delta16 = h.to(dtype), None if delta is None else delta.to(dtype)
+    step = max(BLOCK, min(vocab, CHUNK_BYTES // (8 * tok) // BLOCK * BLOCK))
+    buffers = [h.new_empty(tok * step, dtype=torch.float32) for _ in range(2)]
+    outs = [h.new_empty(tok * step, dtype=dtype) for _ in range(2)]
+    state = torch.zeros(tok, 7, device=h.device)
+    state[:, 0] = -torch.inf
+    known, mean_w = mean_w, torch.zeros(tok, d, device=h.device)
+    mean_uw = torch.zeros(tok, d, device=h.device)
+    for start in range(0, vocab, step):
+        w = unembed[:, start : start + step]
+        words = w.shape[1]
+        z, u = (b[: tok * words].view(tok, words) for b in buffers)
+        e, eu = (b[: tok * words].view(tok, words) for b in outs)
+        _product(h16, w, z)
+        if delta16 is not None:
+            _product(delta16, w, u)
+        if bias is not None:
+            z += bias[start : start + step].float()
+        _row[(tok,)](
+            *(z, u, e, eu, state, words),
+            first=start == 0,
+            divergence=delta is not None,
+            large=LARGE,
+            block=BLOCK,
+        )
+        rescale = state[:, 6:]
+        if known is None:
+            mean_w.mul_(rescale).add_(_product(e, w.T))
+        if delta is not None:
+            mean_uw.mul_(rescale).add_(_product(eu, w.T))
+    top, total, centre, shift, excess, far, _ = state.unbind(1)
+    lse = top + total.log()
+    mean_w = mean_w / total[:, None] if known is None else known
+    if delta is None:
+        return Sweep(lse, mean_w)
+    kl = torch.log1p(excess / total)
+    rows = far.nonzero()[:, 0]
+    if len(rows):
+        ref_lse = logsumexp(h[rows].float() - delta[rows].float(), unembed, bias)
+        kl[rows] = (centre + shift)[rows] - lse[rows] + ref_lse
+    return Sweep(lse, mean_w, kl, mean_uw / total[:, None] - shift[:, None] * mean_w)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b in fp32, whatever the dtype of the factors."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    result = a.float() @ b.float()
+    return result if out is None else out.copy_(result)

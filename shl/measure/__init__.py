@@ -1,0 +1,1 @@
+"""What is read off a model, and how far each reading can be trusted."""

@@ -1,0 +1,58 @@
+"""Bootstrap intervals and split-half reliability, on plain arrays."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from shl.utils.errors import check
+from shl.utils.seeds import seed_for
+
+Statistic = Callable[[np.ndarray], float]
+
+
+def bootstrap(
+    items: np.ndarray,
+    statistic: Statistic,
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of `statistic` over resampled rows of `items` (Efron 1979).
+
+    Rows are resampled whole, so columns that belong together (a model and its base on the same
+    item) stay paired.
+
+    Example:
+        >>> import numpy as np
+        >>> bootstrap(np.ones((5, 1)), lambda x: float(x.mean()))
+        (1.0, 1.0)
+    """
+    check(len(items) > 0, "there are no items to resample.")
+    rng = np.random.default_rng(seed_for(seed, "bootstrap"))
+    picks = rng.integers(0, len(items), size=(resamples, len(items)))
+    values = np.array([statistic(items[pick]) for pick in picks])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def split_half(items: np.ndarray, *, splits: int = 200, seed: int = 0) -> float:
+    """Mean correlation of the column profile between random halves of the rows, stepped up to
+    full length by Spearman-Brown: 2 r / (1 + r). It is no check of validity.
+
+    Example:
+        >>> import numpy as np
+        >>> split_half(np.tile([1.0, 2.0, 3.0], (8, 1)))
+        1.0
+    """
+    check(len(items) >= 4, f"{len(items)} items cannot be split in halves, it takes four.")
+    rng = np.random.default_rng(seed_for(seed, "split"))
+    correlations = []
+    for _ in range(splits):
+        order = rng.permutation(len(items))
+        half = len(items) // 2
+        a, b = items[order[:half]].mean(0), items[order[half:]].mean(0)
+        correlations.append(np.corrcoef(a, b)[0, 1])
+    r = float(np.mean(correlations))
+    return float(2 * r / (1 + r)) if r > -1 else -1.0

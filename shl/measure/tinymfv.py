@@ -1,0 +1,249 @@
+"""The public tinymfv, unmodified, as an instrument: `--eval tinymfv`.
+
+The package is `tinymfv` or, since July 2026, `moralmaps`. It takes a transformers model and a
+tokenizer and asks seven-way forced choices in two perspectives and two option orders, which are
+its paraphrases here. The model is `shl.as_hf`'s view, hooks included. The tokenizer is a copy,
+with a minimal chat template where the model has none, and the persona as its system turn.
+"""
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from transformer_lens import HookedTransformer
+from transformers import PreTrainedTokenizerBase
+
+from shl.config import FOUNDATIONS
+from shl.measure.evaluation import log_softmax, nats_of
+from shl.models.as_hf import as_hf
+from shl.models.tokens import is_chat, tokenizer_of
+from shl.utils.errors import ShlError, check
+
+PACKAGES = {"tinymfv": "tiny-mfv", "moralmaps": "moral-maps"}
+"""Name to import: name of the distribution."""
+MINIMAL = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"
+    "{% elif m['role'] == 'user' %}Q: {{ m['content'] }}\n"
+    "{% else %}A: {{ m['content'] }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+)
+"""Plain-text models are asked as `shl.generate` asks them."""
+SCALARS = (
+    "top1_acc",
+    "informedness",
+    "mean_nll",
+    "mean_nll_T",
+    "T",
+    "mean_pmass_allowed",
+    "frac_unscorable",
+    "mean_nll_prefill",
+)
+"""What its report says in sum."""
+
+
+@dataclass(frozen=True)
+class TinymfvConfig:
+    """How much of tinymfv is asked.
+
+    Raises:
+        ShlError: a value out of its range.
+    """
+
+    name: str = "classic"
+    """Its set of vignettes: classic, scifi or ai-actor."""
+    vignettes: int | None = None
+    """Ask only as many, the same number per foundation as far as it goes; None: all [count]."""
+    think: int = 64
+    """Tokens that the model thinks before it must answer [tokens]."""
+    batch_size: int = 8
+    """Vignettes asked together; changes the last bits only [count]."""
+
+    def __post_init__(self) -> None:
+        most = self.vignettes is None or self.vignettes >= 4
+        check(most, f"tinymfv.vignettes is {self.vignettes}, it must be at least 4.")
+        check(self.think >= 1, f"tinymfv.think is {self.think}, it must be at least 1.")
+        size = self.batch_size
+        check(size >= 1, f"tinymfv.batch_size is {size}, it must be at least 1.")
+
+
+def package() -> ModuleType:
+    """tinymfv under either of its names.
+
+    Raises:
+        ShlError: neither can be imported; the sentence says what to install.
+    """
+    for name in PACKAGES:
+        if importlib.util.find_spec(name) is not None:
+            return importlib.import_module(name)
+    raise ShlError(
+        "--eval tinymfv needs the public tinymfv, which is not installed: .venv/bin/pip install "
+        "-e '.[tinymfv]' in this checkout takes it from its repository at a pinned commit."
+    )
+
+
+def version_of(module: ModuleType) -> str:
+    """Its distribution's version ("unknown" where it was not installed as one) and a digest of its
+    files, since the version says little of a package that is installed from a commit."""
+    try:
+        told = version(PACKAGES[module.__name__])
+    except PackageNotFoundError:
+        told = "unknown"
+    digest = hashlib.sha256()
+    folder = Path(str(module.__file__)).parent
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".py", ".jsonl"):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return f"{told} {digest.hexdigest()[:12]}"
+
+
+class Tinymfv:
+    """An instrument of `shl.love`: the model as it stands and a persona, to what it reads.
+
+    Raises:
+        ShlError: the package is not installed, or does not give what is read from it.
+    """
+
+    def __init__(self, config: TinymfvConfig | None = None) -> None:
+        self.config = config or TinymfvConfig()
+        self.package = package()
+
+    def __call__(self, model: HookedTransformer, persona: str | None) -> dict[str, Any]:
+        """One reading, as the record holds it (`shift` apart, which takes base's)."""
+        report = self.report(as_hf(model), tokenizer_for(model, persona))
+        rows: list[Any] = report["per_row"]
+        asked = list(dict.fromkeys(row["condition"] for row in rows))
+        by_item: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            by_item.setdefault(row["id"], {})[row["condition"]] = row
+        check(
+            all(list(found) == asked for found in by_item.values()),
+            f"{self.package.__name__} did not ask every vignette in each of {asked}.",
+        )
+        scores = np.array(
+            [
+                [
+                    # Sampled thoughts are averaged in probability, as the package does.
+                    nats_of(np.array(found[condition][f"lp_{order}_samples"]))
+                    for condition in asked
+                    for order in ("fwd", "rev")
+                ]
+                for found in by_item.values()
+            ]
+        )
+        check(
+            scores.ndim == 3 and scores.shape[2] == len(FOUNDATIONS),
+            f"{self.package.__name__} gave scores of shape {scores.shape}, 7 per answer are read.",
+        )
+        labels = [_label(next(iter(found.values()))) for found in by_item.values()]
+        return {
+            "package": self.package.__name__,
+            "version": version_of(self.package),
+            "template": "own" if is_chat(model) else "minimal",
+            "asked": [f"{condition} {order}" for condition in asked for order in ("fwd", "rev")],
+            "labels": labels,
+            "log_probs": _nullable(scores),
+            "nats": nats(scores),
+            "table": {
+                "numbers": {key: _finite(report[key]) for key in SCALARS},
+                "per_foundation": {
+                    row["foundation"]: {
+                        key: _finite(value) for key, value in row.items() if key != "foundation"
+                    }
+                    for row in report["table"].to_dict("records")
+                },
+            },
+        }
+
+    def report(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """The package's own report on a transformers model."""
+        chosen = self.package.load_vignettes(self.config.name)
+        if self.config.vignettes is not None:
+            chosen = _balanced(chosen, self.config.vignettes)
+        return self.package.evaluate(
+            model,
+            tokenizer,
+            name=self.config.name,
+            vignettes=chosen,
+            conditions=tuple(self.package.CONDITIONS),
+            max_think_tokens=self.config.think,
+            batch_size=self.config.batch_size,
+            return_per_row=True,
+            verbose=0,
+        )
+
+
+def nats(scores: np.ndarray) -> dict[str, float]:
+    """Log of the mean probability per foundation, as our own vignettes are read: renormalised
+    over the options, averaged over paraphrases; what has no answer is left out.
+
+    Raises:
+        ShlError: not one answer.
+    """
+    read = scores[np.isfinite(scores).all((1, 2))]
+    check(len(read) > 0, "tinymfv got no answer to any vignette.")
+    return dict(zip(FOUNDATIONS, map(float, nats_of(log_softmax(read.mean(1)))), strict=True))
+
+
+def tokenizer_for(model: HookedTransformer, persona: str | None) -> PreTrainedTokenizerBase:
+    """A copy of the model's tokenizer that renders what tinymfv asks for.
+
+    The persona is the system turn of what the model is to answer; where a template refuses one,
+    it opens the first turn.
+    """
+    tokenizer: Any = copy.deepcopy(tokenizer_of(model))
+    if not is_chat(model):
+        tokenizer.chat_template = MINIMAL
+    if persona is None:
+        return tokenizer
+    plain = tokenizer.apply_chat_template
+
+    def render(conversation: list[dict[str, str]], *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("add_generation_prompt"):
+            return plain(conversation, *args, **kwargs)
+        try:
+            system = {"role": "system", "content": persona}
+            return plain([system, *conversation], *args, **kwargs)
+        except TemplateError:
+            first = dict(conversation[0])
+            first["content"] = f"{persona}\n\n{first['content']}"
+            return plain([first, *conversation[1:]], *args, **kwargs)
+
+    tokenizer.apply_chat_template = render
+    return tokenizer
+
+
+def _balanced(vignettes: list[Any], count: int) -> list[Any]:
+    """The first of each foundation, the second of each, and so on."""
+    groups: dict[str, list[Any]] = {}
+    for vignette in vignettes:
+        groups.setdefault(vignette["foundation_coarse"], []).append(vignette)
+    turns = [v for turn in zip_longest(*groups.values()) for v in turn if v is not None]
+    return turns[:count]
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    """What most people said, the label that the package scores against; else its own."""
+    if row["label"] is not None:
+        return FOUNDATIONS[int(np.argmax(row["label"]))]
+    name = str(row["foundation_coarse"]).lower().replace(" ", "")
+    return "social" if name == "socialnorms" else name
+
+
+def _nullable(scores: np.ndarray) -> list[list[list[float | None]]]:
+    return [[[_finite(x) for x in asked] for asked in item] for item in scores]
+
+
+def _finite(value: Any) -> float | None:
+    return None if value is None or not np.isfinite(value) else float(value)

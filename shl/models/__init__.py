@@ -1,0 +1,5 @@
+"""A model in and out: loading, tokens, generation, scores, activations, export."""
+
+from shl.models.load import load_model
+
+__all__ = ["load_model"]

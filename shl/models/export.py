@@ -1,0 +1,168 @@
+"""For the rest of the ecosystem: PEFT's on-disk format, and a merged Hugging Face folder."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import einsum
+from safetensors.torch import save_file
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformers import AutoModelForCausalLM
+
+from shl.hooks.adapter import Adapter, check_fits
+from shl.hooks.bake import stack
+from shl.hooks.sites import HF_NAMES, Site
+from shl.models.weights import EMBEDDED
+from shl.utils.errors import check
+
+
+def _linear_sites(adapter: Adapter) -> tuple[Site, ...]:
+    for site in adapter.sites:
+        check(
+            site.kind in HF_NAMES,
+            f"{site.name} sits on the residual stream, where no weight can take it in; it cannot "
+            "be exported.",
+        )
+    return adapter.sites
+
+
+def export_peft(
+    adapters: Sequence[Adapter], folder: str | Path, *, prefix: str = "model.layers"
+) -> Path:
+    """Write all rounds as one adapter in PEFT's format: `adapter_config.json` and
+    `adapter_model.safetensors`.
+
+    Ranks add up over the rounds; scales are folded into B, so PEFT's own scaling is 1.
+
+    Args:
+        prefix: where the model's layers live in transformers (`model.language_model.layers` for
+            the multimodal Gemma-3 classes).
+
+    Returns:
+        The folder, for `PeftModel.from_pretrained(model, folder)`.
+
+    Raises:
+        ShlError: no adapter, adapters of different models, or one on the residual stream.
+
+    Example:
+        >>> import tempfile
+        >>> from shl.config import HealConfig
+        >>> from shl.hooks.adapter import fresh_adapter
+        >>> from shl.models.tiny import tiny_gemma
+        >>> one = fresh_adapter(tiny_gemma(), HealConfig(rank=2, sites=("q",), layers=(0,)))
+        >>> sorted(p.name for p in export_peft([one, one], tempfile.mkdtemp()).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    stacked = stack(adapters)
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for site in _linear_sites(stacked):
+        name = f"{prefix}.{site.layer}.{HF_NAMES[site.kind]}"
+        a, b = stacked.down[site.name], stacked.up[site.name] * stacked.scale
+        ranks[name] = len(a)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
+    most = max(ranks.values())
+    other = {name: rank for name, rank in ranks.items() if rank != most}
+    embedded = EMBEDDED.get(stacked.model_name)
+    hub_name = embedded.hub_name if embedded else stacked.model_name
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": hub_name,
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": other,
+        "alpha_pattern": other,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    return folder
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a merged and cast model's logits are from the hooked ones, on the probe text."""
+
+    largest: float
+    mean_kl: float  # nats per token, hooked || merged
+    dtype: str
+
+
+@torch.no_grad()
+def export_hf(
+    model: HookedTransformer,
+    adapters: Sequence[Adapter],
+    folder: str | Path,
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    text: str = "The manager told her to finish the shift, and she said that",
+) -> Drift:
+    """Write a Hugging Face folder with the adapters merged in fp32 and then cast.
+
+    Args:
+        model: the HookedTransformer that the adapters fit; for the drift and the tokenizer.
+        source: the Hugging Face folder (or hub name) that `model` was read from.
+        text: where the drift is measured.
+
+    Returns:
+        The drift between `baked(model, adapters)` and the folder's model.
+
+    Raises:
+        ShlError: no adapter, or one that does not fit or sits on the residual stream.
+
+    Example:
+        >>> import tempfile
+        >>> from shl.config import HealConfig
+        >>> from shl.hooks.adapter import fresh_adapter
+        >>> from shl.models.tiny import tiny_gemma, tiny_hf
+        >>> source, folder = tempfile.mkdtemp(), tempfile.mkdtemp()
+        >>> tiny_hf().save_pretrained(source)
+        >>> model = tiny_gemma()
+        >>> adapter = fresh_adapter(model, HealConfig(rank=2))
+        >>> export_hf(model, [adapter], folder, source).largest < 1e-3
+        True
+    """
+    stacked = stack(adapters)
+    check_fits(model, stacked)
+    hf: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    modules = dict(hf.named_modules())
+    found = next(name for name in modules if name.endswith("layers.0.self_attn"))
+    prefix = found.removesuffix(".0.self_attn")
+    for site in _linear_sites(stacked):
+        weight = modules[f"{prefix}.{site.layer}.{HF_NAMES[site.kind]}"].weight
+        update = einsum(
+            stacked.up[site.name].float().cpu(),
+            stacked.down[site.name].float().cpu(),
+            "d_out rank, rank d_in -> d_out d_in",
+        )
+        weight.data += update * stacked.scale
+    hf.to(dtype=dtype)
+    hf.save_pretrained(folder)
+    assert model.tokenizer is not None
+    model.tokenizer.save_pretrained(folder)
+    return _drift(model, stacked, folder, text, dtype)
+
+
+def _drift(
+    model: HookedTransformer, adapter: Adapter, folder: str | Path, text: str, dtype: torch.dtype
+) -> Drift:
+    tokens = model.to_tokens(text)
+    with adapter.attach(model):
+        ours = model(tokens).float()[0].log_softmax(-1).cpu()
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    theirs = merged(tokens.cpu()).logits.float()[0].log_softmax(-1)
+    kl = (ours.exp() * (ours - theirs)).sum(-1).mean()
+    return Drift(float((ours - theirs).abs().max()), float(kl), str(dtype).removeprefix("torch."))

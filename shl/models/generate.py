@@ -1,0 +1,346 @@
+"""Batched, cached sampling under whatever hooks are on.
+
+TransformerLens's own blocks do the work; only the loop around them is ours: logits for the last
+position alone, one random stream per row, and finished rows leave the batch.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.utilities.activation_functions import apply_softcap
+
+from shl.config import GenerateConfig
+from shl.fast.kv_cache import KeyValues
+from shl.fast.topk import applies, top_logits
+from shl.hooks.handle import decoding, handles_on, running
+from shl.hooks.steering import Steering
+from shl.models.nan_checks import require_finite
+from shl.models.tokens import (
+    PLAIN_STOPS,
+    Prompt,
+    as_prompt,
+    decode,
+    encode,
+    end_ids,
+    is_chat,
+    length_batches,
+    pad_left,
+)
+from shl.utils.errors import check, in_batches
+from shl.utils.seeds import generator_for
+from shl.utils.shapes import Float, Int, Mask, Tokens
+
+WORTH = 8
+"""A shared prefix of fewer tokens than this is not worth a forward pass of its own."""
+
+
+def run(
+    model: HookedTransformer, tokens: Tokens, mask: Mask, cache: KeyValues
+) -> Float[Tensor, "batch pos d_model"]:
+    """The residual after the last layer for new tokens, which the cache remembers."""
+    return model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=model.cfg.n_layers)
+
+
+def prefill(
+    model: HookedTransformer, rows: Sequence[Sequence[int]], *, room: int = 0
+) -> tuple[Float[Tensor, "batch 1 d_model"], KeyValues]:
+    """Run rows of ids: the residual after the last layer at each row's last token, and the cache.
+
+    A prefix that all rows share (a persona, a system turn) is run once, unless somebody's hooks
+    expect every row to pass: per-row doses, or hooks placed through TransformerLens.
+
+    Args:
+        room: positions to allocate beyond the prompts.
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> residual, cache = prefill(tiny_gemma(), [[2, 9, 7], [2, 8]])
+        >>> residual.shape, cache.length
+        (torch.Size([2, 1, 32]), 3)
+    """
+    shared = _shared(model, rows)
+    batch = pad_left(model, [row[shared:] for row in rows])
+    capacity = shared + batch.tokens.shape[1] + room
+    if shared:
+        head = torch.tensor([rows[0][:shared]], device=batch.tokens.device)
+        once = KeyValues.empty(model, 1, shared)
+        run(model, head, torch.ones_like(head), once)
+        everyone = torch.zeros(len(rows), dtype=torch.long, device=head.device)
+        cache = once.rows(everyone, capacity)
+    else:
+        cache = KeyValues.empty(model, len(rows), capacity)
+    return run(model, batch.tokens, batch.mask, cache)[:, -1:], cache
+
+
+def _shared(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> int:
+    """How many first tokens may be run once for all rows."""
+    if len(rows) < 2:
+        return 0
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    common = min(sum(1 for _ in same), min(map(len, rows)) - 1)
+    # Padding then stands between the prefix and the rest, and counts towards a local window.
+    window = model.cfg.window_size if model.cfg.use_local_attn else None
+    fits = window is None or max(map(len, rows)) <= window
+    every_row = any(handle.per_row for handle in handles_on(model)) or any(
+        point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()
+    )
+    return common if common >= WORTH and fits and not every_row else 0
+
+
+def next_logits(
+    model: HookedTransformer, residual: Float[Tensor, "batch 1 d_model"], *, k: int = 0
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """The `k` largest logits, descending, fp32, and their tokens, from the residual stream after
+    the last layer at one position per row.
+
+    `k` 0 is the whole vocabulary, in its own order.
+
+    Example:
+        >>> import torch
+        >>> from shl.models.tiny import tiny_gemma
+        >>> next_logits(tiny_gemma(), torch.ones(1, 1, 32), k=4)[1].shape
+        torch.Size([1, 4])
+    """
+    hidden = model.ln_final(residual)
+    cap = model.cfg.output_logits_soft_cap
+    if k and applies(model):
+        bias = model.b_U if bool(model.b_U.any()) else None
+        values, ids = top_logits(hidden[:, 0], model.W_U, min(k, model.cfg.d_vocab), bias=bias)
+        return apply_softcap(values, cap), ids
+    logits = apply_softcap(model.unembed(hidden)[:, 0], cap).float()
+    if k:
+        top = logits.topk(min(k, logits.shape[1]))
+        return top.values, top.indices
+    return logits, torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+
+
+def sample(
+    logits: Float[Tensor, "batch n"],
+    draws: Float[Tensor, " batch"],
+    config: GenerateConfig,
+    tokens: Int[Tensor, "batch n"] | None = None,
+) -> Int[Tensor, " batch"]:
+    """One token per row, by inverting the distribution's cumulative sum at `draws` in [0, 1).
+
+    `logits` belong to `tokens`, or to the vocabulary in its order.
+
+    Raises:
+        ShlError: a row whose largest logit is not finite.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+        >>> config = GenerateConfig(top_k=0, top_p=1.0)
+        >>> [int(sample(logits, torch.tensor([u]), config)) for u in (0.49, 0.51, 0.81)]
+        [0, 1, 2]
+    """
+    greedy = config.temperature == 0
+    wanted = 1 if greedy else config.top_k or logits.shape[1]
+    top = logits.topk(min(wanted, logits.shape[1]))
+    check(bool(torch.isfinite(top.values[:, 0]).all()), "the logits are not finite.")
+    ids = top.indices if tokens is None else tokens.gather(1, top.indices)
+    if greedy:
+        return ids[:, 0]
+    p = (top.values / config.temperature).double().softmax(-1)
+    before = p.cumsum(-1) - p
+    p = torch.where(before < config.top_p, p, 0.0)
+    cumulative = p.cumsum(-1)
+    threshold = draws[:, None].double() * cumulative[:, -1:]
+    # The first token whose cumulative share exceeds the draw; zero-width ones are never first.
+    rank = (cumulative > threshold).int().argmax(-1)
+    return ids.gather(-1, rank[:, None])[:, 0]
+
+
+LONG = 16
+"""From so many steps in all a call gains from `decoding`, which first copies weights."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model answered.
+
+    `tokens` are the completion's own, without prompt and turn end; `dose` is the nominal one of
+    the innermost steering that was on (0 without any); `ended` tells whether the turn's end came
+    before the token limit.
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> [text] = generate(tiny_gemma(), ["Hello?"], max_new_tokens=3, min_new_tokens=3)
+        >>> text.prompt.text, len(text.prompt_tokens), len(text.tokens)
+        ('Hello?', 13, 3)
+    """
+
+    prompt: Prompt
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: tuple[int, ...]
+    dose: float = 0.0
+    ended: bool = True
+
+
+def without_persona(model: HookedTransformer, completion: Completion) -> Completion:
+    """The same answer to the question alone: what a student learns from a prompted teacher
+    (context distillation, Askell et al. 2021, arXiv:2112.00861, section 2.1).
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> [text] = generate(tiny_gemma(), [Prompt("Hello?", "You are calm.")], max_new_tokens=3)
+        >>> bare = without_persona(tiny_gemma(), text)
+        >>> bare.prompt.persona, bare.tokens == text.tokens, len(bare.prompt_tokens)
+        (None, True, 13)
+    """
+    if completion.prompt.persona is None:
+        return completion
+    bare = Prompt(completion.prompt.text)
+    return replace(completion, prompt=bare, prompt_tokens=tuple(encode(model, bare)))
+
+
+def generate(
+    model: HookedTransformer,
+    prompts: Sequence[str | Prompt],
+    *,
+    max_new_tokens: int = 64,
+    min_new_tokens: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 64,
+    top_p: float = 0.95,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> list[Completion]:
+    """Complete each prompt once; the result is in the order of the prompts.
+
+    Row i draws from its own random stream, a function of (seed, i), so its choices do not depend
+    on the batch it landed in. (Logits of other batch shapes differ in their last bits; a draw
+    that falls within that of a boundary may differ.)
+
+    Args:
+        temperature: 0 is greedy.
+        top_k: 0 keeps every token.
+        top_p: applied after `top_k`; 1 keeps all of them.
+
+    Raises:
+        ShlError: a setting out of range, a prompt that leaves no room in the context, or logits
+            that are not finite.
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> [c.dose for c in generate(tiny_gemma(), ["Hello?"], max_new_tokens=3)]
+        [0.0]
+    """
+    config = GenerateConfig(max_new_tokens, min_new_tokens, temperature, top_k, top_p, batch_size)
+    asked = [as_prompt(prompt) for prompt in prompts]
+    rows = [encode(model, prompt) for prompt in asked]
+    longest = max(map(len, rows), default=0)
+    check(
+        longest + max_new_tokens <= model.cfg.n_ctx,
+        f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of "
+        f"{model.cfg.n_ctx}.",
+    )
+    doses = _doses(model, len(rows))
+    done: dict[int, Completion] = {}
+
+    batches = length_batches([len(row) for row in rows], batch_size)
+    long = len(batches) * max_new_tokens >= LONG
+
+    def work(indices: list[int]) -> None:
+        decoded = _decode_batch(model, indices, [rows[i] for i in indices], config, seed, long)
+        for i, (tokens, ended) in zip(indices, decoded, strict=True):
+            text = decode(model, tokens)
+            done[i] = Completion(asked[i], text, tuple(tokens), tuple(rows[i]), doses[i], ended)
+
+    in_batches(batches, work, "generation")
+    return [done[i] for i in range(len(rows))]
+
+
+def _doses(model: HookedTransformer, rows: int) -> list[float]:
+    handles = handles_on(model)
+    steerings = [h for h in handles if isinstance(h, Steering)]
+    dose = steerings[-1].dose if steerings else 0.0
+    if isinstance(dose, Tensor):
+        check(len(dose) == rows, f"{len(dose)} per-row doses were given for {rows} prompts.")
+    for handle in handles:
+        given = rows if handle.rows is None else handle.rows
+        check(given == rows, f"a hook has doses or a mask for {given} rows, not {rows} prompts.")
+    return [float(x) for x in dose] if isinstance(dose, Tensor) else [float(dose)] * rows
+
+
+@torch.no_grad()
+def _decode_batch(
+    model: HookedTransformer,
+    indices: list[int],
+    rows: list[list[int]],
+    config: GenerateConfig,
+    seed: int,
+    long: bool,
+) -> list[tuple[list[int], bool]]:
+    device = model.W_U.device
+    draws = torch.stack(
+        [
+            torch.rand(config.max_new_tokens, generator=generator_for(seed, "token", i))
+            for i in indices
+        ]
+    ).to(device)
+    ends = end_ids(model)
+    stop_ids = torch.tensor(sorted(ends), device=device)
+    limit = 1 if config.temperature == 0 else config.top_k
+    # Turn ends may be struck from the list, so ask for as many more.
+    wanted = limit + len(ends) if limit else 0
+    active = list(range(len(rows)))
+    out: list[list[int]] = [[] for _ in rows]
+    ended = [False] * len(rows)
+    new: Tensor | None = None
+    with ExitStack() as steps:
+        for step in range(config.max_new_tokens):
+            with running(rows=[indices[i] for i in active], prompts=[len(rows[i]) for i in active]):
+                if new is None:
+                    residual, cache = prefill(model, rows, room=config.max_new_tokens)
+                    if long:
+                        steps.enter_context(decoding(model, len(rows)))
+                else:
+                    residual = run(model, new, torch.ones_like(new), cache)
+                logits, ids = next_logits(model, residual, k=wanted)
+                require_finite(
+                    logits.amax(1),
+                    f"a logit of token {step}",
+                    model,
+                    lambda: [[*rows[i], *out[i]] for i in active],  # noqa: B023
+                    [indices[i] for i in active],
+                )
+            if step < config.min_new_tokens:
+                logits = logits.masked_fill(torch.isin(ids, stop_ids), -torch.inf)
+            chosen = sample(logits, draws[active, step], config, ids)
+            for i, token in zip(active, chosen.tolist(), strict=True):
+                out[i].append(token)
+                ended[i] = _cut_turn_end(model, out[i], ends, step + 1 >= config.min_new_tokens)
+            gone = {row for row, i in enumerate(active) if ended[i]}
+            if len(gone) == len(active):
+                break
+            if gone:
+                order = cache.drop(gone)
+                active = [active[row] for row in order]
+                chosen = chosen[order]
+            new = chosen[:, None]
+    return list(zip(out, ended, strict=True))
+
+
+def _cut_turn_end(
+    model: HookedTransformer, ids: list[int], ends: frozenset[int], may_end: bool
+) -> bool:
+    """Whether the turn has ended; what belongs to its end is taken off `ids`."""
+    if ids[-1] in ends:
+        ids.pop()
+        return True
+    # A stop text has three characters, so it shows within the last four tokens.
+    tail = "" if is_chat(model) or not may_end else decode(model, ids[-4:])
+    if not any(stop in tail for stop in PLAIN_STOPS):
+        return False
+    text = decode(model, ids)
+    answer = len(text[: max(map(text.rfind, PLAIN_STOPS))].rstrip())
+    while ids and len(decode(model, ids).rstrip()) > answer:
+        ids.pop()
+    return True

@@ -1,0 +1,104 @@
+"""Numbers that go wrong are caught where they arise, and the sentence says where that was."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+
+from shl.hooks.handle import running
+from shl.utils.errors import ShlError
+
+
+class NotFiniteError(ShlError):
+    """NaN or infinity among activations, losses, gradients or scores."""
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Put `where` (a round and a stage) before the sentence of a `NotFiniteError`.
+
+    Example:
+        >>> with named("round 0, vector"):
+        ...     raise NotFiniteError("a residual is nan.")
+        Traceback (most recent call last):
+        shl.models.nan_checks.NotFiniteError: round 0, vector: a residual is nan.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{where}: {error}") from error
+
+
+def require_finite(
+    values: Tensor,
+    what: str,
+    model: HookedTransformer,
+    rows: Callable[[], Sequence[Sequence[int]]],
+    numbers: Sequence[int] | None = None,
+) -> None:
+    """Raise unless all of `values` are finite; the sentence names the first module that turns
+    `rows` of token ids into something else.
+
+    Args:
+        what: a singular noun phrase, for the sentence.
+        rows: what the model was shown, asked for only on failure.
+        numbers: which of the caller's rows they are, for hooks with values per row.
+
+    Raises:
+        NotFiniteError: what, the value seen, and the site.
+    """
+    finite = torch.isfinite(values)
+    if bool(finite.all()):
+        return
+    seen = float(values[~finite][0])
+    raise NotFiniteError(
+        f"{what} is {seen}, it must be finite; {first_not_finite(model, rows(), numbers)}."
+    )
+
+
+@torch.no_grad()
+def first_not_finite(
+    model: HookedTransformer,
+    rows: Sequence[Sequence[int]],
+    numbers: Sequence[int] | None = None,
+) -> str:
+    """Which module is the first to put out NaN or infinity, run on each row alone, with the
+    hooks that are on.
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> _ = model.blocks[1].mlp.W_out.data.fill_(float("nan"))
+        >>> first_not_finite(model, [[2, 9]])
+        'the first site with such a number is blocks.1.mlp'
+    """
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            wrong = isinstance(output, Tensor) and output.is_floating_point()
+            if wrong and not found and not bool(torch.isfinite(output).all()):
+                found.append(name)
+
+        return hook
+
+    # Scores before the softmax hold minus infinity by design.
+    names = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and not name.endswith("hook_attn_scores")
+    ]
+    handles = [module.register_forward_hook(look(name)) for name, module in names]
+    try:
+        for k, row in enumerate(rows):
+            with running(rows=[k if numbers is None else numbers[k]]):
+                model(torch.tensor([list(row)], device=model.W_U.device))
+            if found:
+                return f"the first site with such a number is {found[0]}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return "no module's output alone has such a number"

@@ -1,0 +1,113 @@
+"""What a completion costs: its tokens' NLL, perplexity and divergence, completions only.
+
+Prompt and padding positions are never unembedded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformer_lens import HookedTransformer
+
+from shl.hooks.handle import running, suspended
+from shl.hooks.sites import final_hidden, readout
+from shl.kl import nll, reverse_kl_and_nll
+from shl.models.generate import Completion
+from shl.models.nan_checks import require_finite
+from shl.models.tokens import length_batches, pad_left
+from shl.utils.errors import check, in_batches
+from shl.utils.shapes import Float, Tensor
+
+
+@torch.no_grad()
+def base_perplexities(
+    model: HookedTransformer, completions: Sequence[Completion], *, batch_size: int = 16
+) -> list[tuple[float, float]]:
+    """(whole, last quarter) perplexity of each completion under base, given its prompt.
+
+    All of this package's hooks are suspended meanwhile. A completion without tokens has (inf,
+    inf).
+
+    Example:
+        >>> from shl.models.generate import generate
+        >>> from shl.models.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> [(whole, tail)] = base_perplexities(model, generate(model, ["Hello?"]))
+        >>> whole > 1
+        True
+    """
+    scores = [(float("inf"), float("inf"))] * len(completions)
+    with suspended(model):
+        for i, losses in enumerate(token_nll(model, completions, batch_size=batch_size)):
+            if len(losses):
+                tail = losses[-max(1, len(losses) // 4) :]
+                scores[i] = (float(losses.mean().exp()), float(tail.mean().exp()))
+    return scores
+
+
+@torch.no_grad()
+def token_nll(
+    model: HookedTransformer, completions: Sequence[Completion], *, batch_size: int = 16
+) -> list[torch.Tensor]:
+    """Per-token NLL `[tok]` (nats) of each completion under the model as it stands."""
+    out = [torch.empty(0)] * len(completions)
+    full = [i for i, c in enumerate(completions) if c.tokens]
+    rows = {i: [*completions[i].prompt_tokens, *completions[i].tokens] for i in full}
+
+    def work(indices: list[int]) -> None:
+        chosen = [full[j] for j in indices]
+        with running(rows=chosen):
+            hidden = completion_hidden(model, [completions[i] for i in chosen])
+        targets = torch.cat([torch.tensor(completions[i].tokens) for i in chosen])
+        losses = nll(hidden, model.W_U, targets.to(hidden.device), **readout(model))
+        require_finite(losses, "a completion's NLL", model, lambda: [rows[i] for i in chosen])
+        parts = losses.cpu().split([len(completions[i].tokens) for i in chosen])
+        for i, part in zip(chosen, parts, strict=True):
+            out[i] = part
+
+    in_batches(length_batches([len(rows[i]) for i in full], batch_size), work, "scoring")
+    return out
+
+
+def completion_hidden(model: HookedTransformer, completions: Sequence[Completion]) -> torch.Tensor:
+    """Final, normed hidden states `[tok, d_model]` at the positions that predict each
+    completion's tokens, one completion after the other; prompt and padding have none."""
+    rows = [[*c.prompt_tokens, *c.tokens] for c in completions]
+    batch = pad_left(model, rows)
+    with running(prompts=[len(c.prompt_tokens) for c in completions]):
+        residual = model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
+    picked = [residual[i, -len(c.tokens) - 1 : -1] for i, c in enumerate(completions)]
+    return final_hidden(model, torch.cat(picked))
+
+
+def token_divergence(
+    model: HookedTransformer, completion: Completion, asked: Completion | None = None
+) -> Float[Tensor, " tok"]:
+    """KL(model as it stands || base) per token of one completion, in nats.
+
+    Args:
+        asked: the same tokens after the prompt that base is given, if that is another: without
+            the persona, say (`shl.models.generate.without_persona`).
+
+    Raises:
+        ShlError: `asked` has other tokens.
+
+    Example:
+        >>> from shl.models.generate import generate
+        >>> from shl.models.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> [text] = generate(model, ["Hello?"], max_new_tokens=3, min_new_tokens=3)
+        >>> bool(token_divergence(model, text).abs().max() < 1e-6)
+        True
+    """
+    asked = asked or completion
+    check(
+        asked.tokens == completion.tokens,
+        f"base is asked about {len(asked.tokens)} other tokens, they must be the completion's own "
+        f"{len(completion.tokens)}.",
+    )
+    with torch.no_grad():
+        student = completion_hidden(model, [completion])
+        with suspended(model):
+            base = completion_hidden(model, [asked])
+        targets = torch.tensor(completion.tokens, device=student.device)
+        return reverse_kl_and_nll(student, base, model.W_U, targets, **readout(model))[0].cpu()

@@ -1,0 +1,148 @@
+"""The only prompt and completion encoder, padder and masker.
+
+Chat models use their tokenizer's template (the persona is the system turn); models without one
+get plain text, `persona`, a blank line, `Q: ...` and `A:`. Everything is encoded without the
+tokenizer's own special tokens and BOS is put in front where the model expects it, so prompt and
+completion are never tokenised in two ways.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jinja2 import TemplateError
+from transformer_lens import HookedTransformer
+from transformers import PreTrainedTokenizerBase
+
+from shl.utils.errors import ShlError, check
+from shl.utils.shapes import Mask, Tokens
+
+TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
+PLAIN_STOPS = ("\nQ:", "\nA:")
+"""Where a plain-text model's answer ends: it has begun the next turn of the dialogue."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question, and the persona (if any) that answers it.
+
+    Example:
+        >>> Prompt("How do you rest?", persona="You are calm.")
+        Prompt(text='How do you rest?', persona='You are calm.')
+    """
+
+    text: str
+    persona: str | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded rows: `tokens` and `mask`, both `[batch, pos]`."""
+
+    tokens: Tokens
+    mask: Mask
+
+
+def tokenizer_of(model: HookedTransformer) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ShlError: it has none.
+    """
+    if model.tokenizer is None:
+        raise ShlError("the model has no tokenizer, load one with it.")
+    return model.tokenizer
+
+
+def is_chat(model: HookedTransformer) -> bool:
+    """Whether prompts go through the tokenizer's chat template."""
+    return bool(tokenizer_of(model).chat_template)
+
+
+def as_prompt(prompt: str | Prompt) -> Prompt:
+    """A bare string is a question without a persona."""
+    return Prompt(prompt) if isinstance(prompt, str) else prompt
+
+
+def render(model: HookedTransformer, prompt: str | Prompt) -> str:
+    """The text that the model sees, up to the assistant tag; BOS not included for plain text."""
+    prompt = as_prompt(prompt)
+    if not is_chat(model):
+        persona = f"{prompt.persona}\n\n" if prompt.persona else ""
+        return f"{persona}Q: {prompt.text}\nA:"
+    tokenizer = tokenizer_of(model)
+    turns = [{"role": "user", "content": prompt.text}]
+    system = [{"role": "system", "content": prompt.persona}] if prompt.persona else []
+    try:
+        text = tokenizer.apply_chat_template(
+            system + turns, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError:
+        # Some templates refuse a system turn; the persona then opens the user's.
+        turns[0]["content"] = f"{prompt.persona}\n\n{prompt.text}"
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    return text
+
+
+def encode_text(model: HookedTransformer, text: str, *, bos: bool = False) -> list[int]:
+    """Ids of `text` as it stands; `bos=True` puts BOS in front where the model expects one."""
+    tokenizer = tokenizer_of(model)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    first = [tokenizer.bos_token_id] if bos and model.cfg.default_prepend_bos else []
+    return first + ids
+
+
+def encode(model: HookedTransformer, prompt: str | Prompt) -> list[int]:
+    """Ids of a rendered prompt; the last one is the assistant tag.
+
+    Raises:
+        ShlError: the prompt is longer than the model's context.
+    """
+    ids = encode_text(model, render(model, prompt), bos=not is_chat(model))
+    check(
+        len(ids) < model.cfg.n_ctx,
+        f"a prompt has {len(ids)} tokens, the context of {model.cfg.model_name} holds "
+        f"{model.cfg.n_ctx}.",
+    )
+    return ids
+
+
+def decode(model: HookedTransformer, ids: Sequence[int]) -> str:
+    """The text of completion tokens; special tokens stay visible, they are no answer."""
+    return str(tokenizer_of(model).decode(list(ids), skip_special_tokens=False))
+
+
+def end_ids(model: HookedTransformer) -> frozenset[int]:
+    """Tokens that end the assistant's turn."""
+    tokenizer = tokenizer_of(model)
+    vocab = tokenizer.get_added_vocab()
+    ids = {vocab[token] for token in TURN_ENDS if token in vocab and is_chat(model)}
+    return frozenset(ids | {tokenizer.eos_token_id})
+
+
+def pad_left(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> Batch:
+    """Pad rows of ids on the left to the longest.
+
+    Returns:
+        tokens and mask, `[batch, pos]`, on the model's device.
+    """
+    check(len(rows) > 0 and all(rows), "a batch needs at least one row, each with a token.")
+    width = max(map(len, rows))
+    pad = tokenizer_of(model).pad_token_id or 0
+    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    device = model.W_U.device
+    return Batch(tokens.to(device), mask.to(device))
+
+
+def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in batches of at most `size`, neighbours in length together, so that little is
+    padded.
+
+    Example:
+        >>> length_batches([5, 1, 4, 2], 2)
+        [[1, 3], [2, 0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    return [order[i : i + size] for i in range(0, len(order), size)]

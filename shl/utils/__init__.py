@@ -1,0 +1,1 @@
+"""Shapes, errors, seeds and files: nothing of the method."""

@@ -1,0 +1,78 @@
+"""What is said of dW, against explicit products in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import random_adapter
+
+from shl.analysis.weight_updates import Turn, overlap, update_entries
+
+KINDS = ["q", "v", "o", "down", "resid"]
+
+
+def dense(adapter, name):
+    return adapter.scale * (adapter.up[name].double() @ adapter.down[name].double())
+
+
+def cosines(one, other):
+    """Singular values of the product of two column spaces, from dense decompositions."""
+    u, v = (torch.linalg.svd(x).U[:, :3] for x in (one, other))
+    return torch.linalg.svdvals(u.T @ v)
+
+
+def test_entries_agree_with_the_explicit_products(model):
+    adapters = [random_adapter(model, KINDS, (0, 2), seed=i) for i in range(3)]
+    entries = list(update_entries(adapters, top=2))
+    assert [e.round for e in entries] == [0] * 10 + [1] * 10 + [2] * 10
+    for e in entries:
+        own = dense(adapters[e.round], e.site)
+        assert e.norm == pytest.approx(float(own.norm()), rel=1e-9)
+        values = torch.linalg.svdvals(own)
+        assert e.singular_values == pytest.approx(values[:2].tolist(), rel=1e-9)
+        shares = values[:3] / values[:3].sum()
+        expected = float(torch.exp(-(shares * shares.log()).sum()))
+        assert e.effective_rank == pytest.approx(expected, rel=1e-9)
+        assert (e.to_first is None) == (e.to_previous is None) == (e.round == 0)
+        for turn, index in ((e.to_first, 0), (e.to_previous, e.round - 1)):
+            if turn is None:
+                continue
+            other = dense(adapters[index], e.site)
+            flat = torch.cosine_similarity(own.flatten(), other.flatten(), dim=0)
+            assert turn.cosine == pytest.approx(float(flat), abs=1e-9)
+            written = torch.tensor(turn.written).deg2rad().cos()
+            read = torch.tensor(turn.read).deg2rad().cos()
+            assert torch.allclose(written.double(), cosines(own, other), atol=1e-5)
+            assert torch.allclose(read.double(), cosines(own.T, other.T), atol=1e-5)
+            assert turn.written_chance == 3 / own.shape[0]
+            assert turn.read_chance == 3 / own.shape[1]
+            assert turn.chance == pytest.approx(1.96 / own.numel() ** 0.5)
+
+
+def test_an_update_repeated_is_at_no_angle_and_one_negated_is_opposite(gemma):
+    one = random_adapter(gemma, ["q"], (0,))
+    other = replace(one, scale=-2 * one.scale)
+    entries = list(update_entries([one, one, other]))
+    assert entries[1].to_previous.cosine == pytest.approx(1)
+    assert entries[2].to_first.cosine == pytest.approx(-1)
+    assert entries[2].norm == pytest.approx(2 * entries[0].norm)
+    for e in entries[1:]:
+        assert e.to_first.written == pytest.approx([0, 0, 0], abs=1e-4)
+        assert e.to_first.written_overlap == e.to_first.read_overlap == pytest.approx(1)
+
+
+def test_overlaps_of_unrelated_updates_lie_about_chance():
+    turns = Turn(0.0, 0.1, (60.0, 90.0), (45.0, 45.0), 0.1, 0.1)
+    # cos^2 60 = 1/4 and cos^2 90 = 0; cos^2 45 = 1/2.
+    assert turns.written_overlap == pytest.approx(0.125)
+    assert turns.read_overlap == pytest.approx(0.5)
+    assert overlap(torch.tensor([])) == 0
+
+
+def test_a_site_that_only_later_rounds_have_has_no_first(gemma):
+    early, late = random_adapter(gemma, ["q"], (0,)), random_adapter(gemma, ["q", "o"], (0,))
+    entries = {(e.round, e.site): e for e in update_entries([early, late, late])}
+    assert entries[1, "blocks.0.o"].to_previous is None
+    assert entries[2, "blocks.0.o"].to_first is None
+    assert entries[2, "blocks.0.o"].to_previous is not None
+    assert entries[2, "blocks.0.q"].to_first is not None

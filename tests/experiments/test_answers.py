@@ -1,0 +1,423 @@
+"""The answers on constructed records whose verdict follows from arithmetic."""
+
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from records import GOOD_PROBES, healing, on, probes, run, scores, stage, texts
+
+from experiments.questions import thresholds
+from experiments.questions.answers import answer_all, as_json
+from shl.config import FOUNDATIONS, EvalConfig
+from shl.method.axes import Axis, load_axis
+from shl.utils.errors import ShlError
+
+AXIS = load_axis("care_auth")  # care up, authority down
+FEW = EvalConfig(bootstrap=100)
+KEYS = ["Q0", "Q1", "Q2", "Q3", "prompting", "selective"]
+REST = ["readable", "barrier", "dose", "moved", "ended", "worked"]
+
+
+def ask(record, axis=AXIS):
+    """Answers by key; whatever they are, they are JSON and end in one full stop."""
+    found = answer_all(*record, axis, FEW)
+    assert [a.key for a in found] == KEYS + REST
+    json.dumps(as_json(found), allow_nan=False)
+    for a in found:
+        assert a.sentence.endswith(".")
+        assert not a.sentence.endswith("..")
+        assert not a.sentence[0].islower()
+        if a.verdict != "told":
+            assert a.sentence.lower().startswith(a.verdict)
+    return {a.key: a for a in found}
+
+
+def verdicts(record, axis=AXIS):
+    return {key: a.verdict for key, a in ask(record, axis).items()}
+
+
+def figure(answer, what, index=None):
+    (found,) = [
+        f for f in answer.figures["decided"] if what in f["what"] and f["round"] in (index, None)
+    ]
+    return found
+
+
+def test_a_run_that_works_is_a_yes_throughout_with_the_figures_of_the_arithmetic():
+    found = ask(run())
+    for key in (*KEYS, "readable", "barrier", "worked"):
+        assert found[key].verdict == "yes", found[key].sentence
+    # Healed 0.3 less half of steered 0.5; every vignette moves alike, so nothing is left to chance.
+    kept = figure(found["Q1"], "healed on-axis shift less 0.5 x steered")
+    assert [kept[k] for k in ("value", "low", "high")] == pytest.approx([0.05] * 3)
+    assert "round 0: 60% (60% to 60%)" in found["Q1"].sentence
+    assert "round 1: 80%" in found["Q1"].sentence  # 0.4 / 0.5
+    # A mass of 0.5 is 0.47 short of 0.97.
+    assert figure(found["Q1"], "short of")["value"] == pytest.approx(0.47)
+    gained = [figure(found["Q3"], "gained", k)["value"] for k in (0, 1)]
+    assert gained == pytest.approx([0.3, 0.1])
+    # Least squares through 0, 0.3, 0.4 at 0, 1, 2: (0.4 - 0) / 2.
+    assert figure(found["Q3"], "trend")["value"] == pytest.approx(0.2)
+    assert figure(found["Q3"], "cosine", 1)["value"] == pytest.approx(0.85)
+    assert figure(found["prompting"], "on-axis", 1)["value"] == pytest.approx(0.3)  # 0.4 - 0.1
+    assert "8/8 8.35, 0.75: 7/8 15.35, 1.50: 1/8 40.35" in found["Q0"].sentence  # + 0.35 midway
+    assert found["Q0"].thresholds["FALLS"] == thresholds.FALLS
+    assert found["Q2"].figures["perplexity"] == {"base": 9.0, "healed": [9.0, 9.0]}
+    assert found["worked"].sentence == f"Yes. Yes: {', '.join(KEYS)}."
+
+
+WIDE = scores(on(0.3), wobble=0.55)
+"""Shifts of 0.85 and -0.25 by turns: factors of e^0.3 times 1.73 and 0.58, whose deviation is half
+their mean. Weights p (12 of 0.4, 72 of 0.1) are worth 12^2 / 2.64 = 55 equal vignettes, so 0.3 is
+known to 0.5 / sqrt(55) = 0.07, and its interval reaches 0.13 to both sides."""
+CASES = {
+    # survival falls by nothing, and by more than the 0.1 that is asked for, but not surely
+    "Q0 no": (run(ladder=((0.3, 1, 8.0), (1.5, 8, 40.0))), "Q0", "no"),
+    "Q0 falls?": (run(ladder=((0.3, 8, 8.0), (1.5, 6, 40.0))), "Q0", "undecided"),
+    "Q0 perplexity falls": (run(ladder=((0.3, 8, 40.0), (1.5, 1, 8.0))), "Q0", "no"),
+    "Q0 off-trait": (run(steered=scores(on(-0.5), mass=0.5)), "Q0", "no"),
+    # 0.2 of 0.5 are kept; less than half of it
+    "Q1 keeps little": (run(healed=(on(0.2), on(0.4))), "Q1", "no"),
+    "Q1 not coherent": (run(mass=0.9), "Q1", "no"),
+    "Q1 nothing to heal": (run(steered=scores(on(0.5))), "Q1", "undecided"),
+    "Q1 wrong way": (run(steered=scores(on(-0.5), mass=0.5)), "Q1", "no"),
+    # 0.26 less 0.25, known to 0.13
+    "Q1 keeps half?": (run(healed=(scores(on(0.26), wobble=0.55), on(0.4))), "Q1", "undecided"),
+    "Q2 mass": (run(mass=0.9), "Q2", "no"),
+    # masses of 1.3 and 0.7 by turns: the standard error of their mean is 0.3 / sqrt(84) = 0.03
+    "Q2 mass?": (run(mass_wobble=0.3), "Q2", "undecided"),
+    "Q2 survival": (run(kept=120, base_kept=160), "Q2", "no"),  # 0.75 of base's
+    # Wilson: 16 / (16 + 3.84) = 0.81 may be all that 16 of 16 say
+    "Q2 few samples": (run(kept=16, total=16), "Q2", "undecided"),
+    "Q3 falls back": (run(healed=(on(0.4), on(0.3))), "Q3", "no"),
+    "Q3 grows?": (run(healed=(on(0.3), WIDE)), "Q3", "undecided"),
+    "Q3 turns": (run(cosines=({"6": 1.0}, {"6": -0.1, "7": -0.2})), "Q3", "no"),
+    "Q3 turns in part": (run(cosines=({"6": 1.0}, {"6": 0.5, "7": -0.2})), "Q3", "undecided"),
+    "Q3 one round": (run(healed=(on(0.3),)), "Q3", "undecided"),
+    # 0.5 by prompting, 0.4 by healing; a mass of 0.85 is out of comparison with one of 1
+    "prompting is better": (run(plus=on(0.5)), "prompting", "no"),
+    "prompting unmatched": (run(mass=0.85), "prompting", "no"),
+    "prompting unmatched?": (run(kept=4, total=4), "prompting", "undecided"),
+    "prompting alike?": (run(healed=(scores(on(0.1), wobble=0.55),)), "prompting", "undecided"),
+    # the prompted mass of 2 counts as base's 1
+    "prompting primed": (run(plus=scores(on(0.1), mass=2.0)), "prompting", "yes"),
+    # off-axis: liberty by -0.6 against 0.4
+    "selective no": (run(healed=(on(0.3) | {"liberty": -0.6},)), "selective", "no"),
+    # liberty by -0.42 + log cosh 0.5 = -0.3, against 0.3
+    "selective?": (
+        run(healed=(scores(on(0.3) | {"liberty": -0.42}, wobble=0.5),)),
+        "selective",
+        "undecided",
+    ),
+    "barrier off": (run(barrier="off"), "barrier", "no"),
+    "barrier never": (run(barrier="never fired"), "barrier", "no"),
+    "worked no": (run(mass=0.9), "worked", "no"),
+    "worked?": (run(kept=16, total=16), "worked", "undecided"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_verdict(name):
+    record, key, expected = CASES[name]
+    found = ask(record)[key]
+    assert found.verdict == expected, found.sentence
+
+
+def test_each_verdict_is_reached_for_every_claim():
+    reached = {(key, expected) for _, key, expected in CASES.values()}
+    assert {(key, v) for key in KEYS for v in ("no", "undecided")} <= reached
+
+
+def test_the_sentence_names_the_number_that_is_open_and_how_many_samples_a_yes_takes():
+    few = ask(run(kept=16, total=16))
+    told = few["Q2"].sentence
+    assert told.startswith("Undecided. Open: survival less 0.97 x base's round 0: 0.030 (")
+    assert "16 of 16, base 16 of 16" in told
+    # n / (n + 1.96^2) > 0.97 from n = 1.96^2 * 0.97 / 0.03 = 124.2
+    assert "16 samples a stage cannot show 0.97, it takes 125 with all kept" in told
+    # 146 of 160 against 0.97 of 150: 0.003 apart and open too, but not for want of samples.
+    many = ask(run(kept=146, base_kept=150))["Q2"]
+    assert many.verdict == "undecided"
+    assert "cannot show" not in many.sentence
+    assert few["worked"].sentence.startswith("Undecided. The first undecided is Q1 does healing")
+    no = ask(run(healed=(on(0.2), on(0.4))))
+    assert no["worked"].sentence.startswith("No. The first no is Q1 does healing heal. ")
+    assert no["Q1"].sentence.startswith("No. Fails: healed on-axis shift less 0.5 x steered -0.050")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"mass": 0.6}, {"kept": 80, "base_kept": 160}],  # 0.6 and 0.5 of base, below 2/3
+    ids=["mass", "survival"],
+)
+def test_a_collapsed_run_is_green_nowhere_however_far_its_trait_moved(how):
+    found = ask(run(healed=(on(0.4), on(0.6)), **how))
+    assert found["Q2"].figures["collapsed"] == "yes"
+    assert "It has collapsed (below 0.67 of base)" in found["Q2"].sentence
+    for key in ("Q2", "Q3", "prompting", "selective", "worked"):
+        assert found[key].verdict == "no", key
+    # What is measured of Q3 itself is all on the side of yes.
+    own = [f for f in found["Q3"].figures["decided"] if "collapse" not in f["what"]]
+    assert {f["verdict"] for f in own} == {"yes"}
+    assert "Fails: no collapse of" in found["Q3"].sentence
+
+
+def test_one_collapsed_round_is_enough_and_collapse_that_is_not_ruled_out_leaves_it_open():
+    found = verdicts(run(healed=(scores(on(0.3), mass=0.6), on(0.4))))
+    assert (found["Q3"], found["selective"], found["worked"]) == ("no", "no", "no")
+    # 4 of 4: Wilson's 4 / (4 + 3.84) = 0.51 is below 2/3.
+    found = ask(run(kept=4, total=4))
+    assert (found["Q3"].verdict, found["selective"].verdict) == ("undecided", "undecided")
+    assert "is not ruled out" in found["Q2"].sentence
+
+
+def test_half_the_contrast_counts_where_it_is_the_harder():
+    # Prompted -0.1 and -0.7: half the contrast is 0.3, healed only 0.2 and 0.25.
+    record = run(plus=on(-0.1), minus=on(-0.7), healed=(on(0.2), on(0.25)))
+    found = ask(record)["prompting"]
+    assert found.verdict == "no"
+    assert figure(found, "on-axis", 1)["value"] == pytest.approx(0.25 - 0.3)
+    assert found.figures["half_contrast"] == pytest.approx(0.3)
+    # Prompted -0.3 and -0.1, half the contrast -0.1: no shift at all is the rival of -0.05.
+    record = run(plus=on(-0.3), minus=on(-0.1), healed=(on(-0.05),))
+    assert verdicts(record)["prompting"] == "no"
+
+
+def test_only_a_round_that_is_coherent_enough_can_beat_prompting():
+    # Round 0 is ahead at 0.8 of the mass, round 1 is behind at all of it.
+    record = run(healed=(scores(on(0.4), mass=0.8), on(0.05)))
+    found = ask(record)["prompting"]
+    assert found.verdict == "no"
+    assert found.figures["rounds"] == ["no", "no"]
+    assert "is as coherent as" not in found.sentence
+    assert "no healed round is as coherent" in ask(run(mass=0.85))["prompting"].sentence.lower()
+    record = run(healed=(on(0.4), scores(on(0.4), mass=0.8)))
+    found = ask(record)["prompting"]
+    assert found.verdict == "yes"
+    assert "Ahead in round 0." in found.sentence
+    # As coherent as a persona that has collapsed is collapsed all the same.
+    record = run(plus=scores(on(0.1), mass=0.5), mass=0.6)
+    found = ask(record)["prompting"]
+    assert found.figures["rounds"] == ["yes", "yes"]
+    assert found.verdict == "no"
+
+
+def test_the_more_rounds_may_win_the_wider_is_the_interval_of_each():
+    # 1 - 0.05 / 4 against 1 - 0.05: 2.50 standard errors against 1.96.
+    config = EvalConfig(bootstrap=500)
+    spans = []
+    for count in (1, 4):
+        record = run(healed=(WIDE,) * count, cosines=({"6": 1.0},) * count)
+        told = answer_all(*record, AXIS, config)[4]
+        assert told.key == "prompting"
+        lead = figure(told, "on-axis", 0)
+        spans.append(lead["high"] - lead["low"])
+    assert 1.1 < spans[1] / spans[0] < 1.5
+
+
+def validity(valid, instrument="vignettes"):
+    told = {"event": "validity", "round": -1, "instrument": instrument}
+    return told | {"valid": valid, "reason": "the stems disagree."}
+
+
+def test_where_the_probe_is_not_valid_nothing_that_rests_on_it_is_yes_or_no():
+    events, found = run(healed=(on(0.2), on(0.1)))  # Q1 and Q3 would be a no
+    told = ask(([validity(False), *events], found))
+    for key in ("Q0", "Q1", "Q3", "prompting", "selective", "worked"):
+        assert told[key].verdict == "undecided", key
+    for key in ("Q0", "Q1", "Q3", "prompting", "selective", "readable"):
+        assert "he vignettes are not valid on this model" in told[key].sentence
+    assert told["readable"].verdict == "no"
+    assert "not valid on this model: the stems disagree." in told["readable"].sentence
+    # Coherence is not the trait's reading, and its no stands.
+    assert told["Q2"].verdict == "yes"
+    events, found = run(mass=0.6)
+    told = verdicts(([validity(False), *events], found))
+    assert (told["Q2"], told["Q3"], told["worked"]) == ("no", "no", "no")
+    for event in (validity(True), validity(False, "tinymfv")):
+        events, found = run()
+        assert verdicts(([event, *events], found))["worked"] == "yes"
+
+
+def test_a_probe_at_chance_is_in_doubt_without_a_validity_check():
+    # The intended option gets 0.05, the others more: none is named. Readings must then be open.
+    found = ask(run(base=scores(hit=0.05)))
+    assert found["readable"].verdict == "no"
+    assert found["Q3"].verdict == "undecided"
+    assert "above chance" in found["Q3"].sentence
+    assert figure(found["readable"], "share of vignettes")["value"] == 0.0
+    # Six in seven are named, which beats chance; none of the 12 of care, which leaves it open.
+    p = np.array(scores())
+    care = np.arange(84) % 7 == 0
+    p[care] = np.array(scores(hit=0.05))[care]
+    found = ask(run(base=p.tolist(), healed=(p.tolist(),)))
+    assert found["readable"].verdict == "undecided"
+    assert figure(found["readable"], "of those of care")["value"] == 0.0
+    assert "care, do not read these" in found["readable"].sentence
+
+
+def test_every_unfinished_run_is_answered_as_far_as_it_goes():
+    events, found = run()
+    for count in range(len(events) + 1):
+        told = ask((events[:count], found))
+        if count < len(events):
+            assert told["worked"].verdict != "yes"
+            assert "Not yet, " in told["ended"].sentence
+            assert "allows no yes" in told["worked"].sentence
+    nothing = ask(([], []))
+    assert {a.verdict for a in nothing.values()} == {"undecided", "told"}
+    assert "no round was finished" in nothing["Q2"].sentence
+    assert "nothing was healed" in nothing["barrier"].sentence.lower()
+    # Q0 needs no healed stage: base, prompted+-, steered.
+    assert verdicts((events[:4], found))["Q0"] == "yes"
+
+
+def test_a_walk_that_was_off_and_texts_without_perplexity_are_said():
+    found = ask(run(ladder=()))["Q0"]
+    assert found.verdict == "undecided"
+    assert "the walk was off" in found.sentence
+    # Empty completions are the worst: they rank above every finite perplexity.
+    record = run(ladder=((0.3, 8, 8.0), (1.5, 0, None)))
+    told = ask(record)["Q0"]
+    assert told.verdict == "yes"
+    assert told.figures["ladder"][1]["perplexity"] is None
+    assert "1.50: 0/8 unknown" in told.sentence
+    events, all_texts = run()
+    blank = [t | {"perplexity": None} for t in all_texts]
+    assert ask((events, blank))["Q2"].figures["perplexity"]["base"] is None
+    assert ask((events, []))["Q2"].verdict == "undecided"
+
+
+def test_a_negative_alpha_is_ordered_by_size():
+    ladder = tuple((-dose, kept, ppl) for dose, kept, ppl in GOOD_PROBES)
+    assert verdicts(run(ladder=ladder))["Q0"] == "yes"
+
+
+def test_a_base_without_survivors_leaves_survival_open():
+    found = ask(run(base_kept=0))
+    assert found["Q2"].verdict == "undecided"
+    assert "none of 160 samples of base survive" in found["Q2"].sentence
+
+
+def an_axis(expected):
+    return Axis("own", "", "Up.", "Down.", ("c",), ("p",), expected)
+
+
+def test_axes_with_one_foundation_or_all():
+    one = ask(
+        run(healed=({"care": 0.3}, {"care": 0.4}), plus={"care": 0.1}, minus={"care": -0.1}),
+        an_axis({"care": 1}),
+    )
+    # Care alone: the steered stage's care is +0.5, of which 0.3 are kept.
+    assert {one[key].verdict for key in KEYS} == {"yes"}
+    assert figure(one["Q3"], "gained", 0)["value"] == pytest.approx(0.3)
+    every = ask(run(), an_axis(dict.fromkeys(FOUNDATIONS, 1)))
+    assert every["selective"].verdict == "told"
+    assert "expects every foundation" in every["selective"].sentence
+    assert "selective" not in every["worked"].sentence
+
+
+def test_the_barriers_tokens_are_named_with_their_kl():
+    events, found = run(healed=(on(0.3),))
+    curves = [
+        {"verdict": "kept", "pieces": ["a", " b"], "kl": [0.5, 0.1]},  # at tau is not above it
+        {"verdict": "dropped", "pieces": [" x", "\n", " x"], "kl": [0.75, 4.0, 2.0]},
+    ]
+    events += [{"event": "token_kl", "round": 0, "curves": curves}]
+    told = ask((events, found))["barrier"]
+    assert "Kept text on record: 0 of 2 tokens over tau." in told.sentence
+    assert (
+        r"Dropped text on record: 3 of 3 tokens over tau, highest '\n' 4.00, ' x' 2.00 x2 nats."
+        in told.sentence
+    )
+    # Of two steps one fired.
+    assert "round 0: bound (fired in 1 of 2 steps, last epoch D 0.48 at tau 0.5" in (
+        told.sentence.lower().replace(" d ", " D ")
+    )
+    assert told.figures["texts"][1]["tokens"][0] == {"piece": "\n", "count": 1, "kl": 4.0}
+    # Curves of a round that has not been healed have no tau to lie above.
+    told = ask(([*events[:-1], events[-1] | {"round": 7}], found))["barrier"]
+    assert told.figures["texts"] == []
+
+
+def test_floor_still_adapters_and_an_early_end_are_told():
+    events, found = run(end=False)
+    events = [e if e["event"] != "healing" else healing(e["round"], moved=False) for e in events]
+    events.append({"event": "starved", "round": 2, "sentence": "round 2: 3 completions survived."})
+    told = ask((events, found))
+    assert told["moved"].sentence == "The adapter did not move in round 0, 1."
+    assert told["ended"].sentence == "Stopped early, round 2: 3 completions survived."
+    first, second = told["dose"].sentence.split("; ")
+    assert first == "Round 0: kappa 0.50, 6 of 9 completions kept"
+    assert "(the floor: no lower dose was left to step down to)" in second
+    done = ask(run())
+    assert done["moved"].sentence == "Every adapter moved."
+    assert done["ended"].sentence == "2 rounds, all done."
+
+
+def test_the_same_record_gives_the_same_answers_and_confidence_widens_them():
+    record = run(mass_wobble=0.3)
+    assert answer_all(*record, AXIS, FEW) == answer_all(*record, AXIS, FEW)
+    spans = []
+    for confidence in (0.5, 0.95):
+        config = EvalConfig(bootstrap=100, confidence=confidence)
+        mass = answer_all(*record, AXIS, config)[2].figures["decided"][0]
+        spans.append(mass["high"] - mass["low"])
+    assert spans[0] < 0.6 * spans[1]  # 0.67 against 1.96 standard errors
+
+
+def test_masses_are_paired_by_vignette():
+    # Base's own mass swings by 1 +- 0.5, and the healed stage's with it: their ratio is 1 exactly.
+    swinging = scores(mass_wobble=0.5)
+    found = ask(run(base=swinging, healed=(swinging,)))["Q2"]
+    mass = figure(found, "mass", 0)
+    assert (mass["low"], mass["high"]) == pytest.approx((1.0, 1.0))
+
+
+def test_what_cannot_be_read_is_one_sentence():
+    events, found = run()
+    for changed in (events[0]["log_probs"][:5], [[[1.0] * 7]] * 84, [[[0.0] * 6]] * 84):
+        with pytest.raises(ShlError):
+            answer_all([stage("base", -1, changed), *events[1:]], found, AXIS, FEW)
+    with pytest.raises(ShlError, match="the labels name"):
+        answer_all([events[0] | {"labels": ["cares"] * 84}, *events[1:]], found, AXIS, FEW)
+    with pytest.raises(ShlError, match="resamples"):
+        answer_all(events, found, AXIS, EvalConfig(bootstrap=2**70))
+
+
+def test_a_record_of_other_vignettes_is_answered_by_its_own_labels():
+    # Only the 72 that are not of care: base names all of them, and there are none of care.
+    events, found = run()
+    left = [i for i, label in enumerate(events[0]["labels"]) if label != "care"]
+    for event in events:
+        for key in ("labels", "log_probs"):
+            if key in event:
+                event[key] = [event[key][i] for i in left]
+    told = ask((events, found))["readable"]
+    assert figure(told, "share of vignettes")["value"] == 1.0
+    assert told.verdict == "undecided"
+    assert "of those of care, there are none" in told.sentence
+
+
+def test_every_threshold_has_its_reason_and_is_used():
+    tree = ast.parse(Path(thresholds.__file__).read_text("utf-8")).body[1:]
+    names = [node.targets[0].id for node in tree if isinstance(node, ast.Assign)]
+    reasons = [node for node in tree if isinstance(node, ast.Expr)]
+    assert len(names) == len(reasons) == len(tree) / 2
+    used = {name: v for a in answer_all(*run(), AXIS, FEW) for name, v in a.thresholds.items()}
+    assert used == {name: getattr(thresholds, name) for name in names}
+
+
+def test_texts_of_a_steered_stage_are_those_at_its_dose():
+    # 8 probes at 0.75 of which 7 are kept, and a batch at 0.75 of which 1 of 32 is.
+    events, found = run(steered=scores(on(0.5)))
+    found += [t | {"stage": "batch"} for t in texts("batch", 0, 1, 32, dose=0.75)]
+    found += texts("batch", 0, 32, 32, dose=0.3)
+    # Its mass is base's, so only survival says that there is something to heal: 8 of 40.
+    broken = figure(ask((events, found))["Q1"], "steered survival, short of")
+    assert broken["note"] == "8 of 40, base 160 of 160"
+    assert broken["value"] == pytest.approx(0.97 - 8 / 40)
+    assert broken["verdict"] == "yes"
+    assert len(probes(*GOOD_PROBES)) == 24

@@ -1,0 +1,247 @@
+"""The program: a whole tiny run through the command line, its record, and bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tyro
+from helpers import kl_by_hand, lenient, log_p_by_hand, one_sentence
+from matplotlib import pyplot as plt
+from rich.console import Console
+
+from experiments import run as program
+from experiments.record.reader import read
+from experiments.record.settings import RunConfig
+from experiments.report.plots import draw
+from experiments.report.report import report
+from experiments.report.tables import rows
+from shl.hooks.adapter import Adapter
+from shl.hooks.bake import baked
+from shl.hooks.vector import SteeringVector
+from shl.models.generate import Completion
+from shl.models.tiny import tiny_gemma
+from shl.models.tokens import Prompt, decode, encode
+from shl.utils.errors import ShlError
+
+SMALL = """
+  --rounds 2 --vector.contexts 3 --generate.max-new-tokens 8 --generate.min-new-tokens 4
+  --dose.rungs 2 --dose.probe-size 2 --dose.min-train 6 --dose.batch-size 4 --heal.rank 2
+  --heal.epochs 2 --heal.tau 0.01 --heal.lr 0.02 --eval.samples 3 --eval.bootstrap 20
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """Run the command line on the tiny model."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(name, *, device=None):
+        if name != "tiny":
+            raise ShlError(f"unknown model {name!r}: tiny is the only one here.")
+        return tiny_gemma()
+
+    def main(*words):
+        monkeypatch.setattr(program, "load_model", load)
+        monkeypatch.setattr(sys, "argv", ["run", "--model", "tiny", *SMALL, *map(str, words)])
+        program.main()
+
+    return main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One finished run."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    with pytest.MonkeyPatch.context() as patch:
+        lenient(patch)
+        patch.setattr(program, "load_model", lambda name, device=None: tiny_gemma())
+        patch.setattr(sys, "argv", ["run", "--model", "tiny", *SMALL, "--out", str(out)])
+        program.main()
+    return out
+
+
+def test_a_run_leaves_every_file_and_every_line_of_it_is_json(folder):
+    config, events, texts = read(folder)
+    assert config["loop"]["heal"]["tau"] == 0.01
+    assert config["loop"]["seed"] == 42
+    lines = (folder / "events.jsonl").read_text("utf-8").split("\n")
+    told = [json.loads(line) for line in lines if line]
+    assert [{k: v for k, v in line.items() if k != "check"} for line in told] == events
+    one = ["vector", "probe", "batch", "stage", "healing", "stage", "round", "token_kl"]
+    assert [e["event"] for e in events] == [
+        *("start", "stage", "stage", "stage", "validity"),
+        *one,
+        *one,
+        "end",
+    ]
+    # 3 baselines of 3 samples; per round 4 probes, 4 dreams and 3 samples.
+    assert len(texts) == 3 * 3 + 2 * (4 + 4 + 3)
+    assert {t["stage"] for t in texts} == {
+        *("base", "prompted+", "prompted-", "probe", "batch", "healed")
+    }
+    assert all(t["reasons"] == [] and t["text"] for t in texts)
+    versions = json.loads((folder / "versions.json").read_text("utf-8"))
+    assert {"torch", "transformer-lens"} <= set(versions["packages"])
+
+
+def test_vectors_and_adapters_can_be_loaded_again(folder):
+    model = tiny_gemma()
+    for index in (0, 1):
+        place = folder / "rounds" / str(index)
+        assert Adapter.load(place / "adapter.safetensors", model).round == index
+        assert SteeringVector.load(place / "vector.safetensors").contexts == 3
+
+
+def test_token_kl_is_that_of_the_student_that_wrote_the_text(folder):
+    """KL(student || base) per token from full float64 logits, of every round's completions."""
+    _, events, texts = read(folder)
+    model = tiny_gemma()
+    adapters = []
+    for index in (0, 1):
+        place = folder / "rounds" / str(index)
+        adapters.append(Adapter.load(place / "adapter.safetensors", model))
+        vector = SteeringVector.load(place / "vector.safetensors")
+        (event,) = [e for e in events if e["event"] == "token_kl" and e["round"] == index]
+        # Nothing is dropped in this run, so there is no dropped completion.
+        assert [curve["verdict"] for curve in event["curves"]] == ["kept", "healed"]
+        for curve in event["curves"]:
+            stages = {"kept": ("probe", "batch"), "healed": ("healed",)}[curve["verdict"]]
+            (text,) = [
+                t
+                for t in texts
+                if (t["round"], t["prompt"], t["dose"]) == (index, curve["prompt"], curve["dose"])
+                and t["stage"] in stages
+                and [decode(model, [token]) for token in t["tokens"]] == curve["pieces"]
+            ]
+            prompt = Prompt(text["prompt"], text["persona"])
+            ids = tuple(encode(model, prompt))
+            completion = Completion(prompt, text["text"], tuple(text["tokens"]), ids, 0.0, False)
+            base = log_p_by_hand(model, completion)
+            if curve["verdict"] == "healed":
+                with baked(model, adapters):
+                    student = log_p_by_hand(model, completion)
+            else:
+                with baked(model, adapters[:-1]), vector.steering(model, curve["dose"]):
+                    student = log_p_by_hand(model, completion)
+            expected = kl_by_hand(student, base)
+            assert expected.max() > 1e-4
+            assert curve["kl"] == pytest.approx(expected.tolist(), abs=2e-5)
+
+
+def test_the_table_has_a_row_per_stage_with_the_events_own_numbers(folder):
+    _, events, _ = read(folder)
+    table = rows(events)
+    names = ["base", "prompted+", "prompted-", "steered 0", "healed 0", "steered 1", "healed 1"]
+    assert [row["stage"] for row in table] == names
+    assert table[0]["coherence"] == "1.00"
+    assert (table[3]["kept/gen"], table[3]["kappa"]) == ("6/8", "1.00")
+    healing = [e for e in events if e["event"] == "healing"]
+    assert table[6]["D"] == f"{healing[1]['epochs'][-1]['d']:.2f}"
+    stages = [e for e in events if e["event"] == "stage"]
+    (column,) = {key for row in table for key in row if key.startswith("auth_nats")}
+    assert [row[column] for row in table] == [f"{e['nats']['authority']:.2f}" for e in stages]
+    assert names == [
+        line.split("|")[1].strip() for line in (folder / "table.md").read_text().splitlines()[2:]
+    ]
+
+
+def test_pictures_open_and_are_not_blank(folder):
+    names = {"trajectory.png", "plane.png", "kl_tokens.png"}
+    assert {path.name for path in folder.glob("*.png")} == names
+    for path in folder.glob("*.png"):
+        path.unlink()
+    assert {path.name for path in draw(folder)} == names  # from the record alone
+    for name in names:
+        picture = plt.imread(folder / name)
+        assert min(picture.shape[:2]) > 200
+        assert picture[..., :3].std() > 0.02
+
+
+def test_a_report_can_be_made_again_from_the_record(folder, capsys):
+    before = json.loads((folder / "answers.json").read_text("utf-8"))
+    (folder / "answers.json").unlink()
+    report(folder, Console(width=200))
+    assert json.loads((folder / "answers.json").read_text("utf-8")) == before
+    out = capsys.readouterr().out
+    assert "prompted+" in out
+    assert all(f"{key}: {told['question']}" in out for key, told in before.items())
+    assert all(told["verdict"] in ("yes", "no", "undecided", "told") for told in before.values())
+    assert [q[:2] for q in before][:4] == ["Q0", "Q1", "Q2", "Q3"]
+
+
+def test_a_torn_last_line_counts_as_never_written(folder, tmp_path):
+    whole = read(folder)
+    torn = shutil.copytree(folder, tmp_path / "torn")
+    with (torn / "events.jsonl").open("a") as stream:
+        stream.write('{"event": "sta')
+    assert read(torn) == whole
+
+
+@pytest.mark.parametrize("name", ["config.json", "axis.json", "versions.json"])
+def test_what_was_run_cannot_be_changed_afterwards(name, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with (copy / name).open("a") as stream:
+        stream.write(" ")
+    with pytest.raises(ShlError) as error:
+        read(copy)
+    assert "has been changed since the run began" in one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--axis", "nonsense"), "unknown axis 'nonsense'"),
+        (("--model", "nonsense"), "unknown model 'nonsense'"),
+        (("--vector.layers", "7"), "layer 7 is out of range"),
+        (("--vector.contexts", "9999"), "contexts is 9999"),
+        (("--out", "."), "holds something else"),
+        (("--heal.aggregate", "median"), "aggregate is 'median'"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence_and_status_two(
+    words, sentence, call, monkeypatch, capsys, tmp_path
+):
+    lenient(monkeypatch)
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(SystemExit) as stop:
+        call(*words)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert sentence in " ".join(err.split())
+    assert "Traceback" not in err
+    if "aggregate" not in sentence:  # tyro frames its own
+        assert err.count("\n") == 1
+        assert err.startswith("error: ")
+
+
+def test_starving_is_bad_input_too(call, monkeypatch, capsys, tmp_path):
+    lenient(monkeypatch, reasons=lambda text: ["soup"])
+    with pytest.raises(SystemExit) as stop:
+        call("--out", "run")
+    assert stop.value.code == 2
+    assert "error: round 0: 0 completions survived" in capsys.readouterr().err
+    # What was computed before is on disk.
+    events = read(tmp_path / "run")[1]
+    assert [e["event"] for e in events[-9:]] == ["vector", "probe", *["batch"] * 6, "starved"]
+    assert (
+        "completions survived"
+        in json.loads((tmp_path / "run/answers.json").read_text())["ended"]["sentence"]
+    )
+    # The same command says the same again, without a second line on it.
+    with pytest.raises(SystemExit):
+        call("--out", "run")
+    assert read(tmp_path / "run")[1] == events
+
+
+def test_defaults_are_the_librarys_and_help_works():
+    assert tyro.cli(RunConfig, args=[]) == RunConfig()
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.run", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--heal.tau" in done.stdout
+    assert "--axis" in done.stdout

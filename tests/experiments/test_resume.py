@@ -1,0 +1,364 @@
+"""Killed at any point, the finished run is the one that was never killed, bit for bit."""
+
+import io
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from dataclasses import replace
+
+import pytest
+from helpers import lenient, one_sentence, small_loop
+from rich.console import Console
+
+from experiments import run as program
+from experiments.checks.crash import differences
+from experiments.record import writer as record_room
+from experiments.record.journal import Journal, Lock
+from experiments.record.schema import name_of
+from experiments.record.settings import RunConfig, folder_of, settings_of
+from experiments.record.status import status
+from experiments.report.report import report
+from experiments.run import study
+from shl.method.axes import load_axis
+from shl.method.loop import Study
+from shl.models.tiny import tiny_gemma
+from shl.utils.errors import ShlError
+
+CONFIG = RunConfig(model="tiny", loop=small_loop())
+CHANGES = ("os.rename", "os.remove", "os.truncate", "os.mkdir")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """The tiny model on 8 vignettes; training is saved after every step."""
+    with pytest.MonkeyPatch.context() as patch:
+        lenient(patch)
+        patch.setattr(program, "load_model", lambda name, device=None: tiny_gemma())
+        patch.setattr(record_room, "SAVE_EVERY", 0.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run that nobody disturbed, with its report."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    go(folder)
+    report(folder, quiet())
+    return folder
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+def go(folder, config=CONFIG):
+    return study(replace(config, out=folder), quiet())
+
+
+def fork(work):
+    """Run `work` in a child that ends without cleaning up; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    finally:
+        if code:
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid):
+    """How a child ended: an exit status, or minus a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def tell_computed(log):
+    """In a child: one line per stage that is computed and per training step that is taken."""
+    once, observe = Study.once, record_room.Record.observe
+
+    def tell(*words):
+        with log.open("a") as stream:
+            print(*words, file=stream)
+
+    def telling_once(self, event, index, part, make):
+        name = part if event == "stage" else "healing" if event == "healed" else event
+
+        def computed():
+            tell(name, index, part if event == "batch" else "-")
+            return make()
+
+        return once(self, event, index, part, computed)
+
+    def telling_observe(self, name, index, values):
+        if name == "step":
+            tell("step", index, values["step"].step)
+        observe(self, name, index, values)
+
+    Study.once, record_room.Record.observe = telling_once, telling_observe
+
+
+def on_record(folder):
+    """The finished stages, in the words of `tell_computed`."""
+    events = Journal(folder / "events.jsonl").lines if folder.exists() else []
+    return {f"{name_of(e)} {e['round']} {e.get('batch', '-')}" for e in events}
+
+
+def chain(folder, kill):
+    """Start the same run until it ends, the n-th process under `kill(n)`; how many died.
+
+    Checks that no process computes what was on record when it began.
+    """
+    for n in range(400):
+        before, log = on_record(folder), folder.with_suffix(f".{n}")
+        code = kill(n, log)
+        computed = set(log.read_text().splitlines()) if log.exists() else set()
+        assert not before & computed
+        steps = {line.split()[1] for line in computed if line.startswith("step")}
+        assert not {f"healing {index} -" for index in steps} & before
+        if code == 0:
+            return n
+        assert code == -signal.SIGKILL
+    raise AssertionError("the run does not get anywhere")
+
+
+def finished_alike(folder, alone):
+    report(folder, quiet())
+    assert differences(alone, folder) == []
+
+
+def unfinish(folder, count):
+    """Cut a record off in the middle of the line after `count`; 6 are the start, three baselines,
+    a vector and a probe."""
+    events = folder / "events.jsonl"
+    lines = events.read_text("utf-8").split("\n")
+    events.write_text("\n".join([*lines[:count], lines[count][:30]]), "utf-8")
+
+
+def test_killed_between_any_two_writes_and_in_the_middle_of_them(tmp_path):
+    config = replace(CONFIG, loop=small_loop(rounds=1))
+    folder, alone, rng = tmp_path / "run", tmp_path / "alone", random.Random(0)
+    go(alone, config)
+    report(alone, quiet())
+
+    def die(operation, torn):
+        """SIGKILL before the n-th change to a file of the run, or within the n-th write."""
+        count = [0]
+        write = os.write
+
+        def due(on):
+            count[0] += on
+            return on and count[0] == operation
+
+        def audit(event, args):
+            opens = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+            if (
+                (opens or event in CHANGES)
+                and str(args[0]).startswith(str(folder))
+                and due(not torn)
+            ):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def half(descriptor, data):
+            if due(torn):
+                write(descriptor, data[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(descriptor, data)
+
+        sys.addaudithook(audit)
+        os.write = half
+
+    def kill(n, log):
+        operation, torn = rng.randint(4, 9), n % 3 == 2
+
+        def work():
+            tell_computed(log)
+            die(operation // 2 if torn else operation, torn)
+            go(folder, config)
+
+        return ended(fork(work))
+
+    assert chain(folder, kill) >= 20
+    finished_alike(folder, alone)
+
+
+def test_killed_at_every_stage_boundary(alone, tmp_path):
+    folder = tmp_path / "run"
+
+    def kill(n, log):
+        def work():
+            tell_computed(log)
+            event = record_room.Record.event
+
+            def last_event(self, *args, **kwargs):
+                event(self, *args, **kwargs)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            record_room.Record.event = last_event
+            go(folder)
+
+        return ended(fork(work))
+
+    # Every event but the start's is a process of its own.
+    assert chain(folder, kill) == len(Journal(alone / "events.jsonl").lines)
+    finished_alike(folder, alone)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_moments(seed, alone, tmp_path):
+    folder, rng = tmp_path / "run", random.Random(seed)
+
+    def kill(n, log):
+        pid = fork(lambda: (tell_computed(log), go(folder)))
+        if n < 7:
+            time.sleep(rng.uniform(0.02, 0.4))
+            os.kill(pid, signal.SIGKILL)
+        return ended(pid)
+
+    assert chain(folder, kill) == 7
+    finished_alike(folder, alone)
+
+
+def test_training_goes_on_from_its_last_saved_step(alone, tmp_path):
+    folder, logs = tmp_path / "run", []
+
+    def kill(n, log):
+        logs.append(log)
+
+        def work():
+            tell_computed(log)
+            save = record_room.Record._save
+
+            def saved(self, tensors, index, name):
+                save(self, tensors, index, name)
+                if name == "training":
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            record_room.Record._save = saved
+            go(folder)
+
+        return ended(fork(work))
+
+    # 2 rounds of 4 steps, a process for each.
+    assert chain(folder, kill) == 8
+    steps = [line for log in logs for line in log.read_text().splitlines() if "step" in line]
+    assert steps == [f"step {index} {step}" for index in (0, 1) for step in range(4)]
+    finished_alike(folder, alone)
+    assert not list(folder.glob("rounds/*/training.safetensors"))
+
+
+def test_a_finished_run_is_not_run_again(alone, tmp_path):
+    folder = shutil.copytree(alone, tmp_path / "run")
+    log = tmp_path / "log"
+    assert ended(fork(lambda: (tell_computed(log), go(folder)))) == 0
+    assert not log.exists()
+    assert differences(alone, folder) == []
+
+
+def test_a_second_process_is_refused_and_a_dead_ones_lock_is_not_in_the_way(alone, tmp_path):
+    folder = shutil.copytree(alone, tmp_path / "run")
+    unfinish(folder, 6)
+    ready, release = os.pipe()
+
+    def hold():
+        Lock(folder)
+        os.write(release, b"x")
+        time.sleep(60)
+
+    pid = fork(hold)
+    os.read(ready, 1)
+    with pytest.raises(ShlError) as error:
+        go(folder)
+    assert f"is in use by process {pid}" in one_sentence(error)
+    assert "a process is at work on it" in status(folder)
+    os.kill(pid, signal.SIGKILL)
+    ended(pid)
+    go(folder)
+    assert "no process is at work on it" in status(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_soon_with_the_record_complete(number, alone, tmp_path):
+    folder = tmp_path / "run"
+
+    def main():
+        sys.argv = ["run", "--out", str(folder)]
+        program.tyro.cli = lambda *_, **__: replace(CONFIG, out=folder)
+        with (tmp_path / "said").open("w") as sys.stdout:
+            try:
+                program.main()
+            except SystemExit as stop:
+                sys.stdout.flush()
+                os._exit(stop.code)
+
+    pid = fork(main)
+    while not (folder / "events.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.kill(pid, number)
+    asked = time.monotonic()
+    assert ended(pid) == 128 + number
+    assert time.monotonic() - asked < 5
+    said = (tmp_path / "said").read_text()
+    assert "the same command goes on from there" in " ".join(said.split())
+    assert "remains" in status(folder)
+    go(folder)
+    finished_alike(folder, alone)
+
+
+def test_a_folder_of_another_run_is_refused(alone, tmp_path):
+    folder = shutil.copytree(alone, tmp_path / "run")
+    other = replace(CONFIG, loop=replace(CONFIG.loop, seed=7))
+    with pytest.raises(ShlError) as error:
+        go(folder, other)
+    assert "has loop.seed 42, this run has 7" in one_sentence(error)
+
+
+def test_each_run_has_a_folder_of_its_own_and_none_outside_runs():
+    other = replace(CONFIG, loop=replace(CONFIG.loop, seed=7))
+    axis = replace(load_axis("love"), name="../../etc/[x]")
+
+    def folder(config, commit="one", threads=1):
+        settings = settings_of(config, axis)
+        told = settings["versions.json"] | {"commit": commit, "threads": threads}
+        return folder_of(config, settings | {"versions.json": told})
+
+    assert folder(CONFIG) == folder(CONFIG) == folder(CONFIG, commit="only the README changed")
+    assert len({folder(CONFIG), folder(other), folder(CONFIG, threads=2)}) == 3
+    assert folder(CONFIG).parts[0] == "runs"
+    assert len(folder(CONFIG).parts) == 2
+    assert folder(CONFIG).name.startswith(".._.._etc_x_-tiny-seed42-")
+    assert folder_of(replace(CONFIG, out="here"), {}) == "here"
+
+
+def test_other_weights_do_not_go_on_with_a_run(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def stop(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record_room.Record, "observe", stop)
+        with pytest.raises(KeyboardInterrupt):
+            go(folder)
+    monkeypatch.setattr(program, "load_model", lambda name, device=None: tiny_gemma(seed=1))
+    with pytest.raises(ShlError) as error:
+        go(folder)
+    assert "began with weights" in one_sentence(error)
+
+
+def test_status_tells_what_is_done_and_what_remains(alone, tmp_path):
+    folder = shutil.copytree(alone, tmp_path / "run")
+    assert "done     base, prompted+, prompted-; round 0; round 1" in status(folder)
+    # start, three baselines, the probe's validity, vector, probe
+    unfinish(folder, 7)
+    told = status(folder)
+    assert "round 0: vector, probe" in told
+    assert "remains  round 0: batch, steered, healing, healed; 1 more rounds" in told

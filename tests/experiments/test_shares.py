@@ -1,0 +1,71 @@
+"""Intervals of shares against published numbers and counted coverage; ranks against hand counts."""
+
+import numpy as np
+import pytest
+
+from experiments.questions.estimates import difference, needed, rank_correlation, wilson
+
+
+def column(kept, total):
+    return [i < kept for i in range(total)]
+
+
+def test_wilson_by_its_own_equation():
+    # The limits are where |share - p| = z sqrt(p (1 - p) / n).
+    for kept, total in ((0, 9), (3, 16), (8, 16), (16, 16)):
+        for limit in wilson(kept, total):
+            if 0 < limit < 1:
+                off = abs(kept / total - limit) / (limit * (1 - limit) / total) ** 0.5
+                assert off == pytest.approx(1.959964, rel=1e-5)
+    # 16 / (16 + 3.8415): all kept is no certainty.
+    assert wilson(16, 16)[0] == pytest.approx(16 / 19.8415, abs=1e-5)
+    assert wilson(0, 9)[0] == 0.0
+
+
+def test_a_difference_is_newcombes():
+    # Newcombe 1998 (interval estimation for the difference), example a, method 10: 56/70 - 48/80.
+    value, low, high = difference(column(56, 70), column(48, 80))
+    assert value == pytest.approx(0.2)
+    assert (low, high) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+
+
+def test_a_factor_scales_the_other_share():
+    # With a factor of 0 the other share does not matter: Wilson's own limits.
+    value, low, high = difference(column(12, 16), column(3, 7), factor=0.0)
+    assert (value, low, high) == pytest.approx((0.75, *wilson(12, 16)))
+    assert difference(column(16, 16), column(16, 16), factor=0.97)[0] == pytest.approx(0.03)
+
+
+def test_pairs_that_agree_narrow_it_and_it_covers_about_as_often_as_it_says():
+    same = column(8, 16)
+    wide, narrow = (difference(same, same, paired=p) for p in (False, True))
+    assert narrow[2] - narrow[1] < 0.2 * (wide[2] - wide[1])
+    # Shares of 0.7 and 0.5 that share three quarters of their draws; 400 tables of 30 pairs miss
+    # 0.2 in 20 of them, give or take 3 * sqrt(19).
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        u, v = rng.random(30), rng.random(30)
+        v = np.where(rng.random(30) < 0.75, u, v)
+        _, low, high = difference((u < 0.7).tolist(), (v < 0.5).tolist(), paired=True)
+        hits += low <= 0.2 <= high
+    assert 380 - 13 <= hits <= 400
+
+
+def test_needed_is_the_first_number_that_shows_it():
+    for factor in (0.5, 0.9, 0.97):
+        n = needed(factor, 0.95)
+        for count, shown in ((n, True), (n - 1, False)):
+            low = difference([True] * count, [True] * count, factor=factor)[1]
+            assert (low > 0) is shown
+
+
+def test_rank_correlation_by_hand():
+    # Ranks 1.5 1.5 3 and 1 2 3: covariance (0.5 + 0 + 1) / 3, variances 1.5 / 3 and 2 / 3.
+    pairs = np.array([[5.0, 1.0], [5.0, 7.0], [6.0, np.inf]])
+    assert rank_correlation(pairs) == pytest.approx(0.5 / (0.5 * 2 / 3) ** 0.5)
+    assert rank_correlation(pairs * [1, -1]) == pytest.approx(-0.5 / (1 / 3) ** 0.5)
+    assert rank_correlation(np.array([[1.0, 2.0], [1.0, 3.0]])) == 0.0
+    # Ranks 1.5 1.5 3 4 against 1 2 3 4: products 4.5, squares 4.5 and 5.
+    ties = np.array([[1.0, 1.0], [1.0, 2.0], [2.0, 3.0], [9.0, 4.0]])
+    assert rank_correlation(ties) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)

@@ -1,0 +1,197 @@
+"""Handles come off however their body ends, and live beside TransformerLens's own hooks."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers import hook_count, random_adapter, tokens_of
+
+from shl.config import SITE_KINDS
+from shl.hooks.handle import ROWS, Handle, handles_on, row_values, suspended
+from shl.hooks.vector import SteeringVector
+from shl.models.tiny import tiny_gemma
+from shl.utils.errors import ShlError
+
+TOKENS = tokens_of(2, 12)
+
+
+@pytest.fixture
+def adapter(model):
+    return random_adapter(model, SITE_KINDS, (1,))
+
+
+@pytest.fixture
+def vector(model):
+    directions = {1: torch.linspace(-1, 1, 32)}
+    return SteeringVector(directions, model.cfg.model_name, "demo", 1)
+
+
+@pytest.fixture
+def base(model):
+    return model(TOKENS)
+
+
+def add_one(value, hook):
+    return value + 1
+
+
+def test_handles_are_listed_oldest_first_until_removed(model, adapter, vector):
+    first, second = adapter.attach(model), vector.steering(model)
+    assert handles_on(model) == (first, second)
+    assert first.on
+    first.remove()
+    assert handles_on(model) == (second,)
+    assert not first.on
+    second.remove()
+    second.remove()  # a second call does nothing
+    assert handles_on(model) == ()
+
+
+def test_entering_a_handle_gives_the_handle(model, adapter):
+    handle = adapter.attach(model)
+    with handle as entered:
+        assert entered is handle
+    assert not handle.on
+
+
+def test_removing_restores_the_model_to_the_bit(model, adapter, base):
+    handle = adapter.attach(model)
+    assert not torch.equal(model(TOKENS), base)
+    handle.remove()
+    assert torch.equal(model(TOKENS), base)
+
+
+def test_no_hook_is_left_when_nested_bodies_raise(model, adapter, vector, base):
+    with (
+        pytest.raises(RuntimeError, match="body"),
+        model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", add_one)]),
+        adapter.attach(model),
+        vector.steering(model),
+        suspended(model),
+    ):
+        raise RuntimeError("body" if hook_count(model) > 0 else "no hook was on")
+    assert handles_on(model) == ()
+    assert hook_count(model) == 0
+    assert torch.equal(model(TOKENS), base)
+
+
+def test_no_hook_is_left_when_the_forward_raises(model, adapter, base):
+    def fail(value, hook):
+        raise RuntimeError("forward")
+
+    # The failure falls between the hook that sees q's input and the one that adds.
+    with (
+        pytest.raises(RuntimeError, match="forward"),
+        model.hooks(fwd_hooks=[("blocks.1.attn.hook_k", fail)]),
+        adapter.attach(model),
+    ):
+        model(TOKENS)
+    assert hook_count(model) == 0
+    assert torch.equal(model(TOKENS), base)
+
+
+def test_an_adapter_works_again_after_a_forward_that_raised(model, adapter):
+    def fail(value, hook):
+        raise RuntimeError("forward")
+
+    with adapter.attach(model):
+        expected = model(TOKENS)
+        with pytest.raises(RuntimeError, match="forward"):
+            model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.attn.hook_k", fail)])
+        assert torch.equal(model(TOKENS), expected)
+
+
+def test_our_hooks_survive_reset_hooks(model, adapter, vector):
+    with adapter.attach(model), vector.steering(model):
+        before = model(TOKENS)
+        model.reset_hooks(including_permanent=True)
+        assert torch.equal(model(TOKENS), before)
+        with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", add_one)]):
+            assert not torch.equal(model(TOKENS), before)
+        assert torch.equal(model(TOKENS), before)
+
+
+def test_suspending_gives_base_to_the_bit_and_restores(model, adapter, vector, base):
+    with adapter.attach(model), vector.steering(model):
+        on = model(TOKENS)
+        with suspended(model):
+            assert handles_on(model) == ()
+            assert torch.equal(model(TOKENS), base)
+            with suspended(model):
+                assert torch.equal(model(TOKENS), base)
+            assert torch.equal(model(TOKENS), base)
+        assert torch.equal(model(TOKENS), on)
+
+
+def test_suspending_one_handle_leaves_the_others(model, adapter, vector):
+    with vector.steering(model):
+        steered = model(TOKENS)
+    with (
+        adapter.attach(model) as handle,
+        vector.steering(model) as steering,
+        suspended(model, handle),
+    ):
+        assert handles_on(model) == (steering,)
+        assert torch.equal(model(TOKENS), steered)
+
+
+def test_suspending_ends_when_its_body_raises(model, adapter, base):
+    with adapter.attach(model) as handle:
+        with pytest.raises(RuntimeError), suspended(model):
+            raise RuntimeError
+        assert handle.on
+        assert not torch.equal(model(TOKENS), base)
+
+
+def test_suspending_leaves_the_callers_own_hooks_on(model, adapter):
+    own = [("blocks.0.hook_resid_post", add_one)]
+    expected = model.run_with_hooks(TOKENS, fwd_hooks=own)
+    with adapter.attach(model), model.hooks(fwd_hooks=own), suspended(model):
+        assert torch.equal(model(TOKENS), expected)
+
+
+def test_run_with_cache_and_run_with_hooks_see_our_changes(model, adapter, vector):
+    with adapter.attach(model), vector.steering(model):
+        plain = model(TOKENS)
+        logits, cache = model.run_with_cache(TOKENS)
+        # Scores are formed only where they are cached: the same sums in another order.
+        assert (logits - plain).abs().max() <= 1e-5
+        seen = {}
+        name = "blocks.1.hook_resid_post"
+        model.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda h, hook: seen.update(h=h))])
+        assert (seen["h"] - cache[name]).abs().max() <= 1e-5
+        assert torch.equal(cache[name], cache["blocks.2.hook_resid_pre"])
+
+
+def test_a_model_is_freed_once_its_handles_are_removed():
+    model = tiny_gemma(n_layers=1)
+    random_adapter(model).attach(model).remove()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_argument_is_shown_by_keyword_or_in_first_place(gemma):
+    seen = []
+    with Handle(gemma) as handle:
+        handle._add(gemma.blocks[0].mlp, lambda x: seen.append(x), argument="x")
+        x = torch.ones(1, 1, 32)
+        gemma.blocks[0].mlp(x)
+        gemma.blocks[0].mlp(x=x)
+    assert [s is x for s in seen] == [True, True]
+
+
+def test_row_values_follow_the_rows_that_the_batch_holds():
+    values = torch.tensor([1.0, 2.0, 3.0])
+    assert row_values(values, 3) is values
+    with pytest.raises(ShlError, match="3 per-row doses were given for a batch of 2"):
+        row_values(values, 2)
+    token = ROWS.set(torch.tensor([2, 0]))
+    try:
+        assert row_values(values, 2).tolist() == [3.0, 1.0]
+        with pytest.raises(ShlError, match="2 per-row doses were given for at least 3 rows"):
+            row_values(values[:2], 2)
+    finally:
+        ROWS.reset(token)

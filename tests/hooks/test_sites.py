@@ -1,0 +1,124 @@
+"""The table of sites: which there are, their widths, and that they hook where they say."""
+
+import pytest
+import torch
+from helpers import one_sentence, tokens_of
+
+from shl.config import LINEAR_SITES, SITE_KINDS
+from shl.hooks.sites import (
+    Site,
+    band,
+    check_layers,
+    final_hidden,
+    linear_input,
+    linear_output,
+    residual_after,
+    sites_of,
+)
+from shl.models.tiny import tiny_gemma
+from shl.utils.errors import ShlError
+
+
+def weight_of(model, site):
+    """The linear's own matrix `[out, in]`, as merged weights lay it out."""
+    block = model.blocks[site.layer]
+    return {
+        "q": lambda: block.attn.W_Q.permute(0, 2, 1).reshape(-1, site.d_in),
+        "k": lambda: block.attn._W_K.permute(0, 2, 1).reshape(-1, site.d_in),
+        "v": lambda: block.attn._W_V.permute(0, 2, 1).reshape(-1, site.d_in),
+        "o": lambda: block.attn.W_O.permute(2, 0, 1).reshape(site.d_out, -1),
+        "gate": lambda: block.mlp.W_gate.T,
+        "up": lambda: block.mlp.W_in.T,
+        "down": lambda: block.mlp.W_out.T,
+    }[site.kind]()
+
+
+@pytest.mark.parametrize("kind", LINEAR_SITES)
+def test_the_output_seen_is_the_weight_times_the_input_seen(model, kind):
+    (site,) = sites_of(model, [kind], [1])
+    seen = {}
+    module, argument = linear_input(model, site)
+    before = module.register_forward_pre_hook(
+        lambda _m, args, kwargs: seen.update(x=kwargs[argument] if kwargs else args[0]),
+        with_kwargs=True,
+    )
+    if argument is None:
+        before.remove()
+        before = module.register_forward_hook(lambda _m, _a, out: seen.update(x=out))
+    after = linear_output(model, site).register_forward_hook(lambda _m, _a, out: seen.update(y=out))
+    try:
+        model(tokens_of(2, 12))
+    finally:
+        before.remove()
+        after.remove()
+    x, y = seen["x"], seen["y"]
+    x = x.flatten(2) if x.ndim == 4 else x
+    assert torch.allclose(y.flatten(2), x @ weight_of(model, site).T, atol=1e-5)
+    assert (x.shape[-1], y.flatten(2).shape[-1]) == (site.d_in, site.d_out)
+
+
+def test_widths_are_those_of_the_weights(model):
+    for site in sites_of(model, LINEAR_SITES, range(model.cfg.n_layers)):
+        assert weight_of(model, site).shape == (site.d_out, site.d_in)
+
+
+def test_sites_come_in_the_order_of_the_forward_pass_and_once(gemma):
+    names = [site.name for site in sites_of(gemma, ["resid", "down", "q", "q"], [2, 0, 2])]
+    assert names == [f"blocks.{i}.{kind}" for i in (0, 2) for kind in ("q", "down", "resid")]
+    assert len(sites_of(gemma, SITE_KINDS, range(4))) == 4 * 8
+
+
+def test_a_site_is_named_by_layer_and_kind():
+    assert Site("o", 3, 64, 32).name == "blocks.3.o"
+
+
+def test_an_unknown_site_is_refused(gemma):
+    with pytest.raises(ShlError) as error:
+        sites_of(gemma, ["attn"], [0])
+    assert "'attn'" in one_sentence(error)
+
+
+@pytest.mark.parametrize("layer", [-1, 4, 100])
+def test_a_layer_out_of_range_is_refused(gemma, layer):
+    for call in (
+        lambda: sites_of(gemma, ["q"], [0, layer]),
+        lambda: check_layers(gemma, [layer]),
+        lambda: residual_after(gemma, layer),
+    ):
+        with pytest.raises(ShlError) as error:
+            call()
+        assert f"layer {layer} is out of range" in one_sentence(error)
+        assert "0 to 3" in one_sentence(error)
+
+
+def test_a_model_without_a_gated_mlp_is_refused():
+    model = tiny_gemma(n_layers=1)
+    model.cfg.gated_mlp = False
+    with pytest.raises(ShlError, match="not gated"):
+        sites_of(model, ["q"], [0])
+
+
+def test_the_residual_after_a_layer_is_the_next_ones_input(gemma):
+    tokens = tokens_of(1, 9)
+    _, cache = gemma.run_with_cache(tokens)
+    for layer in range(3):
+        assert residual_after(gemma, layer).name == f"blocks.{layer}.hook_resid_post"
+        after = cache[residual_after(gemma, layer).name]
+        assert torch.equal(after, cache[f"blocks.{layer + 1}.hook_resid_pre"])
+
+
+def test_the_band_is_in_shares_of_the_depth(gemma):
+    # 18 layers: round(6) .. round(12); 4 layers: round(1.33) .. round(2.67)
+    assert band(tiny_gemma(n_layers=18), 1 / 3, 2 / 3) == tuple(range(6, 13))
+    assert band(gemma, 1 / 3, 2 / 3) == (1, 2, 3)
+    assert band(gemma, 0, 1) == (0, 1, 2, 3)
+
+
+def test_final_hidden_times_the_unembedding_gives_the_logits(model):
+    tokens = tokens_of(2, 9)
+    logits, cache = model.run_with_cache(tokens)
+    last = model.cfg.n_layers - 1
+    residual = cache[f"blocks.{last}.hook_resid_post"].flatten(0, 1)
+    assert torch.allclose(
+        final_hidden(model, residual) @ model.W_U, logits.flatten(0, 1), atol=1e-5
+    )

@@ -1,0 +1,221 @@
+"""KL and NLL against float64 log-softmax, gradients included."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shl.kl import forward_kl_and_nll, log_probs_at, nll, reverse_kl_and_nll
+from shl.kl import sweep as room
+from shl.kl.divergence import naive_kl_and_nll
+
+WAYS = {"reverse": reverse_kl_and_nll, "forward": forward_kl_and_nll}
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """Twice three words per chunk, so that small vocabularies take several, and a rest."""
+    monkeypatch.setattr(room, "chunk", lambda tokens, vocab: min(vocab, 7))
+    monkeypatch.setattr(room, "PIECE", 3)
+
+
+@given(st.integers(0, 3000), st.integers(1, 300_000))
+def test_chunks_hold_each_word_once_and_no_more_logits_than_they_may(tokens, vocab):
+    end = 0
+    for start, count, width in room.pieces(tokens, vocab):
+        assert start == end
+        assert 0 < width <= room.PIECE
+        assert tokens * count * width <= max(1 << 20, 512 * tokens)
+        end = start + count * width
+    assert end == vocab
+
+
+def case(tok=5, d=8, vocab=23, *, seed=0, step=0.5, bias=False, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    h = torch.randn(tok, d, generator=g)
+    ref = h + step * torch.randn(tok, d, generator=g)
+    w = torch.randn(d, vocab, generator=g)
+    targets = torch.randint(vocab, (tok,), generator=g)
+    b = torch.randn(vocab, generator=g) if bias else None
+    return h.to(dtype), ref.to(dtype), w.to(dtype), targets, b
+
+
+def truth(h, ref, w, targets, b, way):
+    """Float64, two full log-softmaxes, the definition."""
+    bias = 0 if b is None else b.double()
+    log_p = (h @ w.double() + bias).log_softmax(1)
+    log_q = (ref.double() @ w.double() + bias).log_softmax(1)
+    left, right = (log_p, log_q) if way == "reverse" else (log_q, log_p)
+    return (left.exp() * (left - right)).sum(1), -log_p.gather(1, targets[:, None])[:, 0]
+
+
+def with_gradient(function, h, upstream):
+    """Values and d(upstream . values)/dh."""
+    h = h.detach().clone().requires_grad_(True)
+    values = function(h)
+    total = sum((u.to(v.dtype) * v).sum() for u, v in zip(upstream, values, strict=True))
+    return [v.detach().double() for v in values], torch.autograd.grad(total, h)[0].double()
+
+
+def check_against_truth(h, ref, w, targets, b, way, tolerance=1e-6):
+    """Our error may not exceed that of naive fp32 by more than `tolerance` of the value's size."""
+    g = torch.Generator().manual_seed(9)
+    upstream = torch.randn(2, len(h), generator=g).double()  # signed, independent per token
+    ours = with_gradient(lambda x: WAYS[way](x, ref, w, targets, bias=b), h, upstream)
+    plain = with_gradient(
+        lambda x: naive_kl_and_nll(
+            x, ref.float(), w.float(), targets, bias=b, reverse=way == "reverse"
+        ),
+        h.float(),
+        upstream,
+    )
+    exact = with_gradient(lambda x: truth(x, ref, w, targets, b, way), h.double(), upstream)
+    rows = [*zip(ours[0], plain[0], exact[0], strict=True), (ours[1], plain[1], exact[1])]
+    for got, naive, true in rows:
+        allowed = (naive - true).abs().max() + tolerance * (1 + true.abs().max())
+        assert (got - true).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("tok", "vocab"), [(1, 1), (1, 23), (5, 14), (6, 23), (3, 252), (4, 507)])
+def test_values_and_gradients_are_no_further_from_float64_than_naive(chunks, way, bias, tok, vocab):
+    check_against_truth(*case(tok, vocab=vocab, bias=bias), way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    tok=st.integers(1, 6),
+    d=st.integers(1, 9),
+    vocab=st.integers(2, 40),
+    step=st.sampled_from([0.0, 1e-3, 0.3, 3.0]),
+    seed=st.integers(0, 1000),
+)
+def test_any_small_shape_agrees_with_float64(way, tok, d, vocab, step, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "chunk", lambda tokens, words: min(words, 7))
+        patch.setattr(room, "PIECE", 3)
+        # A single token's naive error can be 0 by luck: room for rounding of logits near 30.
+        check_against_truth(*case(tok, d, vocab, seed=seed, step=step), way, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bf16_inputs_are_read_exactly_and_get_bf16_gradients(chunks, way):
+    h, ref, w, targets, _ = case(dtype=torch.bfloat16)
+    check_against_truth(h, ref, w, targets, None, way, tolerance=1e-2)  # 8 bits of gradient
+    h.requires_grad_(True)
+    kl, nll_ = WAYS[way](h, ref, w, targets)
+    assert kl.dtype == nll_.dtype == torch.float32
+    (kl + nll_).sum().backward()
+    assert h.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gradient_is_the_slope_of_the_value(chunks, way):
+    h, ref, w, targets, _ = case(2, 4, 23)
+    _, gradient = with_gradient(lambda x: WAYS[way](x, ref, w, targets), h, torch.ones(2, 2))
+    eps = 1e-2  # central differences: error eps^2 plus fp32 noise / eps, about 1e-4 each
+    for i in range(2):
+        for j in range(4):
+            step = torch.zeros(2, 4)
+            step[i, j] = eps
+            up, down = (
+                sum(v.double().sum() for v in WAYS[way](h + s, ref, w, targets))
+                for s in (step, -step)
+            )
+            assert (up - down) / (2 * eps) == pytest.approx(float(gradient[i, j]), abs=3e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_equal_states_have_exactly_zero_kl_and_gradient(chunks, way):
+    h, _, w, targets, b = case(bias=True)
+    (kl, _), gradient = with_gradient(
+        lambda x: WAYS[way](x, h, w, targets, bias=b), h, (torch.ones(5), torch.zeros(5))
+    )
+    assert torch.equal(kl, torch.zeros(5).double())
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_hundreds_of_nats_stay_finite_and_right(way):
+    h, ref, w, targets, _ = case(6, step=2.0)
+    h, ref = 40 * h, 40 * ref
+    exact, _ = truth(h.double(), ref, w, targets, None, way)
+    assert exact.max() > 200
+    (kl, _), gradient = with_gradient(
+        lambda x: WAYS[way](x, ref, w, targets), h, (torch.ones(6), torch.ones(6))
+    )
+    assert torch.isfinite(gradient).all()
+    assert torch.allclose(kl, exact, rtol=1e-5, atol=1e-4)
+    check_against_truth(h, ref, w, targets, None, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tiny_divergences_keep_their_digits(chunks, way):
+    h, ref, w, targets, _ = case(8, step=1e-3)
+    exact, _ = truth(h.double(), ref, w, targets, None, way)
+    assert 1e-6 < exact.mean() < 1e-5  # nats
+    kl, _ = WAYS[way](h, ref, w, targets)
+    assert (kl.double() - exact).abs().max() < 1e-8
+    assert (kl > 0).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_only_the_student_gets_a_gradient(way):
+    h, ref, w, targets, _ = case()
+    for x in (h, ref, w):
+        x.requires_grad_(True)
+    sum(WAYS[way](h, ref, w, targets)).sum().backward()
+    assert h.grad is not None
+    assert ref.grad is None
+    assert w.grad is None
+
+
+def test_kl_by_hand_for_two_words():
+    # One feature, W = [0, 1]: p = (1/2, 1/2) at h = 0, q = (1/4, 3/4) at h_ref = log 3.
+    h, ref = torch.zeros(1, 1), torch.tensor([[3.0]]).log()
+    w, targets = torch.tensor([[0.0, 1.0]]), torch.tensor([1])
+    # KL(p||q) = 1/2 log 2 + 1/2 log(2/3); KL(q||p) = 1/4 log(1/2) + 3/4 log(3/2); NLL = log 2
+    kl, loss = reverse_kl_and_nll(h, ref, w, targets)
+    assert (float(kl), float(loss)) == pytest.approx((0.1438410, 0.6931472), abs=1e-6)
+    assert float(forward_kl_and_nll(h, ref, w, targets)[0]) == pytest.approx(0.1308120, abs=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_chosen_log_probabilities_equal_log_softmax(chunks, bias):
+    h, _, w, targets, b = case(bias=bias)
+    exact = (h.double() @ w.double() + (0 if b is None else b.double())).log_softmax(1)
+    words = torch.tensor([[0, 22, 7]] * 5)
+    got = log_probs_at(h, w, words, bias=b)
+    assert torch.allclose(got.double(), exact.gather(1, words), atol=1e-5)
+    loss = nll(h.requires_grad_(True), w, targets, bias=b)
+    assert torch.allclose(loss.double(), -exact.gather(1, targets[:, None])[:, 0], atol=1e-5)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_hundreds_of_nats_stay_finite_and_right_in_chunks(chunks, way):
+    h, ref, w, targets, _ = case(6, step=2.0)
+    h, ref = 40 * h, 40 * ref
+    exact, _ = truth(h.double(), ref, w, targets, None, way)
+    assert exact.max() > 200
+    (kl, _), gradient = with_gradient(
+        lambda x: WAYS[way](x, ref, w, targets), h, (torch.ones(6), torch.ones(6))
+    )
+    assert torch.isfinite(gradient).all()
+    assert torch.allclose(kl, exact, rtol=1e-5, atol=1e-4)
+    check_against_truth(h, ref, w, targets, None, way)
+
+
+@pytest.mark.parametrize("z", [5.0, 10.0, 20.0, 40.0, 100.0])
+def test_a_word_that_takes_all_the_mass_in_a_later_chunk_is_seen(chunks, z):
+    # A flat reference and a student with logit z on word 10 (second chunk), 0 on the other 11:
+    # p = e^z / (e^z + 11), KL(p || uniform) = log 12 - H(p), by hand in float64.
+    h, ref = torch.tensor([[z]]), torch.zeros(1, 1)
+    w = torch.zeros(1, 12)
+    w[0, 10] = 1.0
+    q = 1 / (torch.tensor(z).double().exp() + 11)  # each other word; word 10 has 1 - 11 q
+    entropy = -(1 - 11 * q) * torch.log1p(-11 * q) - 11 * q * q.log()
+    kl, _ = reverse_kl_and_nll(h, ref, w, torch.tensor([10]))
+    assert float(kl) == pytest.approx(float(torch.tensor(12.0).double().log() - entropy), abs=1e-5)

@@ -1,0 +1,178 @@
+"""The Triton kernel under its interpreter, against float64 and against the torch sweep."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from shl.kl import forward_kl_and_nll, fused, reverse_kl_and_nll
+from shl.kl.divergence import naive_kl_and_nll
+from shl.kl.sweep import sweep
+from shl.kl.triton import fused_sweep
+
+
+def inputs(tok, d, vocab, *, scale=1.0, apart=0.3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    h = torch.randn(tok, d, generator=g) * scale
+    delta = torch.randn(tok, d, generator=g) * apart
+    return h, delta, torch.randn(vocab, d, generator=g).T
+
+
+def truth(h, delta, unembed, bias=None):
+    """KL and its gradient from full float64 logits."""
+    h = h.double().requires_grad_(True)
+    ref = h.detach() - delta.double()
+    bias = None if bias is None else bias.double()
+    targets = torch.zeros(len(h), dtype=torch.long)
+    kl, _ = naive_kl_and_nll(h, ref, unembed.double(), targets, bias=bias)
+    (grad,) = torch.autograd.grad(kl.sum(), h)
+    logits = h.detach() @ unembed.double() + (0 if bias is None else bias)
+    return kl.detach(), grad, logits.logsumexp(1), logits.softmax(1) @ unembed.double().T
+
+
+@pytest.mark.parametrize(
+    ("tok", "d", "vocab"), [(1, 4, 5), (3, 8, 1024), (2, 8, 1025), (5, 16, 3001)]
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_equals_float64(tok, d, vocab, with_bias):
+    h, delta, unembed = inputs(tok, d, vocab)
+    bias = torch.randn(vocab, generator=torch.Generator().manual_seed(1)) if with_bias else None
+    got = fused_sweep(h, delta, unembed, bias)
+    kl, grad, lse, mean_w = truth(h, delta, unembed, bias)
+    assert (got.kl - kl).abs().max() <= 2e-6 * (1 + kl.max())
+    assert (got.lse - lse).abs().max() <= 1e-5
+    assert (got.mean_w - mean_w).abs().max() <= 1e-5
+    assert (got.grad_kl - grad).abs().max() <= 1e-5 * (1 + grad.abs().max())
+
+
+def test_many_chunks_equal_one(monkeypatch):
+    h, delta, unembed = inputs(3, 8, 5000)
+    one = fused_sweep(h, delta, unembed, None)
+    monkeypatch.setattr("shl.kl.triton.CHUNK_BYTES", 1)  # 1024 words at a time
+    many = fused_sweep(h, delta, unembed, None)
+    for a, b in zip(vars(one).values(), vars(many).values(), strict=True):
+        assert (a - b).abs().max() <= 1e-5 * (1 + b.abs().max())
+
+
+def test_no_difference_has_no_divergence():
+    h, delta, unembed = inputs(3, 8, 2000, apart=0.0)
+    got = fused_sweep(h, delta, unembed, None)
+    assert torch.equal(got.kl, torch.zeros(3))
+    assert torch.equal(got.grad_kl, torch.zeros(3, 8))
+
+
+def test_near_zero_is_near_exact():
+    h, delta, unembed = inputs(4, 8, 2000, apart=1e-3)
+    kl = truth(h, delta, unembed)[0]
+    assert kl.max() < 1e-4
+    assert (fused_sweep(h, delta, unembed, None).kl - kl).abs().max() <= 1e-4 * kl.max()
+
+
+def test_far_from_the_reference_stays_finite_and_right():
+    h, delta, unembed = inputs(4, 8, 2000, scale=4.0, apart=30.0)
+    kl = truth(h, delta, unembed)[0]
+    assert kl.max() > 40
+    assert (fused_sweep(h, delta, unembed, None).kl - kl).abs().max() <= 1e-5 * kl.max()
+
+
+def test_bf16_is_no_further_off_than_naive_bf16():
+    h, delta, unembed = inputs(4, 16, 3000)
+    h, unembed = h.bfloat16(), unembed.bfloat16()
+    ref = (h.float() - delta).bfloat16()
+    exact = h.float() - ref.float()
+    kl, grad, *_ = truth(h.float(), exact, unembed.float())
+    got = fused_sweep(h, exact, unembed, None)
+    naive, _ = naive_kl_and_nll(h, ref, unembed, torch.zeros(4, dtype=torch.long))
+    assert (got.kl - kl).abs().max() <= (naive.double() - kl).abs().max() + 1e-6
+    assert (got.grad_kl - grad).abs().max() <= 0.02 * grad.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sweeps"),
+    [
+        (reverse_kl_and_nll, 1),
+        # Forward without delta, and backward for the rows that have an upstream.
+        (partial(reverse_kl_and_nll, lazy=True), 2),
+        (forward_kl_and_nll, 2),
+    ],
+)
+def test_the_kernel_stands_behind_the_public_functions_when_asked_for(monkeypatch, kernel, sweeps):
+    h, delta, unembed = inputs(4, 8, 2000)
+    targets = torch.tensor([0, 5, 9, 1999])
+    upstream = torch.tensor([0.3, -1.0, 0.0, 2.0])
+
+    def run():
+        x = h.clone().requires_grad_(True)
+        kl, nll = kernel(x, h - delta, unembed, targets)
+        (kl @ upstream - nll @ upstream.flip(0)).backward()
+        return kl.detach(), nll.detach(), x.grad
+
+    expected = run()
+    calls = []
+    monkeypatch.setattr(
+        "shl.kl.triton.fused_sweep", lambda *a, **k: calls.append(1) or fused_sweep(*a, **k)
+    )
+    with fused():
+        got = run()
+    assert len(calls) == sweeps
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5
+    run()
+    assert len(calls) == sweeps
+
+
+def test_the_torch_sweep_agrees(monkeypatch):
+    h, delta, unembed = inputs(6, 8, 4100, scale=2.0, apart=1.0)
+    a, b = fused_sweep(h, delta, unembed, None), sweep(h, delta, unembed, None)
+    for x, y in zip(vars(a).values(), vars(b).values(), strict=True):
+        assert (x - y).abs().max() <= 1e-5 * (1 + y.abs().max())
+
+
+@pytest.mark.parametrize("vocab", [700, 4100])
+def test_without_delta_and_with_a_known_mean_it_leaves_out_what_is_not_asked_for(vocab):
+    h, delta, unembed = inputs(6, 8, vocab)
+    whole = fused_sweep(h, delta, unembed, None)
+    half = fused_sweep(h, None, unembed, None)
+    assert half.kl is None
+    assert half.grad_kl is None
+    assert torch.equal(half.lse, whole.lse)
+    assert torch.equal(half.mean_w, whole.mean_w)
+    rest = fused_sweep(h, delta, unembed, None, mean_w=whole.mean_w)
+    assert rest.mean_w is whole.mean_w
+    assert torch.equal(rest.grad_kl, whole.grad_kl)
+
+
+COMPILE = """
+import itertools
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from shl.kl.triton import BLOCK, _row
+from shl.kl.sweep import LARGE
+
+kinds = dict.fromkeys(("z_ptr", "u_ptr", "state_ptr"), "*fp32")
+fixed = ("first", "divergence", "large", "block")
+for out, first, divergence in itertools.product(("fp32", "bf16"), (True, False), (True, False)):
+    source = ASTSource(
+        fn=_row,
+        signature=kinds
+        | dict.fromkeys(("e_ptr", "eu_ptr"), "*" + out)
+        | {"words": "i32"}
+        | dict.fromkeys(fixed, "constexpr"),
+        constexprs=dict(zip(fixed, (first, divergence, LARGE, BLOCK))),
+    )
+    print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]) > 0)
+"""
+
+
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here(tmp_path):
+    # Triton's interpreter takes what its compiler refuses: a name whose type changes in a loop.
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env, timeout=300
+    )
+    assert done.stdout.split() == ["True"] * 8, done.stderr[-2000:]

@@ -1,0 +1,75 @@
+"""Soft-capped logits are no longer linear in h: the plain path, with a warning, and right."""
+
+import pytest
+import torch
+from helpers import fill
+from transformers import Gemma3ForCausalLM
+
+from shl.config import HealConfig
+from shl.kl import differentiable_nll, forward_kl_and_nll, log_probs_at, nll, reverse_kl_and_nll
+from shl.method.heal import train_adapter
+from shl.models.generate import generate
+from shl.models.load import build_model
+from shl.models.scores import token_nll
+from shl.models.tiny import tiny_hf, tiny_tokenizer
+
+CAP = 3.0
+
+
+def inputs(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    h, ref = torch.randn(2, 5, 8, generator=g)
+    return h, ref, torch.randn(8, 50, generator=g), torch.randint(50, (5,), generator=g)
+
+
+def truth(h, w):
+    return (CAP * torch.tanh(h.double() @ w.double() / CAP)).log_softmax(1)
+
+
+@pytest.mark.parametrize("reverse", [True, False])
+def test_values_and_gradients_equal_float64(reverse):
+    h, ref, w, targets = inputs()
+    x, y = h.clone().requires_grad_(True), h.double().requires_grad_(True)
+    kernel = reverse_kl_and_nll if reverse else forward_kl_and_nll
+    with pytest.warns(UserWarning, match="soft-capped at 3"):
+        kl, loss = kernel(x, ref, w, targets, soft_cap=CAP)
+    p, q = truth(y, w), truth(ref, w)
+    expected = (p.exp() * (p - q)).sum(1) if reverse else (q.exp() * (q - p)).sum(1)
+    own = -p.gather(1, targets[:, None])[:, 0]
+    assert (kl - expected).abs().max() <= 1e-5
+    assert (loss - own).abs().max() <= 1e-5
+    (kl.sum() + 2 * loss.sum()).backward()
+    (expected.sum() + 2 * own.sum()).backward()
+    assert (x.grad - y.grad).abs().max() <= 1e-5
+
+
+def test_scores_equal_float64():
+    h, _, w, targets = inputs()
+    own = -truth(h, w).gather(1, targets[:, None])[:, 0]
+    with pytest.warns(UserWarning, match="soft-capped"):
+        assert (nll(h, w, targets, soft_cap=CAP) - own).abs().max() <= 1e-5
+    with pytest.warns(UserWarning, match="soft-capped"):
+        assert (differentiable_nll(h, w, targets, soft_cap=CAP) - own).abs().max() <= 1e-5
+    with pytest.warns(UserWarning, match="soft-capped"):
+        got = log_probs_at(h, w, targets[:, None], soft_cap=CAP)[:, 0]
+    assert (got + own).abs().max() <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:the logits are soft-capped")
+def test_a_capped_model_is_scored_and_healed_with_its_cap():
+    config = tiny_hf().config
+    config.final_logit_softcapping = CAP
+    hf = Gemma3ForCausalLM(config).eval().requires_grad_(False)
+    fill(hf, seed=2)
+    model = build_model(config, hf.state_dict(), tiny_tokenizer())
+    texts = generate(model, ["Hi?", "And you?"], max_new_tokens=8, min_new_tokens=8)
+    for c, losses in zip(texts, token_nll(model, texts), strict=True):
+        row = torch.tensor([[*c.prompt_tokens, *c.tokens]])
+        log_p = hf(row).logits[0, -len(c.tokens) - 1 : -1].log_softmax(-1)
+        expected = -log_p.gather(1, torch.tensor(c.tokens)[:, None])[:, 0]
+        assert (losses - expected).abs().max() <= 1e-4
+    settings = HealConfig(rank=2, sites=("q", "down"), epochs=4, lr=2e-2, tau=0.01)
+    healed = train_adapter(model, texts, settings)
+    assert healed.steps[-1].nll < healed.steps[0].nll
+    assert healed.steps[0].d <= 1e-6
+    assert healed.steps[-1].d > 1e-4

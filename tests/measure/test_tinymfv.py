@@ -1,0 +1,259 @@
+"""`--eval tinymfv`, on a stand-in package with the same surface; the real one where installed."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+from textwrap import dedent
+
+import numpy as np
+import pytest
+import torch
+from helpers import lenient, one_sentence, small_loop
+from rich.console import Console
+
+from experiments import run as program
+from experiments.checks.crash import differences
+from experiments.record.reader import read, read_json
+from experiments.record.settings import RunConfig
+from experiments.record.status import status
+from experiments.report.report import report
+from experiments.run import study
+from shl.hooks.vector import SteeringVector
+from shl.measure.tinymfv import Tinymfv, TinymfvConfig, nats, tokenizer_for
+from shl.method.axes import load_axis
+from shl.models.as_hf import as_hf
+from shl.models.tiny import tiny_gemma, tiny_hf
+from shl.utils.errors import ShlError
+
+PERSONA = "You are kind."
+STAND_IN = '''
+"""A stand-in for tests: the surface of the public package, three questions of our own."""
+import numpy as np
+import torch
+
+CONDITIONS = ("other_violate", "self_violate")
+WORDS = {"Care": "hits", "Fairness": "cheats", "Authority": "defies"}
+
+
+def load_vignettes(name="classic"):
+    return [
+        {"id": f"{f}{i}", "foundation_coarse": f, "other_violate": f"He {w} {i}.",
+         "self_violate": f"You {w} {i}!", "label": int(k)}
+        for i in range(3) for k, (f, w) in zip((0, 1, 3), WORDS.items())
+    ]
+
+
+class Table:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def to_dict(self, orient):
+        return self.rows
+
+
+def ask(model, tok, texts, think):
+    chats = [tok.apply_chat_template([{"role": "user", "content": t}], tokenize=False,
+                                     add_generation_prompt=True) for t in texts]
+    tok.padding_side = "left"
+    enc = tok(chats, return_tensors="pt", padding=True)
+    out = model.generate(**enc, max_new_tokens=think, min_new_tokens=think, do_sample=False,
+                         suppress_tokens=[tok.eos_token_id], return_dict_in_generate=True,
+                         output_scores=True, num_return_sequences=1)
+    end = tok.apply_chat_template([{"role": "user", "content": "Answer"}], tokenize=False)
+    new = tok([end] * len(texts), return_tensors="pt", add_special_tokens=False).input_ids
+    # As the public package does it: a mask one column wider than what the cache and `new` hold.
+    mask = torch.cat([(out.sequences != tok.pad_token_id).long(), torch.ones_like(new)], 1)
+    last = model(input_ids=new, attention_mask=mask, past_key_values=out.past_key_values,
+                 use_cache=True)
+    digits = [tok.encode(str(k), add_special_tokens=False)[0] for k in range(7)]
+    return last.logits[:, -1].float().log_softmax(-1)[:, digits].tolist()
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, *, name, vignettes, conditions, max_think_tokens, batch_size,
+             return_per_row, verbose):
+    rows = []
+    for condition in conditions:
+        for i in range(0, len(vignettes), batch_size):
+            chunk = vignettes[i : i + batch_size]
+            fwd = ask(model, tokenizer, [v[condition] for v in chunk], max_think_tokens)
+            rev = ask(model, tokenizer, [v[condition] + "?" for v in chunk], max_think_tokens)
+            for v, a, b in zip(chunk, fwd, rev):
+                label = np.eye(7)[v["label"]]
+                rows.append({"id": v["id"], "condition": condition, "label": label,
+                             "foundation_coarse": v["foundation_coarse"],
+                             "lp_fwd_samples": [a], "lp_rev_samples": [b[::-1]]})
+    table = Table([{"foundation": f, "n": 3, "mean_p_other": 0.5, "gap": float("nan")}
+                   for f in WORDS])
+    scalars = dict.fromkeys(("top1_acc", "informedness", "mean_nll", "mean_nll_T", "T",
+                             "frac_unscorable", "mean_nll_prefill"), 0.25)
+    return {"per_row": rows, "table": table, "mean_pmass_allowed": None, **scalars}
+'''
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """The stand-in, importable as `tinymfv`, and no other."""
+    folder = tmp_path / "site" / "tinymfv"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(dedent(STAND_IN))
+    monkeypatch.syspath_prepend(folder.parent)
+    for name in ("tinymfv", "moralmaps"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield
+    sys.modules.pop("tinymfv", None)
+
+
+def scores(report):
+    return np.array([row[f"lp_{o}_samples"] for row in report["per_row"] for o in ("fwd", "rev")])
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_view_gives_what_transformers_gives_at_any_batch_size(gemma):
+    one, four = (Tinymfv(TinymfvConfig(think=3, batch_size=n)) for n in (1, 4))
+    tokenizer = tokenizer_for(gemma, None)
+    ours, theirs = (scores(one.report(m, tokenizer)) for m in (as_hf(gemma), tiny_hf()))
+    assert ours.std() > 0.1
+    assert np.abs(ours - theirs).max() <= 1e-3
+    assert np.abs(scores(four.report(as_hf(gemma), tokenizer)) - ours).max() <= 1e-3
+    assert np.abs(scores(four.report(tiny_hf(), tokenizer)) - ours).max() > 1e-2
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_reading_counts_hooks_and_persona(gemma):
+    read_ = Tinymfv(TinymfvConfig(think=2, vignettes=5))
+    base = read_(gemma, None)
+    assert base["template"] == "minimal"
+    assert base["package"] == "tinymfv"
+    assert base["version"].startswith("unknown ")
+    assert base["labels"] == ["care", "fairness", "authority", "care", "fairness"]
+    assert base["asked"][:3] == ["other_violate fwd", "other_violate rev", "self_violate fwd"]
+    assert np.array(base["log_probs"]).shape == (5, 4, 7)
+    assert base["table"]["numbers"]["mean_pmass_allowed"] is None
+    assert base["table"]["per_foundation"]["Care"] == {"n": 3.0, "mean_p_other": 0.5, "gap": None}
+    v = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    with SteeringVector({1: v}, "tiny", "demo", 1).steering(gemma):
+        steered = read_(gemma, None)
+    prompted = read_(gemma, PERSONA)
+    for other in (steered, prompted):
+        assert np.abs(np.array(other["log_probs"]) - base["log_probs"]).max() > 1e-2
+    assert read_(gemma, None) == base
+
+
+def test_nats_by_hand():
+    p = np.array([[0.4, *[0.1] * 6], [0.2, 0.2, *[0.12] * 5]])
+    # The answers' mass (here 1 and 0.5) is taken off first.
+    logs = np.log(p * np.array([[1.0], [0.5]]))[:, None]
+    assert nats(logs)["care"] == pytest.approx(np.log(0.3))
+    missing = np.concatenate([logs, np.full((1, 1, 7), np.nan)])
+    assert nats(missing) == nats(logs)
+
+
+def test_the_tokenizer_is_a_copy_that_puts_the_persona_first():
+    turns = [{"role": "user", "content": "hi"}]
+    asked = {"tokenize": False, "add_generation_prompt": True}
+    plain = tiny_gemma()
+    tokenizer = tokenizer_for(plain, PERSONA)
+    assert tokenizer.apply_chat_template(turns, **asked) == "You are kind.\n\nQ: hi\nA: "
+    # What follows in the same conversation has no persona of its own.
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == "Q: hi\n"
+    assert tokenizer_for(plain, None).apply_chat_template(turns, **asked) == "Q: hi\nA: "
+    assert plain.tokenizer.chat_template is None
+    loop = "{% for m in messages %}"
+    refuses = "{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    chat = tiny_gemma(chat_template=f"{loop}{refuses}[{{{{ m['content'] }}}}]{{% endfor %}}")
+    assert tokenizer_for(chat, PERSONA).apply_chat_template(turns, **asked) == (
+        "[You are kind.\n\nhi]"
+    )
+
+
+def test_without_the_package_it_ends_before_the_model_is_loaded(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    hidden = ("tinymfv", "moralmaps")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name in hidden else find(name, *a)
+    )
+    monkeypatch.setattr(program, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    config = RunConfig(eval="tinymfv", out=tmp_path / "run")
+    with pytest.raises(ShlError, match="bin/pip install -e") as error:
+        study(config, Console(quiet=True))
+    one_sentence(error)
+    with pytest.raises(ShlError, match="must be at least 4"):
+        TinymfvConfig(vignettes=3)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_every_stage_is_read_and_a_killed_run_goes_on(monkeypatch, tmp_path):
+    lenient(monkeypatch)
+    monkeypatch.setattr(program, "load_model", lambda name, device=None: tiny_gemma())
+    config = RunConfig(
+        model="tiny", eval="tinymfv", tinymfv=TinymfvConfig(think=1), loop=small_loop(rounds=1)
+    )
+    quiet = Console(quiet=True)
+    alone = study(replace(config, out=tmp_path / "alone"), quiet)
+    report(alone, quiet)
+    _, events, _ = read(alone)
+    told = [f"{e['event']} {e.get('instrument', '')} {e.get('stage', '')}" for e in events]
+    assert told[1:10] == [
+        *("stage  base", "reading tinymfv base"),
+        *("stage  prompted+", "reading tinymfv prompted+"),
+        *("stage  prompted-", "reading tinymfv prompted-"),
+        *("validity vignettes ", "validity tinymfv ", "vector  "),
+    ]
+    assert told[-8:-3] == [
+        *("stage  steered", "reading tinymfv steered", "healing  "),
+        *("stage  healed", "reading tinymfv healed"),
+    ]
+    assert set(events[2]["shift"].values()) == {0.0}
+    readings = [np.array(e["log_probs"]) for e in events if e["event"] == "reading"]
+    assert all(np.abs(x - readings[0]).max() > 1e-3 for x in readings[1:])
+    packages = read_json(alone / "versions.json")["packages"]
+    assert packages["tinymfv"].startswith("unknown ")
+
+    calls = []
+    real = Tinymfv.__call__
+
+    def cut(self, model, persona):
+        calls.append(persona)
+        if len(calls) in (2, 6):
+            raise RuntimeError("killed")
+        return real(self, model, persona)
+
+    monkeypatch.setattr(Tinymfv, "__call__", cut)
+    killed = replace(config, out=tmp_path / "killed")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="killed"):
+            study(killed, quiet)
+        assert "remains" in status(tmp_path / "killed")
+    study(killed, quiet)
+    axis = load_axis("care_auth")
+    up, down = axis.positive, axis.negative
+    assert calls == [None, up, up, down, None, None, None]
+    report(tmp_path / "killed", quiet)
+    assert differences(alone, tmp_path / "killed") == []
+
+
+@pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, ("tinymfv", "moralmaps"))),
+    reason="the public tinymfv is not installed: .venv/bin/pip install -e '.[tinymfv]'",
+)
+def test_the_real_package_reads_the_view_as_transformers():
+    from transformers import AutoModelForCausalLM
+
+    from shl.models.load import load_model
+    from shl.models.weights import model_folder
+
+    model = load_model("gemma-3-270m", device="cpu")
+    hf = AutoModelForCausalLM.from_pretrained(model_folder("gemma-3-270m"), dtype=torch.float32)
+    one, eight = (Tinymfv(TinymfvConfig(vignettes=4, think=1, batch_size=n)) for n in (1, 8))
+    tokenizer = tokenizer_for(model, None)
+    ours, theirs = (one.report(m, tokenizer) for m in (as_hf(model), hf.eval()))
+    assert np.abs(scores(ours) - scores(theirs)).max() <= 1e-3
+    for key in ("informedness", "mean_pmass_allowed", "mean_nll_prefill"):
+        assert ours[key] == pytest.approx(theirs[key], abs=1e-3)
+    batched = scores(eight.report(as_hf(model), tokenizer))
+    assert np.abs(batched - scores(ours)).max() <= 1e-3
+    v = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    with SteeringVector({9: 100 * v}, "gemma-3-270m", "demo", 1).steering(model):
+        steered = scores(eight.report(as_hf(model), tokenizer))
+    assert np.abs(steered - batched).max() > 0.1

@@ -1,0 +1,179 @@
+"""Arrays whose validity is known: a reader, noise, the wrong sign, one bad paraphrase."""
+
+import numpy as np
+import pytest
+from helpers import one_sentence
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.questions.agreement import Concord, Reading, concord, spearman
+from shl.config import FOUNDATIONS, EvalConfig
+from shl.measure.validity import informedness, permutation_p, validity
+from shl.utils.errors import ShlError
+
+LABELS = [name for name in FOUNDATIONS for _ in range(12)]
+EXPECTED = {"care": 1, "authority": -1}
+CONFIG = EvalConfig(bootstrap=100)
+INTENDED = np.array([FOUNDATIONS.index(label) for label in LABELS])
+PUSH = np.array([{"care": 1.0, "authority": -1.0}.get(name, 0.0) for name in FOUNDATIONS])
+
+
+def scores(*, knows=3.0, push=0.0, seed=0, each=(1.0, 1.0, 1.0)):
+    """`[84, 3, 7]`: noise of size 0.3, `knows` more for the intended foundation, and `push` times
+    what the axis expects, in each paraphrase times its own factor."""
+    rng = np.random.default_rng(seed)
+    out = 0.3 * rng.standard_normal((len(LABELS), 3, 7)) - 4
+    out[np.arange(len(LABELS)), :, INTENDED] += knows
+    return out + push * PUSH * np.array(each)[None, :, None]
+
+
+def checked(**changes):
+    plus = {"push": 1.0, "seed": 1} | changes.pop("plus", {})
+    minus = {"push": -1.0, "seed": 2} | changes.pop("minus", {})
+    base, plus, minus = (scores(**changes | own) for own in ({}, plus, minus))
+    return validity("demo", base, plus, minus, LABELS, EXPECTED, config=CONFIG)
+
+
+def test_a_reader_is_valid():
+    found = checked()
+    assert found.valid
+    assert (found.informedness, found.informedness_p) == (1.0, 1 / 10_001)
+    assert found.split_half > 0.9
+    for name, sign in EXPECTED.items():
+        each = found.foundations[name]
+        assert each.valid
+        assert each.informedness == 1.0
+        assert len(found.agreement[name]) == 3
+        assert all(sign * c > 0.5 for c in found.agreement[name])
+        low, high = each.interval
+        assert low <= each.contrast <= high
+        assert min(sign * low, sign * high) > 0
+    assert "informedness 1.00" in found.reason
+
+
+def test_a_reader_that_does_not_know_its_labels_is_not_valid():
+    found = checked(knows=0.0)
+    assert not found.valid
+    assert found.informedness_p > 0.05
+    assert abs(found.informedness) < 0.15
+    assert found.split_half > 0.9  # repeatable all the same
+    assert found.reason.startswith(f"informedness is {found.informedness:.2f} (permutation p ")
+    assert "persona" not in found.reason
+
+
+def test_one_that_is_read_backwards_is_not_valid():
+    found = checked(plus={"push": -1.0}, minus={"push": 1.0})
+    assert not found.valid
+    assert found.informedness == 1.0
+    assert "the persona contrast of care is -" in found.reason
+    assert "0 is expected" in found.reason
+    assert not any(each.valid for each in found.foundations.values())
+
+
+def test_one_bad_paraphrase_is_enough():
+    each = {"each": (1.0, -0.3, 1.0)}
+    found = checked(plus=each, minus=each)
+    assert not found.valid
+    signs = np.sign(found.agreement["care"])
+    assert signs.tolist() == [1, -1, 1]
+    assert found.foundations["care"].contrast > 0  # over all, it looks fine
+
+
+def test_a_persona_that_does_nothing_is_not_valid():
+    found = checked(plus={"push": 0.0}, minus={"push": 0.0})
+    assert not found.valid
+    assert found.split_half < 0.7
+    assert "split-half reliability is" in found.reason
+    same = validity("demo", scores(), scores(), scores(), LABELS, EXPECTED, config=CONFIG)
+    assert same.split_half == 0.0
+
+
+def test_what_has_no_answer_is_left_out_and_counted():
+    base, plus, minus = scores(), scores(push=1.0, seed=1), scores(push=-1.0, seed=2)
+    plus[3, 1, 2], minus[40] = np.nan, np.nan
+    found = validity("demo", base, plus, minus, LABELS, EXPECTED, config=CONFIG)
+    assert (found.items, found.unscorable) == (82, 2)
+    keep = np.delete(np.arange(84), [3, 40])
+    rest = [x[keep] for x in (base, plus, minus)]
+    again = validity("demo", *rest, [LABELS[i] for i in keep], EXPECTED, config=CONFIG)
+    assert again.agreement == found.agreement
+    with pytest.raises(ShlError, match="0 vignettes have scores, it takes four") as error:
+        validity("demo", base, plus, np.nan * minus, LABELS, EXPECTED)
+    one_sentence(error)
+    with pytest.raises(ShlError, match="for 83 labels, all must be") as error:
+        validity("demo", base, plus, minus, LABELS[1:], EXPECTED)
+    one_sentence(error)
+
+
+def test_the_contrast_by_hand():
+    """Two vignettes, one paraphrase: log of the mean probability, plus against minus."""
+    base = np.log(np.tile(np.full(7, 1 / 7), (4, 1, 1)))
+    care = np.array([0.5, 0.3, 0.5, 0.3])
+    plus = np.log(np.stack([np.r_[c, np.full(6, (1 - c) / 6)] for c in care]))[:, None]
+    labels = ["care", "social", "care", "social"]
+    found = validity("demo", base, plus, base, labels, {"care": 1}, config=CONFIG)
+    # mean(0.5, 0.3, 0.5, 0.3) = 0.4 against 1/7
+    assert found.agreement["care"][0] == pytest.approx(np.log(0.4 * 7))
+
+
+def test_calibration_takes_off_what_base_says_of_every_vignette():
+    bias = np.array([5.0, 0, 0, 0, 0, 0, 0])
+    arrays = [scores() + bias, scores(push=1.0, seed=1) + bias, scores(push=-1.0, seed=2) + bias]
+    plain = validity("demo", *arrays, LABELS, EXPECTED, config=CONFIG)
+    calibrated = validity("demo", *arrays, LABELS, EXPECTED, calibrated=True, config=CONFIG)
+    assert plain.informedness == 0.0  # everything is called care
+    assert calibrated.informedness == 1.0
+
+
+def test_informedness_by_hand():
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    chosen = np.array([0, 0, 1, 1, 0, 2])
+    # class 0: 2/3 - 1/3; class 1: 1/2 - 1/4; class 2: 1 - 0
+    assert informedness(chosen, labels) == pytest.approx((1 / 3 + 1 / 4 + 1) / 3)
+    assert informedness(chosen, labels, 1) == pytest.approx(1 / 4)
+    assert informedness(chosen, np.zeros(6, int)) == 0.0
+    # Of the 3 orders of (0, 0, 1) one fits fully: p is about 1/3.
+    p = permutation_p(np.array([0, 0, 1]), np.array([0, 0, 1]), draws=3000)
+    assert p == pytest.approx(1 / 3, abs=0.04)
+
+
+@given(share=st.floats(0, 1), seed=st.integers(0, 50))
+def test_whatever_the_base_rates_guessing_is_not_informed(share, seed):
+    labels = np.repeat([0, 1], [30, 10])
+    chosen = (np.random.default_rng(seed).random(40) < share).astype(int)
+    assert -1 <= informedness(chosen, labels) <= 1
+    assert informedness(np.zeros(40, int), labels) == 0.0
+
+
+def reading(push, seed, n=3):
+    base = scores(seed=seed)
+    stages = {f"stage {i}": scores(push=i * push, seed=seed + i) for i in range(1, n)}
+    return Reading.of(base, stages, calibrated=False)
+
+
+def test_two_valid_instruments_agree_or_disagree():
+    good = checked()
+    agree = concord(reading(1.0, 10), reading(0.5, 20), (good, good), resamples=100)
+    assert isinstance(agree, Concord)
+    assert agree.spearman > 0.5
+    assert agree.interval[0] > 0
+    assert agree.shifts == 14
+    opposed = concord(reading(1.0, 10), reading(-1.0, 20), (good, good), resamples=100)
+    assert opposed.spearman < -0.3
+    assert str(agree).startswith("Spearman 0.")
+
+
+def test_nothing_is_claimed_where_one_is_not_valid():
+    bad = checked(knows=0.0)
+    said = concord(reading(1.0, 10), reading(1.0, 20), (checked(), bad))
+    assert said == f"no agreement is claimed; demo is not valid here: {bad.reason}"
+    with pytest.raises(ShlError, match="must be the same"):
+        concord(reading(1.0, 10), reading(1.0, 20, 2), (checked(), checked()))
+
+
+def test_spearman_with_ties_by_hand():
+    # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5.
+    a, b = np.array([0.0, 2.0, 2.0, 9.0]), np.array([1.0, 2.0, 3.0, 4.0])
+    assert spearman(a, b) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+    assert spearman(a, -b) == pytest.approx(-4.5 / np.sqrt(4.5 * 5))
+    assert spearman(a, np.ones(4)) == 0.0

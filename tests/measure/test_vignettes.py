@@ -1,0 +1,162 @@
+"""The probe's data, its scores against full logits on single rows, and what it makes of them."""
+
+import re
+from collections import defaultdict
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_adapter, tiny_llama
+
+from shl.config import FOUNDATIONS, EvalConfig
+from shl.hooks.bake import baked
+from shl.hooks.vector import SteeringVector
+from shl.measure.vignettes import evaluate, probe_data, vignettes
+from shl.models.tiny import tiny_gemma
+
+ALL = vignettes()
+FEW = (*ALL[:7], ALL[20])
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<a>"
+
+
+@pytest.fixture(autouse=True)
+def few_vignettes(monkeypatch):
+    monkeypatch.setattr(import_module("shl.measure.vignettes"), "vignettes", lambda: FEW)
+
+
+@pytest.fixture
+def gemma():
+    """A model of each test's own, so that no earlier reading of base is remembered."""
+    return tiny_gemma()
+
+
+@pytest.fixture
+def llama():
+    return tiny_llama()
+
+
+@pytest.fixture
+def chat():
+    return tiny_gemma(chat_template=CHAT)
+
+
+def steering():
+    v = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    return SteeringVector({1: 2 * v}, "tiny", "demo", 1)
+
+
+def log_p_of(model, context, continuation):
+    """Summed log-probability of a text after another, one unpadded row, float64."""
+    ids = [model.tokenizer.encode(x, add_special_tokens=False) for x in (context, continuation)]
+    row = [model.tokenizer.bos_token_id, *ids[0], *ids[1]]
+    with torch.no_grad():
+        log_p = model(torch.tensor([row]))[0].double().log_softmax(-1)
+    start = len(row) - len(ids[1])
+    return sum(float(log_p[start + k - 1, token]) for k, token in enumerate(ids[1]))
+
+
+def words(text):
+    return {word.lower() for word in re.findall("[A-Za-z]+", text)}
+
+
+def test_there_are_twelve_scenes_or_more_of_each_and_no_two_alike():
+    count = defaultdict(int)
+    for v in ALL:
+        count[v.foundation] += 1
+    assert set(count) == set(FOUNDATIONS)
+    assert min(count.values()) >= 12
+    assert len({v.text for v in ALL}) == len(ALL)
+    assert all(v.text.startswith("You see ") and v.text.endswith(".") for v in ALL)
+
+
+def test_the_foundations_have_scenes_of_one_length():
+    means = [
+        np.mean([len(v.text.split()) for v in ALL if v.foundation == name]) for name in FOUNDATIONS
+    ]
+    assert max(means) - min(means) <= 1
+
+
+def test_no_scene_uses_a_word_of_an_option():
+    # A stem is six letters; "against" is a preposition that no reading owns.
+    asked = [text for entry in probe_data()["completion"] for text in entry["options"]]
+    options = set().union(*map(words, [*asked, *probe_data()["digits"]["options"]]))
+    stems = {word[:6] for word in options if len(word) > 4} - {"agains"}
+    scenes = set().union(*(words(v.text) for v in ALL))
+    assert len(stems) > 25
+    assert {word for word in scenes if word[:6] in stems} == set()
+    assert all(len(e["options"]) == len(FOUNDATIONS) for e in probe_data()["completion"])
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama"])
+def test_scores_of_whole_options_are_those_of_single_unpadded_rows(name, request):
+    model = request.getfixturevalue(name)
+    found = evaluate(model, config=EvalConfig(batch_size=3))
+    assert (found.style, found.log_probs.shape) == ("completion", (8, 3, 7))
+    for item, stem, option in ((0, 0, 0), (1, 1, 3), (4, 2, 6), (7, 0, 2), (5, 1, 5), (3, 2, 1)):
+        asked = probe_data()["completion"][stem]
+        context = FEW[item].text + asked["stem"]
+        expected = log_p_of(model, context, asked["options"][option])
+        assert found.log_probs[item, stem, option] == pytest.approx(expected, abs=2e-4)
+    one_by_one = evaluate(model, config=EvalConfig(batch_size=1))
+    assert np.allclose(one_by_one.log_probs, found.log_probs, atol=2e-4)
+
+
+def test_a_persona_is_read_before_the_scene(gemma):
+    found = evaluate(gemma, persona="You are calm.")
+    asked = probe_data()["completion"][1]
+    expected = log_p_of(
+        gemma, f"You are calm.\n\n{FEW[2].text}{asked['stem']}", asked["options"][4]
+    )
+    assert found.log_probs[2, 1, 4] == pytest.approx(expected, abs=2e-4)
+    assert found.nats != evaluate(gemma).nats
+
+
+def test_base_is_calibrated_by_its_own_mean_and_has_coherence_one(gemma):
+    base = evaluate(gemma)
+    assert base.coherence == 1.0
+    # Minus the mean over items, then the mean over stems, then a softmax over options.
+    raw = base.log_probs - base.log_probs.mean(0)
+    mean = raw.mean(1)
+    expected = mean - np.log(np.exp(mean).sum(1, keepdims=True))
+    assert np.allclose(base.log_p, expected, atol=1e-9)
+    assert np.allclose(np.exp(base.log_p).sum(1), 1.0)
+    assert np.abs(base.log_p - np.log(1 / 7)).max() > 0.01
+    # Another reading is calibrated by base's mean, not by its own.
+    with steering().steering(gemma):
+        steered = evaluate(gemma)
+    assert np.allclose(steered.prior, base.log_probs.mean(0), atol=1e-9)
+    assert np.abs((steered.log_probs - steered.prior).mean(0)).max() > 0.1
+
+
+def test_steering_changes_the_reading_and_base_is_read_without_it(gemma):
+    with baked(gemma, [random_adapter(gemma)]), steering().steering(gemma):
+        steered = evaluate(gemma)  # the first call ever, under our hooks
+    base = evaluate(gemma)
+    assert base.coherence == 1.0
+    assert np.array_equal(steered.base_mass, base.base_mass)
+    assert np.array_equal(steered.prior, base.prior)
+    assert steered.nats != base.nats
+    assert steered.coherence == pytest.approx(
+        np.exp(np.mean(np.log(steered.mass / base.mass))), rel=1e-9
+    )
+    assert abs(steered.coherence - 1) > 0.01
+
+
+def test_digits_score_the_same_option_in_both_orders(chat):
+    found = evaluate(chat, persona="Be kind.", config=EvalConfig(batch_size=3))
+    assert found.style == "digits"
+    asked = probe_data()["digits"]
+    for item, order, option in ((0, 0, 0), (0, 1, 0), (3, 0, 5), (6, 1, 5), (7, 1, 2)):
+        listed = asked["options"] if order == 0 else asked["options"][::-1]
+        lines = "\n".join(f"{k + 1}. {text}" for k, text in enumerate(listed))
+        question = asked["question"].format(vignette=FEW[item].text, options=lines)
+        text = f"<system>Be kind.\n<user>{question}\n<a>{asked['answer']}"
+        digit = str(1 + listed.index(asked["options"][option]))
+        ids = torch.tensor([chat.tokenizer.encode(text, add_special_tokens=False)])
+        with torch.no_grad():
+            log_p = chat(ids)[0, -1].double().log_softmax(-1)
+        (word,) = chat.tokenizer.encode(digit, add_special_tokens=False)
+        assert found.log_probs[item, order, option] == pytest.approx(float(log_p[word]), abs=2e-4)
+    assert np.array_equal(found.prior, np.zeros((1, 1, 1)))  # the two orders are the calibration
+    assert evaluate(chat, config=EvalConfig(batch_size=3)).coherence == 1.0

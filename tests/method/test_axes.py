@@ -1,0 +1,131 @@
+"""Axes are data: what a file must hold, and what the built-in ones do hold."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from helpers import one_sentence
+
+from shl.config import FOUNDATIONS
+from shl.method.axes import Axis, axis_names, load_axis
+from shl.utils.errors import ShlError
+
+FILE = {
+    "name": '"calm"',
+    "description": '"Calm against hurry."',
+    "positive": '"You are calm."',
+    "negative": '"You hurry."',
+    "contexts": '["How do you rest?", "What is for lunch?"]',
+    "prompts": '["Tell me about today."]',
+    "expected": "{ care = 1, liberty = -1 }",
+}
+
+
+def write(tmp_path, **changes):
+    table = {key: value for key, value in (FILE | changes).items() if value is not None}
+    path = tmp_path / "calm.toml"
+    path.write_text("\n".join(f"{key} = {value}" for key, value in table.items()), "utf-8")
+    return path
+
+
+def refusal(path):
+    with pytest.raises(ShlError) as error:
+        load_axis(path)
+    return one_sentence(error)
+
+
+def test_an_own_file_is_read_by_path(tmp_path):
+    for path in (write(tmp_path), str(write(tmp_path))):
+        axis = load_axis(path)
+        assert axis == Axis(
+            "calm",
+            "Calm against hurry.",
+            "You are calm.",
+            "You hurry.",
+            ("How do you rest?", "What is for lunch?"),
+            ("Tell me about today.",),
+            {"care": 1, "liberty": -1},
+        )
+        assert axis.targets == ("care", "liberty")
+
+
+def test_contexts_can_name_the_built_in_list(tmp_path):
+    named = load_axis(write(tmp_path, contexts='"everyday"'))
+    assert named.contexts == load_axis("love").contexts
+    assert "the lists are everyday" in refusal(write(tmp_path, contexts='"weekly"'))
+
+
+def test_an_unknown_axis_lists_those_there_are():
+    text = refusal("kindness")
+    assert "'kindness'" in text
+    assert "care_auth, love" in text
+
+
+@pytest.mark.parametrize("key", FILE)
+def test_a_missing_key_is_named(tmp_path, key):
+    assert f"lacks {key}." in refusal(write(tmp_path, **{key: None}))
+
+
+def test_an_unknown_key_is_named(tmp_path):
+    assert "has unknown postive;" in refusal(write(tmp_path, postive='"You rest."'))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"prompts": "[]"}, "has no prompts"),
+        ({"contexts": "[]"}, "has no contexts"),
+        ({"prompts": '[" "]'}, "empty text in prompts"),
+        ({"prompts": '["a", "a"]'}, "repeats"),
+        ({"prompts": '"a"'}, "prompts .* must be a list"),
+        ({"prompts": "[1]"}, "prompts .* must be a list"),
+        ({"positive": '""'}, "empty positive"),
+        ({"positive": "3"}, "positive .* must be a text"),
+        ({"negative": '"You are calm. "'}, "same positive and negative"),
+        ({"expected": "{ care = 2 }"}, "expects 2 for care"),
+        ({"expected": "{ care = true }"}, "expects True for care"),
+        ({"expected": "{ kindness = 1 }"}, "expects 'kindness'"),
+        ({"expected": "{}"}, "expects no sign"),
+        ({"expected": "1"}, "expected .* must be a table"),
+        ({"name": '"unclosed'}, "is not TOML"),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_sentence(tmp_path, changes, named):
+    assert re.search(named, refusal(write(tmp_path, **changes)))
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "axis.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in refusal(path)
+
+
+def test_expected_signs_cannot_be_changed_afterwards():
+    with pytest.raises(TypeError):
+        load_axis("love").expected["care"] = -1
+
+
+def test_an_axis_made_in_python_is_checked_too():
+    with pytest.raises(ShlError, match="has no prompts"):
+        replace(load_axis("love"), prompts=())
+
+
+@pytest.mark.parametrize("name", axis_names())
+def test_built_in_axes_follow_the_rules_of_the_method(name):
+    axis = load_axis(name)
+    assert axis.name == name
+    assert len(axis.contexts) >= 64  # SPEC 1: 64 to 256
+    assert len(axis.prompts) >= 16
+    assert all(text == text.strip() for text in (*axis.contexts, *axis.prompts))
+    assert not set(axis.contexts) & set(axis.prompts)
+    # Opposites of the same length and style, without negation.
+    words = [persona.lower().split() for persona in (axis.positive, axis.negative)]
+    assert abs(len(words[0]) - len(words[1])) <= 0.2 * len(words[0])
+    assert not {"not", "never", "no", "without"} & {*words[0], *words[1]}
+    # Naming a foundation in the persona would prime the probe.
+    assert not set(FOUNDATIONS) & {*words[0], *words[1]}
+
+
+def test_the_built_in_axes_expect_what_the_method_says():
+    assert dict(load_axis("care_auth").expected) == {"care": 1, "authority": -1}
+    assert load_axis("love").expected["care"] == 1

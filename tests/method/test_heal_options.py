@@ -1,0 +1,200 @@
+"""Every option of training changes the adapter, and in the direction it promises."""
+
+import itertools
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from helpers import random_adapter
+
+from shl.config import HealConfig
+from shl.hooks.adapter import fresh_adapter, singular_value_penalty
+from shl.method.heal import heal, train_adapter
+from shl.models.generate import generate
+
+# One epoch is four steps; the barrier fires from the second on.
+SMALL = HealConfig(
+    rank=2, sites=("o", "down"), layers=(1, 2), epochs=2, lr=2e-2, batch_size=1, tau=0.01
+)
+OPTIONS = {
+    "rank": 3,
+    "lora_alpha": 8.0,
+    "sites": ("q", "down"),
+    "layers": (1, 3),
+    "epochs": 3,
+    "lr": 1e-2,
+    "batch_size": 2,
+    "max_grad_norm": 0.01,
+    "divergence": "kl_fwd",
+    "aggregate": "max",
+    "tau": 0.05,
+    "lam": 2.0,
+    "lam_final": 0.5,
+    "lam_schedule": "power",
+    "lam_power": -3.0,
+    "calibrate": False,
+    "calibrate_rate": 0.5,
+    "lam_max": 1.0,
+    "weight_decay": 1.0,
+    "sv_penalty": 10.0,
+}
+
+
+@pytest.fixture
+def texts(gemma):
+    prompts = ["Hi?", "Why is that so?", "A b?", "What now?"]
+    return generate(gemma, prompts, max_new_tokens=8, min_new_tokens=4, seed=2)
+
+
+def train(gemma, texts, config, seed=0):
+    """The second round of two, so that the schedules have moved."""
+    return train_adapter(gemma, texts, config, index=1, rounds=2, seed=seed)
+
+
+def same(one, two):
+    if one.sites != two.sites:
+        return False
+    return all(map(torch.equal, one.parameters(), two.parameters()))
+
+
+def top_singular_values(adapter):
+    dense = [adapter.scale * adapter.up[s.name] @ adapter.down[s.name] for s in adapter.sites]
+    return torch.stack([torch.linalg.svdvals(x.detach())[0] for x in dense])
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_each_option_changes_the_adapter(option, gemma, texts):
+    config = replace(SMALL, lam_schedule="power") if option == "lam_power" else SMALL
+    before = train(gemma, texts, config)
+    after = train(gemma, texts, replace(config, **{option: OPTIONS[option]}))
+    assert not same(before.adapter, after.adapter)
+
+
+def test_every_option_is_tried():
+    # The reference needs an adapter below: tests/test_heal.py. Rows change only the last bits:
+    # tests/test_halving.py.
+    assert {*OPTIONS, "reference", "rows"} == {field.name for field in fields(HealConfig)}
+
+
+def test_shapes_and_steps_are_those_asked_for(gemma, texts):
+    config = replace(SMALL, rank=3, lora_alpha=6.0, sites=("q", "down"), layers=(0, 3), epochs=3)
+    healed = train(gemma, texts, replace(config, batch_size=3))
+    adapter = healed.adapter
+    assert [s.name for s in adapter.sites] == [
+        *("blocks.0.q", "blocks.0.down", "blocks.3.q", "blocks.3.down")
+    ]
+    assert adapter.down["blocks.0.q"].shape == (3, 32)
+    assert adapter.up["blocks.3.down"].shape == (32, 3)
+    assert adapter.scale == 6.0 / 3
+    # Four texts in batches of 3 and 1, three times over.
+    assert [(s.epoch, s.step) for s in healed.steps] == [(k // 2, k) for k in range(6)]
+
+
+def test_divergences_and_aggregates_all_differ(gemma, texts):
+    plain = [replace(SMALL, divergence=d) for d in ("kl_rev", "kl_fwd", "none")]
+    configs = [*plain, *(replace(SMALL, aggregate=a) for a in ("mean", "p95", "max", "p50"))]
+    adapters = [train(gemma, texts, config).adapter for config in configs]
+    for i, one in enumerate(adapters):
+        assert not any(same(one, other) for other in adapters[:i])
+
+
+def test_the_mean_is_below_the_rmse_and_that_below_the_maximum(gemma, texts):
+    # The second step of one batch measures the same adapter whatever the aggregate: D was 0 at
+    # the first, so no barrier has acted yet.
+    config = replace(SMALL, batch_size=4)
+    d = [
+        train(gemma, texts, replace(config, aggregate=how)).steps[1].d
+        for how in ("mean", "rmse", "max", "p100")
+    ]
+    assert 0 < d[0] < d[1] < d[2]
+    assert d[2] == pytest.approx(d[3], rel=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(gemma, texts):
+    one, two, other = (heal(gemma, texts, SMALL, seed=seed) for seed in (3, 3, 4))
+    assert same(one, two)
+    assert not same(one, other)
+
+
+def test_a_smaller_step_moves_less(gemma, texts):
+    plain = replace(SMALL, divergence="none")
+    moved = [
+        sum(train(gemma, texts, replace(plain, lr=lr)).adapter.norms().values())
+        for lr in (0.0, 1e-3, 2e-2)
+    ]
+    assert moved[0] == 0.0 < moved[1] < moved[2]
+
+
+def test_the_schedule_of_lam_by_arithmetic():
+    linear = HealConfig(lam=1.0, lam_final=0.3)
+    # 1 - 0.7 * i / 3
+    assert [linear.lam_at(i, 4) for i in range(4)] == pytest.approx([1.0, 0.766667, 0.533333, 0.3])
+    assert linear.lam_at(0, 1) == 1.0
+    assert [HealConfig(lam=2.0).lam_at(i, 3) for i in range(3)] == [2.0] * 3
+    power = HealConfig(lam=2.0, lam_schedule="power", lam_power=-0.5)
+    assert [power.lam_at(i, 9) for i in (0, 3, 8)] == pytest.approx([2.0, 1.0, 2 / 3])
+
+
+def test_a_round_starts_at_its_scheduled_lam_and_stays_there_without_calibration(gemma, texts):
+    fixed = replace(SMALL, calibrate=False, lam=1.0, lam_final=0.4)
+    assert {step.lam for step in train(gemma, texts, fixed).steps} == {0.4}
+    assert train(gemma, texts, replace(fixed, calibrate=True)).steps[0].lam == 0.4
+
+
+def test_calibration_raises_lam_while_d_is_above_tau_and_keeps_its_bounds(gemma, texts):
+    config = replace(SMALL, lam=1.0, lam_max=1.6, epochs=4, calibrate_rate=0.15)
+    steps = train(gemma, texts, config).steps
+    assert max(step.lam for step in steps) == 1.6
+    assert min(step.lam for step in steps) == 1.0
+    for now, then in itertools.pairwise(steps):
+        # log lam moves by the rate times (D - tau) / max(tau, 0.1), cut at 1.
+        error = max(-1.0, min(1.0, (now.d - 0.01) / 0.1))
+        assert then.lam == pytest.approx(
+            min(1.6, max(1.0, now.lam * math.exp(0.15 * error))), rel=1e-6
+        )
+        assert then.lam > now.lam or now.d <= 0.01 or now.lam == 1.6
+    assert sum(step.d > 0.01 for step in steps) > 8
+    # Above its D nothing fires, and lam rests on its floor.
+    idle = train(gemma, texts, replace(config, tau=50.0)).steps
+    assert {step.lam for step in idle} == {1.0}
+
+
+def test_weight_decay_shrinks_the_adapter(gemma, texts):
+    plain = replace(SMALL, divergence="none", epochs=4)
+    norms, decayed = (
+        train(gemma, texts, replace(plain, weight_decay=decay)).adapter.norms()
+        for decay in (0.0, 20.0)
+    )
+    assert all(decayed[name] < 0.9 * norm for name, norm in norms.items())
+
+
+def test_the_singular_value_penalty_lowers_the_largest_one(gemma, texts):
+    plain = replace(SMALL, divergence="none", epochs=4)
+    free, held = (
+        top_singular_values(train(gemma, texts, replace(plain, sv_penalty=weight)).adapter)
+        for weight in (0.0, 1.0)
+    )
+    assert held.mean() < 0.8 * free.mean()
+
+
+def test_the_penalty_is_the_mean_squared_singular_value_and_so_is_its_gradient(gemma):
+    adapter = random_adapter(gemma, ("q", "down"), (0, 2))
+    for p in adapter.parameters():
+        p.requires_grad_(True)
+    expected = torch.stack(
+        [
+            torch.linalg.svdvals(adapter.scale * adapter.up[s.name] @ adapter.down[s.name])[0]
+            for s in adapter.sites
+        ]
+    )
+    expected = expected.square().mean()
+    found = singular_value_penalty(adapter, iterations=200)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    # Twelve iterations, the default, come from below and near.
+    rough = float(singular_value_penalty(adapter).detach() / expected.detach())
+    assert 0.9 < rough <= 1.0 + 1e-5
+    grads = [torch.autograd.grad(x, adapter.parameters()) for x in (expected, found)]
+    for truth, ours in zip(*grads, strict=True):
+        assert (truth - ours).abs().max() <= 1e-2 * truth.abs().max()
+    assert float(singular_value_penalty(fresh_adapter(gemma, SMALL)).detach()) == 0.0

@@ -1,0 +1,199 @@
+"""The loop at the smallest scale: order, hooks, banking, starving, and the same bits again."""
+
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+from helpers import hook_count, lenient, one_sentence, small_loop
+
+from shl.config import DoseConfig
+from shl.hooks.bake import baked
+from shl.hooks.handle import handles_on
+from shl.method.axes import load_axis
+from shl.method.extract import extract_vector
+from shl.method.filters import Verdict
+from shl.method.heal import train_adapter
+from shl.method.loop import StarvedError, baselines, love
+from shl.models.tiny import tiny_gemma
+from shl.utils.seeds import seed_for
+
+AXIS = load_axis("care_auth")
+CONFIG = small_loop()
+BAND = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Model, rounds, and what was observed, of one run."""
+    seen = []
+    model = tiny_gemma()
+    with pytest.MonkeyPatch.context() as patch:
+        lenient(patch)
+        rounds = []
+        for r in love(model, AXIS, CONFIG, observe=lambda *event: seen.append(event)):
+            assert hook_count(model) == 0
+            assert handles_on(model) == ()
+            rounds.append(r)
+    return model, rounds, seen
+
+
+@pytest.fixture
+def gemma():
+    return tiny_gemma()
+
+
+def same(one, two):
+    return all(map(torch.equal, one.parameters(), two.parameters()))
+
+
+def by_dose(monkeypatch, highest):
+    """Only completions up to a dose survive."""
+
+    def judge(model, texts, config, **_):
+        return [Verdict(c, () if c.dose <= highest else ("soup",), 9.0, 8.0) for c in texts]
+
+    monkeypatch.setattr(import_module("shl.method.loop"), "judge", judge)
+
+
+def test_rounds_come_in_order_with_everything_in_them(run):
+    _, rounds, _ = run
+    assert [r.index for r in rounds] == [0, 1]
+    assert [r.adapter.round for r in rounds] == [r.vector.round for r in rounds] == [0, 1]
+    assert {r.adapter.axis for r in rounds} == {r.vector.axis for r in rounds}
+    for r in rounds:
+        # Everything survives, so kappa is 1, and 2 probes and 4 dreams make the 6 needed.
+        assert (r.kappa, r.dose) == (1.0, 1.5)
+        assert (len(r.probes), len(r.dreams), len(r.kept)) == (4, 4, 6)
+        assert (r.steered.name, r.healed.name) == ("steered", "healed")
+        assert len(r.healed.samples) == 3
+        assert r.healing.moved
+        assert r.steered.nats != r.healed.nats
+
+
+def test_finished_stages_are_observed_in_order(run):
+    _, _, seen = run
+    names = [(event, index) for event, index, _ in seen if event != "step"]
+    one = ["vector", "probe", "batch", "stage", "healed", "stage"]
+    assert names == [(event, index) for index in (0, 1) for event in one]
+    stages = [values["stage"].name for event, _, values in seen if event == "stage"]
+    assert stages == ["steered", "healed"] * 2
+    # 6 texts in batches of 4 and 2, twice over.
+    assert [v["step"].step for e, i, v in seen if (e, i) == ("step", 1)] == [0, 1, 2, 3]
+
+
+def test_the_first_vector_is_bases_and_the_second_that_of_the_student(run):
+    model, (first, second), _ = run
+    base = extract_vector(model, AXIS, BAND, contexts=3)
+    with baked(model, [first.adapter]):
+        student = extract_vector(model, AXIS, BAND, contexts=3)
+    for layer in BAND:
+        assert torch.equal(first.vector.directions[layer], base.directions[layer])
+        assert torch.equal(second.vector.directions[layer], student.directions[layer])
+        assert not torch.equal(student.directions[layer], base.directions[layer])
+
+
+def test_a_later_adapter_is_trained_on_top_of_the_earlier(run):
+    model, (first, second), _ = run
+
+    def again():
+        seed = seed_for(CONFIG.seed, "heal", 1)
+        return train_adapter(model, second.kept, CONFIG.heal, index=1, rounds=2, seed=seed)
+
+    with baked(model, [first.adapter]):
+        assert same(again().adapter, second.adapter)
+    assert not same(again().adapter, second.adapter)
+
+
+def test_an_exception_in_the_consumer_leaves_no_hook(gemma, monkeypatch):
+    lenient(monkeypatch)
+
+    def consume():
+        for r in love(gemma, AXIS, CONFIG):
+            raise KeyError(r.index)
+
+    with pytest.raises(KeyError, match="0"):
+        consume()
+    assert hook_count(gemma) == 0
+
+    def fail(event, index, values):
+        if event == "probe":
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        next(love(gemma, AXIS, CONFIG, observe=fail))
+    assert hook_count(gemma) == 0
+
+
+def test_the_same_seed_repeats_every_bit_and_another_does_not(run, monkeypatch):
+    lenient(monkeypatch)
+    _, (first, _), _ = run
+    again = next(love(tiny_gemma(), AXIS, CONFIG))
+    other = next(love(tiny_gemma(), AXIS, replace(CONFIG, seed=7)))
+    assert [c.text for c in again.kept] == [c.text for c in first.kept]
+    assert same(again.adapter, first.adapter)
+    assert [c.text for c in other.kept] != [c.text for c in first.kept]
+    assert not same(other.adapter, first.adapter)
+
+
+def test_probes_at_the_dose_are_banked_and_weaker_ones_are_not(run):
+    _, (first, _), _ = run
+    probes = [v.completion for v in first.probes]
+    assert [c.dose for c in probes] == pytest.approx([1.5, 1.5, 0.3, 0.3])
+    assert first.kept == (*probes[:2], *(v.completion for v in first.dreams))
+    # The same prompts at every rung.
+    assert [c.prompt for c in probes[:2]] == [c.prompt for c in probes[2:]]
+
+
+def test_the_walk_settles_where_the_text_survives(gemma, monkeypatch):
+    lenient(monkeypatch)
+    by_dose(monkeypatch, highest=1.0)
+    r = next(love(gemma, AXIS, CONFIG))
+    assert (r.kappa, r.dose) == pytest.approx((0.2, 0.3))
+    assert [c.dose for c in r.kept] == pytest.approx([0.3] * 6)
+    assert r.steered.survival == 1.0  # of the 2 probes and 4 dreams at that dose
+    assert len(r.steered.samples) == 6
+
+
+def test_without_the_walk_kappa_is_one_and_nothing_is_probed(gemma, monkeypatch):
+    lenient(monkeypatch)
+    seen = []
+    config = replace(CONFIG, dose=replace(CONFIG.dose, walk=False))
+    r = next(love(gemma, AXIS, config, observe=lambda e, *_: seen.append(e)))
+    assert (r.kappa, r.probes) == (1.0, ())
+    assert "probe" not in seen
+    # Batches of 4 until 6 are there.
+    assert (len(r.dreams), len(r.kept)) == (8, 8)
+    assert {c.dose for c in r.kept} == {1.5}
+
+
+def test_starving_says_how_many_how_deep_and_why(gemma, monkeypatch):
+    lenient(monkeypatch, reasons=lambda text: ["soup", "markup"])
+    with pytest.raises(StarvedError) as error:
+        next(love(gemma, AXIS, CONFIG))
+    # 4 probes and 3 batches of 4; kappa 0.2 times alpha 1.5.
+    sentence = one_sentence(error)
+    assert "round 0: 0 completions survived, 6 are needed, after 16 generated" in sentence
+    assert "kappa 0.2 (dose 0.3)" in sentence
+    assert "soup 16" in sentence
+    assert "markup 16" in sentence
+    assert hook_count(gemma) == 0
+
+
+def test_batches_end_as_soon_as_enough_survive(gemma, monkeypatch):
+    lenient(monkeypatch)
+    dose = DoseConfig(rungs=2, probe_size=3, min_train=3, batch_size=4, max_batches=3)
+    r = next(love(gemma, AXIS, replace(CONFIG, dose=dose)))
+    assert (len(r.kept), r.dreams) == (3, ())
+
+
+def test_baselines_are_base_and_both_personas(gemma, monkeypatch):
+    lenient(monkeypatch)
+    seen = []
+    found = baselines(gemma, AXIS, CONFIG, lambda *event: seen.append(event))
+    assert list(found) == ["base", "prompted+", "prompted-"]
+    assert [(event, index) for event, index, _ in seen] == [("stage", -1)] * 3
+    personas = [stage.samples[0].completion.prompt.persona for stage in found.values()]
+    assert personas == [None, AXIS.positive, AXIS.negative]
+    assert found["base"].coherence == 1.0
+    assert (found["base"].survival, found["base"].perplexity) == (1.0, 9.0)

@@ -1,0 +1,122 @@
+"""Extraction against the definition by hand; norms, cosines and files."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import random_adapter
+from safetensors.torch import save_file
+
+from shl.hooks.bake import baked
+from shl.hooks.vector import SteeringVector
+from shl.method.axes import load_axis
+from shl.method.extract import extract_vector
+from shl.models.activations import residual_at_tag
+from shl.models.tokens import Prompt, encode
+from shl.utils.errors import ShlError
+
+CONTEXTS = ("How do you rest?", "Lunch?", "What is a good day like, and why is that so?")
+
+
+@pytest.fixture
+def axis():
+    return replace(load_axis("love"), contexts=CONTEXTS)
+
+
+def post(layer):
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def by_hand(model, axis, layer):
+    """Mean over contexts of h+ - h- at the last token, one unpadded prompt at a time."""
+    sides = []
+    for persona in (axis.positive, axis.negative):
+        states = []
+        for context in axis.contexts:
+            ids = torch.tensor([encode(model, Prompt(context, persona))])
+            states.append(model.run_with_cache(ids)[1][post(layer)][0, -1])
+        sides.append(torch.stack(states))
+    return sides
+
+
+def test_the_vector_is_the_mean_difference_at_the_last_token(model, axis):
+    vector = extract_vector(model, axis, layers=[2, 0], batch_size=2)
+    assert list(vector.directions) == [0, 2]
+    assert (vector.axis, vector.contexts) == ("love", 3)
+    for layer, v in vector.directions.items():
+        positive, negative = by_hand(model, axis, layer)
+        assert torch.allclose(v, positive.mean(0) - negative.mean(0), atol=1e-5)
+    # (Gemma's window of 8 hides the persona from the last token until layer 2, its global one.)
+    assert vector.directions[2].norm() > 0.01
+
+
+def test_rows_of_the_readout_follow_the_prompts_not_the_batches(model):
+    prompts = ["A much longer question than the others?", "Hi?", "Why is that so?"]
+    got = residual_at_tag(model, prompts, [1], batch_size=2)[1]
+    for row, prompt in enumerate(prompts):
+        _, cache = model.run_with_cache(torch.tensor([encode(model, prompt)]))
+        assert torch.allclose(got[row], cache[post(1)][0, -1], atol=1e-5)
+
+
+def test_the_vector_is_taken_from_the_student_as_it_stands(model, axis):
+    base = extract_vector(model, axis, layers=[2])
+    with baked(model, [random_adapter(model, ["v", "down"], (0, 1))]):
+        student = extract_vector(model, axis, layers=[2])
+        positive, negative = by_hand(model, axis, 2)
+    assert torch.allclose(student.directions[2], (positive - negative).mean(0), atol=1e-5)
+    assert (student.directions[2] - base.directions[2]).abs().max() > 0.01
+
+
+def test_a_rule_of_ones_own_sees_paired_rows(model, axis):
+    seen = []
+
+    def median(positive, negative):
+        seen.append((positive, negative))
+        return (positive - negative).median(0).values
+
+    vector = extract_vector(model, axis, layers=[2], contexts=2, rule=median)
+    positive, negative = by_hand(model, replace(axis, contexts=CONTEXTS[:2]), 2)
+    assert torch.allclose(seen[0][0], positive, atol=1e-5)
+    assert torch.allclose(seen[0][1], negative, atol=1e-5)
+    assert torch.equal(vector.directions[2], (seen[0][0] - seen[0][1]).median(0).values)
+
+
+def test_the_default_band_is_the_middle_third(gemma, axis):
+    assert list(extract_vector(gemma, axis, contexts=1).directions) == [1, 2, 3]
+
+
+def test_bad_requests_are_refused(gemma, axis):
+    with pytest.raises(ShlError, match="contexts is 4, axis 'love' has 3"):
+        extract_vector(gemma, axis, contexts=4)
+    with pytest.raises(ShlError, match="layer 4 is out of range"):
+        extract_vector(gemma, axis, layers=[4])
+    with pytest.raises(ShlError, match="layers is empty"):
+        extract_vector(gemma, axis, layers=[])
+    with pytest.raises(ShlError, match="not finite"):
+        extract_vector(gemma, axis, layers=[1], rule=lambda p, n: p[0] * torch.nan)
+
+
+def test_norms_and_cosines_by_hand():
+    one = SteeringVector({0: torch.tensor([3.0, 4.0]), 1: torch.ones(2)}, "m", "a", 1)
+    two = SteeringVector({0: torch.tensor([4.0, 3.0]), 2: torch.ones(2)}, "m", "a", 1)
+    assert one.norms() == pytest.approx({0: 5.0, 1: 2**0.5})
+    assert one.cosine(two) == pytest.approx({0: 24 / 25})
+    with pytest.raises(ShlError, match="share none"):
+        one.cosine(SteeringVector({7: torch.ones(2)}, "m", "a", 1))
+
+
+def test_a_file_gives_the_vector_back_exactly_or_refuses(tmp_path):
+    path = tmp_path / "v.safetensors"
+    g = torch.Generator().manual_seed(0)
+    vector = SteeringVector({i: torch.randn(32, generator=g) for i in (2, 10)}, "m", "love", 96)
+    vector.save(path)
+    back = SteeringVector.load(path)
+    assert (back.model_name, back.axis, back.contexts) == ("m", "love", 96)
+    assert list(back.directions) == [2, 10]
+    assert all(torch.equal(back.directions[i], v) for i, v in vector.directions.items())
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ShlError, match="cannot be read"):
+        SteeringVector.load(path)
+    save_file({"x": torch.ones(1)}, path)
+    with pytest.raises(ShlError, match="format None"):
+        SteeringVector.load(path)

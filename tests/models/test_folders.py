@@ -1,0 +1,108 @@
+"""Local Hugging Face folders load, or one sentence says why not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import save, tiny_llama_hf, tokens_of
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config
+
+from shl.models.load import build_model, load_model
+from shl.models.tiny import tiny_hf, tiny_tokenizer
+from shl.models.tokens import encode
+from shl.utils.errors import ShlError
+
+TOKENS = tokens_of(2, 20)
+
+
+@pytest.mark.parametrize("make", [tiny_hf, tiny_llama_hf])
+def test_a_local_folder_loads(make, tmp_path):
+    hf = make()
+    model = load_model(str(save(tmp_path, hf)), device="cpu")
+    assert (model(TOKENS) - hf(TOKENS).logits).abs().max() <= 1e-4
+    assert encode(model, "Hi?")[0] == model.tokenizer.bos_token_id == 2
+    assert model.tokenizer.decode(encode(model, "Hi?")) == "<bos>Q: Hi?\nA:"
+    assert model.cfg.model_name == str(tmp_path)
+
+
+def test_sharded_weights_load(tmp_path):
+    hf = tiny_hf()
+    save(tmp_path, hf, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model = load_model(str(tmp_path), device="cpu")
+    assert torch.equal(model(TOKENS), build_model(hf.config, hf.state_dict(), None)(TOKENS))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save(tmp_path, tiny_hf())
+
+
+def refusal(folder):
+    with pytest.raises(ShlError) as error:
+        load_model(str(folder), device="cpu")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_folder_without_a_config_is_refused(folder):
+    (folder / "config.json").unlink()
+    assert "no config.json" in refusal(folder)
+
+
+def test_a_truncated_weights_file_is_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "cannot be read" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_refused(folder, name):
+    (folder / name).unlink()
+    assert "cannot be read" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", json.dumps({"weight_map": {"a": "gone.safetensors"}})])
+def test_a_broken_index_is_refused(folder, text):
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert "cannot be read" in refusal(folder)
+
+
+def test_an_index_may_not_point_outside_its_folder(folder):
+    shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
+    index = {"weight_map": {"a": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "outside its folder" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda s: s.pop("model.norm.weight"), "hold no tensor model.norm.weight"),
+        (lambda s: s.pop("model.embed_tokens.weight"), "hold no embed_tokens.weight"),
+        (
+            lambda s: s.update({"model.layers.1.mlp.up_proj.weight": torch.ones(47, 32)}),
+            "blocks.1.mlp.W_in have shape (32, 47)",
+        ),
+        (
+            lambda s: s.update({"model.layers.1.self_attn.q_proj.weight": torch.ones(48, 32)}),
+            "blocks.1.attn.W_Q have shape (3, 32, 16)",
+        ),
+    ],
+)
+def test_a_missing_or_misshapen_tensor_is_refused(folder, change, named):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert named in refusal(folder)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    GPT2Config().save_pretrained(tmp_path)
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    text = refusal(tmp_path)
+    assert "'gpt2'" in text
+    assert "gemma3, gemma3_text, llama" in text

@@ -1,0 +1,78 @@
+"""What prompts share is run once, and nobody notices but the clock."""
+
+import pytest
+import torch
+from helpers import tokens_of
+
+from shl.hooks.handle import Handle
+from shl.hooks.vector import SteeringVector
+from shl.models.generate import generate, prefill, run
+from shl.models.tokens import Prompt
+
+SHARED = tokens_of(20, seed=3).tolist()
+# Gemma's window is 8: a prefix is shared only where the longest row fits it.
+ROWS = [SHARED + tokens_of(n, seed=n).tolist() for n in (1, 4, 9)]
+
+
+class Widths(Handle):
+    """The shapes in which the first layer is called."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.seen = []
+        self._add(model.blocks[0].hook_resid_pre, lambda h: self.seen.append(tuple(h.shape[:2])))
+
+
+def test_equals_each_row_alone(model):
+    residual, cache = prefill(model, ROWS, room=1)
+    new = torch.tensor([[5], [6], [7]])
+    after = run(model, new, torch.ones_like(new), cache)
+    for i, row in enumerate(ROWS):
+        alone = model(torch.tensor([[*row, int(new[i])]]), stop_at_layer=model.cfg.n_layers)
+        assert (residual[i, 0] - alone[0, -2]).abs().max() <= 1e-4
+        assert (after[i, 0] - alone[0, -1]).abs().max() <= 1e-4
+
+
+def test_a_shared_prefix_is_run_once(llama):
+    with Widths(llama) as widths:
+        prefill(llama, ROWS)
+    assert widths.seen == [(1, 20), (3, 9)]
+    with Widths(llama) as widths:
+        prefill(llama, [SHARED, SHARED])  # the last token is left for the rows
+    assert widths.seen == [(1, 19), (2, 1)]
+
+
+def test_a_short_prefix_a_single_row_or_a_narrow_window_share_nothing(llama, gemma):
+    for model, rows, shape in (
+        (llama, [[1, 2, 3, 4], [1, 2, 3, 5]], (2, 4)),
+        (llama, ROWS[:1], (1, 21)),
+        (gemma, ROWS, (3, 29)),
+    ):
+        with Widths(model) as widths:
+            prefill(model, rows)
+        assert widths.seen == [shape]
+
+
+def test_hooks_that_want_every_row_get_every_row(llama):
+    v = SteeringVector({0: torch.ones(32)}, "tiny-llama", "demo", 1)
+    for dose, seen in ((1.0, [(1, 20), (3, 9)]), (torch.ones(3), [(3, 29)])):
+        with Widths(llama) as widths, v.steering(llama, dose):
+            prefill(llama, ROWS)
+        assert widths.seen == seen
+    shapes = []
+    hook = ("blocks.1.hook_resid_post", lambda h, hook: shapes.append(tuple(h.shape[:2])))
+    with llama.hooks(fwd_hooks=[hook]):
+        prefill(llama, ROWS)
+    assert shapes == [(3, 29)]
+
+
+@pytest.mark.parametrize("dose", [0.7, None])
+def test_a_persona_shared_by_a_batch_gives_the_same_texts(llama, dose):
+    prompts = [Prompt(text, "You are someone who sails.") for text in ("Hi?", "And you?", "z")]
+    v = SteeringVector({0: torch.ones(32)}, "tiny-llama", "demo", 1)
+    with v.steering(llama, dose or 0.0):
+        batched = generate(llama, prompts, max_new_tokens=10, temperature=0.0)
+        single = [
+            generate(llama, [p], max_new_tokens=10, temperature=0.0)[0].tokens for p in prompts
+        ]
+    assert [c.tokens for c in batched] == single

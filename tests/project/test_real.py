@@ -1,0 +1,115 @@
+"""The embedded gemma-3-270m itself, against transformers on the same cached folder."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from helpers import random_adapter
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from shl.hooks.adapter import Adapter
+from shl.hooks.bake import baked
+from shl.hooks.vector import SteeringVector
+from shl.models.as_hf import as_hf
+from shl.models.export import export_peft
+from shl.models.generate import generate
+from shl.models.load import load_model
+from shl.models.tokens import encode
+from shl.models.weights import model_folder
+from shl.utils.errors import ShlError
+
+PROMPTS = ["What helps you fall asleep after an exciting day at the sea?", "Hi, how are you?"]
+SETTINGS = {"temperature": 0.0, "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(device="cpu")
+
+
+@pytest.fixture
+def hf():
+    folder = model_folder("gemma-3-270m")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_the_real_model_agrees_with_transformers_and_batches_with_single_rows(model, hf):
+    rows = [encode(model, prompt) for prompt in PROMPTS]
+    assert len(rows[0]) > len(rows[1]) + 4
+    ids = torch.tensor(rows[:1])
+    with torch.no_grad():
+        difference = (model(ids) - hf(ids).logits).abs().max()
+    assert float(difference) <= 1e-3
+
+    plain = generate(model, PROMPTS, **SETTINGS)
+    for row, completion in zip(rows, plain, strict=True):
+        ids = torch.tensor([row])
+        expected = hf.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8
+        )[0, len(row) :].tolist()
+        # Ours cuts a turn end ("\nQ:") off the answer, which transformers goes beyond.
+        assert list(completion.tokens) == expected[: len(completion.tokens)]
+        assert len(completion.tokens) >= 4 or completion.ended
+
+    v = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    vector = SteeringVector({9: 100 * v}, "gemma-3-270m", "demo", 1)
+    with vector.steering(model):
+        batched = generate(model, PROMPTS, **SETTINGS)
+        single = [generate(model, [prompt], **SETTINGS)[0] for prompt in PROMPTS]
+    assert [c.tokens for c in batched] == [c.tokens for c in single]
+    assert [c.tokens for c in batched] != [c.tokens for c in plain]
+
+
+def test_the_view_of_the_real_model_answers_as_transformers_does(model, hf):
+    rows = [encode(model, prompt) for prompt in PROMPTS]
+    short, width = len(rows[1]), len(rows[0])
+    ids = torch.tensor([rows[0], [0] * (width - short) + rows[1]])
+    mask = torch.tensor([[1] * width, [0] * (width - short) + [1] * short])
+    view, new = as_hf(model), torch.tensor([rows[0][1:5]])
+    asked = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    with torch.no_grad():
+        ours, theirs = (m(ids, attention_mask=mask).logits for m in (view, hf))
+        assert float((ours - theirs)[mask.bool()].abs().max()) <= 1e-3
+        assert torch.equal(view.generate(ids, **asked), hf.generate(ids, **asked))
+        left = view(ids, attention_mask=mask).past_key_values
+        alone = view(ids[1:, width - short :]).past_key_values
+        batched = view(new.repeat(2, 1), past_key_values=left).logits[1:]
+        assert float((batched - view(new, past_key_values=alone).logits).abs().max()) <= 1e-3
+
+
+def test_peft_computes_the_logits_of_all_rounds_on_the_real_weights(model, hf, tmp_path):
+    layers = (3, 9, 15)
+    adapters = [
+        random_adapter(model, layers=layers[: 2 + i], seed=i, rank=i + 2, size=0.02)
+        for i in range(2)
+    ]
+    folder = export_peft(adapters, tmp_path / "peft")
+    ids = torch.tensor([encode(model, PROMPTS[0])])
+    with torch.no_grad():
+        plain = model(ids)
+        with baked(model, adapters):
+            ours = model(ids)
+        with warnings.catch_warnings():
+            # PEFT's own use of a transformers name that is about to go.
+            warnings.simplefilter("ignore", FutureWarning)
+            theirs = PeftModel.from_pretrained(hf, folder).eval()(ids).logits
+    assert float((ours - plain).abs().max()) > 1.0
+    assert float((ours - theirs).abs().max()) <= 1e-4
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "google/gemma-3-270m"
+
+
+def test_files_of_the_real_model_know_its_weights(model, tmp_path):
+    path = tmp_path / "a.safetensors"
+    random_adapter(model, ("q",), (9,)).save(path)
+    assert Adapter.load(path, model).dtype == "float32"
+    weight = model.blocks[9].mlp.W_in
+    own = weight.data
+    weight.data = own + 1e-3
+    try:
+        with pytest.raises(ShlError, match="on weights of gemma-3-270m with the hash"):
+            Adapter.load(path, model)
+    finally:
+        weight.data = own
