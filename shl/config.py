@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 
 LINEAR_SITES = ("q", "k", "v", "o", "gate", "up", "down")
 SITE_KINDS = (*LINEAR_SITES, "resid")
@@ -16,14 +16,14 @@ FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty"
 
 def _between(name: str, value: float, low: float, high: float = math.inf) -> None:
     allowed = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
-    check(
+    require(
         math.isfinite(value) and low <= value <= high, f"{name} is {value!r}, it must be {allowed}."
     )
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     listed = ", ".join(map(repr, allowed))
-    check(value in allowed, f"{name} is {value!r}, it must be one of {listed}.")
+    require(value in allowed, f"{name} is {value!r}, it must be one of {listed}.")
 
 
 def quantile_of(aggregate: str) -> float | None:
@@ -60,7 +60,7 @@ class VectorConfig:
     """Layers of the band, or None for the middle third of the model [layer indices]."""
     batch_size: int = 16
     """Prompts in one forward pass [count]."""
-    against: Literal["opposite", "nobody"] = "opposite"
+    against: Literal["opposite", "no_persona"] = "opposite"
     """What the positive persona is contrasted with: its opposite, or the question alone."""
     direction: Literal["contrast", "random"] = "contrast"
     """contrast = the axis; random = the control: one normal direction per layer, the same in every
@@ -69,9 +69,9 @@ class VectorConfig:
     def __post_init__(self) -> None:
         _between("contexts", self.contexts, 1)
         _between("batch_size", self.batch_size, 1)
-        _one_of("against", self.against, ("opposite", "nobody"))
+        _one_of("against", self.against, ("opposite", "no_persona"))
         _one_of("direction", self.direction, ("contrast", "random"))
-        check(self.layers is None or len(self.layers) > 0, "layers is empty, name at least one.")
+        require(self.layers is None or len(self.layers) > 0, "layers is empty, name at least one.")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class GenerateConfig:
         _between("temperature", self.temperature, 0)
         _between("top_k", self.top_k, 0)
         _between("top_p", self.top_p, 0, 1)
-        check(self.top_p > 0, f"top_p is {self.top_p!r}, it must be above 0.")
+        require(self.top_p > 0, f"top_p is {self.top_p!r}, it must be above 0.")
         _between("batch_size", self.batch_size, 1)
 
 
@@ -194,14 +194,14 @@ class DoseConfig:
     """Batches after which a round with too few survivors stops [count]."""
 
     def __post_init__(self) -> None:
-        check(math.isfinite(self.alpha), f"alpha is {self.alpha!r}, it must be finite.")
-        check(
+        require(math.isfinite(self.alpha), f"alpha is {self.alpha!r}, it must be finite.")
+        require(
             self.alpha != 0 or not self.walk,
             "alpha is 0, where a walk over doses has nothing to walk; set walk to False, or alpha "
             "to something else.",
         )
         _between("kappa_min", self.kappa_min, 0, 1)
-        check(self.kappa_min > 0, f"kappa_min is {self.kappa_min!r}, it must be above 0.")
+        require(self.kappa_min > 0, f"kappa_min is {self.kappa_min!r}, it must be above 0.")
         _between("rungs", self.rungs, 1)
         _between("probe_size", self.probe_size, 1)
         _between("target_survival", self.target_survival, 0, 1)
@@ -273,10 +273,10 @@ class HealConfig:
     def __post_init__(self) -> None:
         _between("rank", self.rank, 1)
         _between("lora_alpha", self.lora_alpha, 0)
-        check(len(self.sites) > 0, "sites is empty, name at least one.")
+        require(len(self.sites) > 0, "sites is empty, name at least one.")
         for site in self.sites:
             _one_of("a site", site, SITE_KINDS)
-        check(len(set(self.sites)) == len(self.sites), f"sites {self.sites} names one twice.")
+        require(len(set(self.sites)) == len(self.sites), f"sites {self.sites} names one twice.")
         _between("epochs", self.epochs, 1)
         _between("batch_size", self.batch_size, 1)
         if self.rows is not None:
@@ -284,18 +284,18 @@ class HealConfig:
         for name in ("lr", "tau", "lam", "weight_decay", "sv_penalty", "calibrate_rate"):
             _between(name, getattr(self, name), 0)
         _between("max_grad_norm", self.max_grad_norm, 0)
-        check(self.max_grad_norm > 0, "max_grad_norm is 0, it must be above 0.")
+        require(self.max_grad_norm > 0, "max_grad_norm is 0, it must be above 0.")
         _one_of("divergence", self.divergence, ("kl_rev", "kl_fwd", "none"))
         _one_of("reference", self.reference, ("base", "prev"))
         _one_of("lam_schedule", self.lam_schedule, ("linear", "power"))
         if self.lam_final is not None:
             _between("lam_final", self.lam_final, 0)
-            check(
+            require(
                 self.lam_schedule == "linear",
                 "lam_final is set but lam_schedule is 'power', which ends where lam_power says.",
             )
         _between("lam_max", self.lam_max, max(self.lam, self.lam_final or 0.0))
-        check(
+        require(
             self.lam > 0 or not self.calibrate or self.divergence == "none",
             "lam is 0, from where calibration cannot raise it; give lam above 0 or calibrate "
             "False.",

@@ -35,7 +35,7 @@ from shl.config import EvalConfig, LoopConfig
 from shl.method.axes import load_axis
 from shl.method.loop import StarvedError
 from shl.models.load import load_model
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 
 Load = Callable[[], HookedTransformer]
 
@@ -72,11 +72,11 @@ def run_arms(config: ArmsConfig, console: Console) -> Path:
         ShlError: bad input, or a folder of another run.
         Stopped: a signal; every finished stage is kept.
     """
-    check(
+    require(
         config.loop.seed == LoopConfig().seed,
         f"seed is {config.loop.seed}; the arms take theirs from --seeds.",
     )
-    check(len(config.seeds) > 0, "seeds is empty, name at least one.")
+    require(len(config.seeds) > 0, "seeds is empty, name at least one.")
     arms = chosen(config.arms)
     shared = RunConfig(config.axis, config.model, device=config.device, loop=config.loop)
     folder = config.out or Path("runs") / name_for(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shl.config import LoopConfig
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 Change = Callable[[LoopConfig], LoopConfig]
 
@@ -80,9 +80,9 @@ _ALL = (
         core=False,
     ),
     Arm(
-        "nobody",
+        "no_persona",
         "the positive persona against the question alone",
-        _vector(against="nobody"),
+        _vector(against="no_persona"),
         core=False,
     ),
     *(_sweep(how, tau) for tau in (0.25, 1.0) for how in ("rmse", "mean", "p95")),
@@ -101,7 +101,7 @@ def chosen(names: tuple[str, ...]) -> tuple[Arm, ...]:
     wanted: set[str] = set()
     for name in names:
         known = {"core": CORE, "all": tuple(ARMS)} | {arm: (arm,) for arm in ARMS}
-        check(
+        require(
             name in known,
             f"there is no arm {name!r}; allowed: core, all, {', '.join(ARMS)}.",
         )

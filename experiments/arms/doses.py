@@ -16,7 +16,7 @@ from shl.measure.vignettes import reading, remember_base
 from shl.method.axes import Axis
 from shl.method.dose import ladder
 from shl.method.loop import measure
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 FILE = "doses.jsonl"
 
@@ -36,7 +36,7 @@ def measure_doses(
     journal = begun(path, past)
     line = past.find("base", -1)
     vector_line = past.find("vector", 0)
-    check(
+    require(
         line is not None and vector_line is not None,
         f"{past.folder} has no base reading or no first vector yet.",
     )
@@ -72,7 +72,7 @@ def begun(path: Path, past: Past) -> Journal:
     told = {key: past.events[0][key] for key in ("files", "weights")}
     if not journal.lines:
         journal.append([told])
-    check(journal.lines[0] == told, f"{path} was begun beside another run, name a new --out.")
+    require(journal.lines[0] == told, f"{path} was begun beside another run, name a new --out.")
     return journal
 
 

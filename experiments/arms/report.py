@@ -24,7 +24,7 @@ from experiments.arms.text_kl import kinds_tau, read_kinds, summary
 from experiments.record.journal import write
 from experiments.record.status import newest
 from experiments.report.report import report
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 from shl.utils.files import write_whole
 
 
@@ -40,7 +40,7 @@ def compare(folder: Path, console: Console) -> None:
     from experiments.arms.plots import kinds, plane
 
     found = points(folder)
-    check(bool(found), f"{folder} holds no arm that has measured base.")
+    require(bool(found), f"{folder} holds no arm that has measured base.")
     rows, told = columns(found), verdicts(found)
     words = "".join(f"- {question(v)} {sentence(v)}\n" for v in told)
     texts = [t for path in sorted(folder.glob(f"steered/seed*/{TEXTS}")) for t in read_kinds(path)]

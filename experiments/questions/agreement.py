@@ -12,7 +12,7 @@ from shl.config import EvalConfig
 from shl.measure.evaluation import log_softmax, nats_of
 from shl.measure.validity import Validity, validity
 from shl.method.axes import Axis
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.seeds import seed_for
 
 
@@ -133,14 +133,14 @@ def concord(
     invalid = [f"{v.instrument} is not valid here: {v.reason}" for v in validities if not v.valid]
     if invalid:
         return "no agreement is claimed; " + " ".join(invalid)
-    check(
+    require(
         list(one.stages) == list(other.stages),
         f"the stages are {list(one.stages)} and {list(other.stages)}, they must be the same.",
     )
     rng = np.random.default_rng(seed_for(seed, "concord"))
     halves = []
     for reading in (one, other):
-        check(len(reading.base) >= 4, f"{len(reading.base)} items cannot be split in halves.")
+        require(len(reading.base) >= 4, f"{len(reading.base)} items cannot be split in halves.")
         order = rng.permutation(len(reading.base))
         halves.append((order[: len(order) // 2], order[len(order) // 2 :]))
     (tune_a, tell_a), (tune_b, tell_b) = halves

@@ -29,7 +29,7 @@ from shl.measure.evaluation import Evaluation, logsumexp, nats_of
 from shl.measure.stats import bootstrap
 from shl.measure.vignettes import reading
 from shl.method.axes import Axis
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 Profiles = np.ndarray
 """`[stage, 7 + asked]`: log mean probability per foundation, then log valid-answer mass per stem or
@@ -51,7 +51,7 @@ class Measured:
     def __init__(
         self, events: Sequence[Event], texts: Sequence[Event], axis: Axis, config: EvalConfig
     ) -> None:
-        check(
+        require(
             config.bootstrap <= MOST,
             f"the settings ask for {config.bootstrap:,} resamples, answers take at most {MOST:,}.",
         )

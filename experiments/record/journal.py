@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 from shl.utils.files import write_whole
 
 Line = dict[str, Any]
@@ -56,7 +56,7 @@ def _parse(text: bytes, path: Path) -> list[tuple[Line, str, int]]:
             line = json.loads(raw, parse_constant=_refuse)
         except (ValueError, RecursionError) as error:
             raise ShlError(f"line {number} of {path} is damaged ({error}).") from error
-        check(
+        require(
             sealed is not None and sealed[2] == _seal(before, sealed[1]) and isinstance(line, dict),
             f"line {number} of {path} has been changed: its check does not fit.",
         )
@@ -95,7 +95,7 @@ class Journal:
         try:
             text = path.read_bytes() if path.exists() else b""
             found = _parse(text, path)
-            check(
+            require(
                 keep is None or len(found) >= keep,
                 f"{path} has {len(found)} lines, {keep} were written.",
             )

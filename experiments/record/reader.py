@@ -11,7 +11,7 @@ from experiments.record.journal import Line, read_lines
 from experiments.record.schema import check_lines, name_of, settings_in
 from shl.measure.evaluation import Evaluation
 from shl.method.axes import Axis, axis_from
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 
 FILES = ("config.json", "axis.json", "versions.json")
 """What is run; none of it changes while a run goes on."""
@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ShlError(f"{path} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise ShlError(f"{path} is not JSON ({error}).") from error
-    check(isinstance(found, dict), f"{path} holds {type(found).__name__}, it must be an object.")
+    require(isinstance(found, dict), f"{path} holds {type(found).__name__}, it must be an object.")
     return found
 
 
@@ -48,7 +48,7 @@ def same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
     """Raise at the first setting that is not as it was, what is only told (`TOLD`) apart."""
     was, now = _flat(old), _flat(new)
     for key in (key for key in (*was, *now) if key not in TOLD):
-        check(
+        require(
             was.get(key) == now.get(key),
             f"{path} has {key} {was.get(key)!r}, this run has {now.get(key)!r}; a run goes on only "
             "as it began, name another folder with --out.",
@@ -75,7 +75,7 @@ def check_files(folder: Path, start: Line) -> None:
     """Raise unless the files that say what is run are those that the run began with."""
     for name in FILES:
         found = digest(folder / name)
-        check(
+        require(
             start["files"].get(name) == found,
             f"{folder / name} has been changed since the run began (its SHA-256 is {found[:12]}).",
         )
@@ -87,13 +87,13 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Line], list[Line]]:
     Raises:
         ShlError: it is none, or something in it has been changed or is malformed.
     """
-    check(
+    require(
         (folder / "config.json").is_file() and (folder / "events.jsonl").is_file(),
         f"{folder} is no run folder, it has no config.json and events.jsonl.",
     )
     events, texts = read_lines(folder / "events.jsonl"), read_lines(folder / "texts.jsonl")
     check_lines(events, texts, str(folder))
-    check(bool(events), f"the run in {folder} had not begun.")
+    require(bool(events), f"the run in {folder} had not begun.")
     check_files(folder, events[0])
     config = settings_in(read_json(folder / "config.json"), str(folder / "config.json"))
     return config, events, texts[: events[-1]["texts"]]

@@ -18,7 +18,7 @@ from shl.method.heal import Healed, HealStep, Training
 from shl.method.loop import Stage
 from shl.models.generate import Completion
 from shl.models.tokens import Prompt, encode
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 
 class Recall:
@@ -94,7 +94,7 @@ class Recall:
     def _completion(self, t: Line) -> Completion:
         prompt = Prompt(t["prompt"], t["persona"])
         ids = tuple(encode(self.model, prompt))
-        check(
+        require(
             all(token < self.model.cfg.d_vocab for token in t["tokens"]),
             f"a text of round {t['round']} has a token beyond the vocabulary's "
             f"{self.model.cfg.d_vocab}.",
@@ -103,7 +103,7 @@ class Recall:
 
     def _walk(self, line: Line) -> Walk:
         kappas = ladder(self.config.dose)
-        check(
+        require(
             [rung["kappa"] for rung in line["ladder"]] == list(kappas) and line["kappa"] in kappas,
             f"the ladder of {line['event']} in round {line['round']} is not that of the settings.",
         )
@@ -114,7 +114,7 @@ class Recall:
 def scores(line: Line) -> np.ndarray:
     """A stage line's raw scores, `[item, asked, option]`, float64 as they were."""
     sizes = {len(option) for item in line["log_probs"] for option in item}
-    check(
+    require(
         len(sizes) == 1 and len({len(item) for item in line["log_probs"]}) == 1,
         f"the scores of {line['stage']} in round {line['round']} are no table.",
     )

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from shl.config import FOUNDATIONS, LoopConfig
 from shl.measure.tinymfv import TinymfvConfig
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -311,7 +311,7 @@ def check_lines(events: list[dict[str, Any]], texts: list[dict[str, Any]], where
                 raise _refused(f"{name} {number} of {where}", error) from error
     for line in events:
         for key in ("nats", "shift", "shift_interval", "centred_shift"):
-            check(
+            require(
                 line["event"] not in ("stage", "reading")
                 or key not in line
                 or set(line[key]) == set(FOUNDATIONS),
@@ -371,13 +371,13 @@ def _check_order(events: list[dict[str, Any]], texts: int, where: str) -> None:
         index += kind == "vector"
         seen = seen if reads or kind == "validity" else set()
         fits = event["stage"] == last if reads else kind in AFTER[last]
-        check(
+        require(
             fits and event["round"] == index and name not in seen,
             f"event {number} of {where} is {name} of round {event['round']}, which cannot follow "
             f"{last}.",
         )
         seen.add(name)
-        check(
+        require(
             count <= event["texts"] <= texts,
             f"event {number} of {where} counts {event['texts']} texts, {count} to {texts} can be.",
         )

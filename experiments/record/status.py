@@ -12,7 +12,7 @@ from experiments.record.journal import Journal, held
 from experiments.record.reader import read
 from experiments.record.schema import name_of
 from shl.method.heal import Training
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 
 
 def peak_bytes() -> dict[str, int]:
@@ -119,7 +119,7 @@ def newest(runs: Path = Path("runs")) -> Path:
         ShlError: there is none.
     """
     found = [path.parent for path in runs.glob("*/events.jsonl")]
-    check(bool(found), f"there is no run folder in {runs.resolve()}.")
+    require(bool(found), f"there is no run folder in {runs.resolve()}.")
     return max(found, key=lambda folder: (folder / "events.jsonl").stat().st_mtime)
 
 

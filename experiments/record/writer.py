@@ -37,7 +37,7 @@ from shl.method.loop import Round, Stage
 from shl.models.generate import without_persona
 from shl.models.scores import token_divergence
 from shl.models.tokens import decode
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 
 def finite(value: float) -> float | None:
@@ -139,7 +139,7 @@ class Record(Lines):
             names = {path.name for path in folder.iterdir()}
         except OSError as error:
             raise failed(folder, error) from error
-        check(
+        require(
             "config.json" in names or not names - {".lock", ".config.json.tmp"},
             f"the run folder {folder} holds something else, name a new one with --out.",
         )
@@ -169,7 +169,7 @@ class Record(Lines):
         if self.events:
             check_files(folder, self.events[0])
             was = self.events[0]["weights"]
-            check(
+            require(
                 was == weights,
                 f"the run in {folder} began with weights {was[:12]}, these are {weights[:12]}.",
             )

@@ -30,7 +30,7 @@ from shl.config import EvalConfig
 from shl.hooks.vector import SteeringVector
 from shl.kl import aggregate
 from shl.method.axes import Axis
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 
 HEAT = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Edges between the shades of a token's divergence [nats]."""
@@ -255,7 +255,7 @@ def cost(events: Sequence[Event], processes: Sequence[Event]) -> list[tuple[str,
     peaks: dict[str, int] = {}
     for p in processes:
         found = p.get("peak_bytes", {})
-        check(
+        require(
             isinstance(found, dict) and all(type(size) is int for size in found.values()),
             f"a process of the run has peak_bytes {found!r}, it must be bytes by kind.",
         )

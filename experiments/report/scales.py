@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 LARGEST = 1e12
 """What an axis can hold; more is a number gone wrong, and its span would overflow."""
@@ -40,9 +40,9 @@ class Scale:
         self, spec: AxisSpec, values: Sequence[float], start: float, stop: float, pad: float = 0.0
     ) -> None:
         shown = [*values, *(v for v in (spec.low, spec.high) if v is not None), *(spec.ticks or ())]
-        check(bool(shown), f"the axis {spec.label!r} has no number to show.")
+        require(bool(shown), f"the axis {spec.label!r} has no number to show.")
         for value in shown:
-            check(
+            require(
                 math.isfinite(value) and abs(value) <= LARGEST and (value > 0 or not spec.log),
                 f"{value:g} cannot be drawn on the {'log ' if spec.log else ''}axis "
                 f"{spec.label!r}.",

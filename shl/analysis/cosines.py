@@ -13,7 +13,7 @@ from shl.hooks.vector import SteeringVector
 from shl.method.axes import Axis
 from shl.models.activations import residual_at_tag
 from shl.models.tokens import Prompt
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Direction, Float, Tensor
 
@@ -45,10 +45,10 @@ def random_cosines(
         >>> round(float((cosines**2).mean()), 2)  # 1 / 50
         0.02
     """
-    check(len(states) >= 2, f"{len(states)} rows have no covariance, it takes two.")
+    require(len(states) >= 2, f"{len(states)} rows have no covariance, it takes two.")
     states = states.double()
     centred = states - states.mean(0)
-    check(bool(centred.any()), "the rows do not differ, so they have no covariance.")
+    require(bool(centred.any()), "the rows do not differ, so they have no covariance.")
     z = torch.randn(draws, len(states), generator=generator_for(seed, "null"), dtype=torch.float64)
     return _cosines(reference, z @ centred)
 
@@ -82,11 +82,11 @@ def shuffled_cosines(
         [-0.5, 0.5]
     """
     n = len(differences)
-    check(n >= 2, f"the labels of {n} contexts cannot be shuffled, it takes two.")
+    require(n >= 2, f"the labels of {n} contexts cannot be shuffled, it takes two.")
     differences = differences.double()
     centred = differences - differences.mean(0)
     spread = float(torch.linalg.vector_norm(centred) / torch.linalg.vector_norm(differences))
-    check(spread > 1e-6, "the differences are all alike, so shuffled labels leave nothing.")
+    require(spread > 1e-6, "the differences are all alike, so shuffled labels leave nothing.")
     signs = torch.zeros(draws, n, dtype=torch.float64)
     order = torch.rand(draws, n, generator=generator_for(seed, "shuffle")).argsort(1)
     signs.scatter_(1, order[:, : n // 2], 1.0)
@@ -107,7 +107,7 @@ def bound(cosines: Float[Tensor, " draws"], confidence: float = 0.95) -> float:
 
 def _cosines(reference: Direction, directions: Float[Tensor, "draws d_model"]) -> Tensor:
     reference = reference.double().cpu()
-    check(bool(reference.any()), "the reference direction is 0, nothing has a cosine to it.")
+    require(bool(reference.any()), "the reference direction is 0, nothing has a cosine to it.")
     return torch.cosine_similarity(directions, reference[None], dim=1)
 
 

@@ -14,7 +14,7 @@ from shl.kl import aggregate, logsumexp, reverse_kl_and_nll
 from shl.models.generate import Completion
 from shl.models.scores import completion_hidden
 from shl.models.tokens import length_batches
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.shapes import Float, PerToken, Tensor
 
 
@@ -76,10 +76,10 @@ def dose_response(
         >>> bool(d[0, 0] < 1e-5 < d[1, 0] < d[2, 0])
         True
     """
-    check(len(doses) > 0, "doses is empty, name at least one.")
-    check(len(completions) > 0, "completions is empty, give at least one.")
+    require(len(doses) > 0, "doses is empty, name at least one.")
+    require(len(completions) > 0, "completions is empty, give at least one.")
     for completion in completions:
-        check(len(completion.tokens) > 0, "a completion without tokens has no divergence.")
+        require(len(completion.tokens) > 0, "a completion without tokens has no divergence.")
     with suspended(model):
         hidden = completion_hidden(model, completions)
     sizes = [len(c.tokens) for c in completions]

@@ -15,7 +15,7 @@ from shl.hooks.fingerprint import check_made_for
 from shl.hooks.vector import SteeringVector
 from shl.method.axes import Axis
 from shl.method.loop import Round
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 
 class Ledger:
@@ -65,7 +65,7 @@ class Ledger:
         draws: int = 1000,
         seed: int = 0,
     ) -> None:
-        check(
+        require(
             (model is None) == (axis is None),
             "a ledger takes the run's model and axis together, or neither of them.",
         )
@@ -73,15 +73,15 @@ class Ledger:
         first = self.rounds[0][0]
         for vector, adapter in self.rounds:
             names = {first.model_name, vector.model_name, adapter.model_name}
-            check(len(names) == 1, f"the rounds were made on different models: {sorted(names)}.")
-            check(vector.axis == first.axis, f"the axes differ: {first.axis!r}, {vector.axis!r}.")
+            require(len(names) == 1, f"the rounds were made on different models: {sorted(names)}.")
+            require(vector.axis == first.axis, f"the axes differ: {first.axis!r}, {vector.axis!r}.")
         self.model_name, self.axis_name = first.model_name, first.axis
         found: list[Student] | None = None
         if model is not None and axis is not None:
             for vector, _ in self.rounds:
                 told = (vector.model_name, vector.weights, vector.dtype)
                 check_made_for(model, "the run", *told, any_weights=any_weights)
-            check(
+            require(
                 axis.name == first.axis,
                 f"the run's axis is {first.axis!r}, the ledger was given {axis.name!r}.",
             )
@@ -165,10 +165,10 @@ def _grid(
 ) -> np.ndarray:
     out = np.full((len(rows), rounds), np.nan)
     for entry in entries:
-        check(hasattr(entry, of), f"a ledger has no {of!r} per {key} and round.")
+        require(hasattr(entry, of), f"a ledger has no {of!r} per {key} and round.")
         value = getattr(entry, of)
         number = value.value if isinstance(value, Cosine) else getattr(value, "cosine", value)
-        check(
+        require(
             number is None or isinstance(number, float),
             f"{of!r} is not one number per {key} and round.",
         )
@@ -182,7 +182,7 @@ def _rounds_of(
     any_weights: bool,
 ) -> tuple[tuple[SteeringVector, Adapter], ...]:
     if not isinstance(run, str | Path):
-        check(len(run) > 0, "a ledger of no rounds was asked for, give at least one.")
+        require(len(run) > 0, "a ledger of no rounds was asked for, give at least one.")
         return tuple((r.vector, r.adapter) if isinstance(r, Round) else r for r in run)
     found = []
     for index in itertools.count():
@@ -195,5 +195,7 @@ def _rounds_of(
         else:
             adapter = Adapter.load(files[1], model, any_weights=any_weights)
         found.append((SteeringVector.load(files[0]), adapter))
-    check(len(found) > 0, f"{run} holds no finished round, rounds/0 needs a vector and an adapter.")
+    require(
+        len(found) > 0, f"{run} holds no finished round, rounds/0 needs a vector and an adapter."
+    )
     return tuple(found)

@@ -15,7 +15,7 @@ from shl.analysis.weight_updates import spectrum
 from shl.hooks.adapter import Adapter
 from shl.hooks.sites import Site
 from shl.models.tokens import decode
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.shapes import Direction, Float, Tensor
 
 
@@ -62,16 +62,16 @@ def logit_lens(
         True
     """
     d_model = model.cfg.d_model
-    check(
+    require(
         tuple(direction.shape) == (d_model,),
         f"the direction has shape {tuple(direction.shape)}, {model.cfg.model_name} has d_model "
         f"{d_model}.",
     )
-    check(
+    require(
         bool(torch.isfinite(direction).all() and direction.any()),
         "the direction is 0 or not finite, it raises no word.",
     )
-    check(k >= 1, f"k is {k}, it must be at least 1.")
+    require(k >= 1, f"k is {k}, it must be at least 1.")
     scaled = _final_scale(model) * direction.to(model.W_U.device, torch.float32)
     logits = (scaled.to(model.W_U.dtype) @ model.W_U).float()
     scores = ((logits - logits.mean()) / logits.std()).cpu()
@@ -111,7 +111,7 @@ def written_directions(
         torch.Size([1, 32])
     """
     own = {s.name: s for s in adapter.sites}
-    check(site in own, f"{site!r} is no site of the adapter, its sites are {sorted(own)[:4]} ...")
+    require(site in own, f"{site!r} is no site of the adapter, its sites are {sorted(own)[:4]} ...")
     written = spectrum(adapter.down[site], adapter.up[site], adapter.scale).left[:, :k].T.float()
     written = written * _post_scale(model, own[site]).cpu()
     return written / written.norm(dim=1, keepdim=True)
@@ -143,7 +143,7 @@ def strongest_directions(
             values = spectrum(adapter.down[site.name], adapter.up[site.name], adapter.scale).values
             if len(values):
                 sizes[site.name] = float(values[0])
-    check(len(sizes) > 0, "the adapter writes to the residual stream nowhere (o, down or resid).")
+    require(len(sizes) > 0, "the adapter writes to the residual stream nowhere (o, down or resid).")
     chosen = sorted(sizes, key=lambda name: -sizes[name])[:count]
     return {
         site.name: written_directions(model, adapter, site.name)[0]
@@ -169,7 +169,7 @@ def _final_scale(model: HookedTransformer) -> Tensor:
 
 def _post_scale(model: HookedTransformer, site: Site) -> Tensor:
     """The learned scale between a site's output and the residual stream."""
-    check(
+    require(
         site.kind in ("o", "down", "resid"),
         f"{site.name} does not write to the residual stream; o, down and resid do.",
     )

@@ -23,7 +23,7 @@ from shl.analysis.logit_lens import largest_by_chance, logit_lens
 from shl.models.generate import Completion
 from shl.models.scores import token_divergence
 from shl.models.tokens import decode
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.shapes import Direction
 
 FONT, MONO = FontProperties("DejaVu Sans"), FontProperties("DejaVu Sans Mono")
@@ -126,7 +126,7 @@ def lens(
         >>> vector = extract_vector(model, load_axis("love"), contexts=4)
         >>> figure = lens(model, vector.directions, keep=str.isalpha)
     """
-    check(len(directions) > 0, "there are no directions to look through, give at least one.")
+    require(len(directions) > 0, "there are no directions to look through, give at least one.")
     rows = [logit_lens(model, v, k, keep=keep) for v in directions.values()]
     labels = [f"layer {key}" if isinstance(key, int) else key for key in directions]
     chance = largest_by_chance(model.cfg.d_vocab)
@@ -178,9 +178,9 @@ def divergence(
         >>> with vector.steering(model, 0.7):
         ...     figure = divergence(model, texts)
     """
-    check(len(completions) > 0, "there are no completions to draw, give at least one.")
+    require(len(completions) > 0, "there are no completions to draw, give at least one.")
     for completion in completions:
-        check(len(completion.tokens) > 0, "a completion without tokens has no divergence.")
+        require(len(completion.tokens) > 0, "a completion without tokens has no divergence.")
     values = [token_divergence(model, completion).numpy() for completion in completions]
     norm = PowerNorm(0.5, 0, max(float(kl.max()) for kl in values) or 1.0)
     colours = mpl.colormaps["YlOrBr"]
@@ -240,9 +240,9 @@ def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
         "to_previous": "the previous round's vector",
         "to_shift": "the internalised shift",
     }
-    check(to in names, f"to is {to!r}, it must be one of {', '.join(names)}.")
+    require(to in names, f"to is {to!r}, it must be one of {', '.join(names)}.")
     grid = ledger.grid(to)
-    check(not np.isnan(grid).all(), f"the ledger has no cosine {to!r}; the shift takes a model.")
+    require(not np.isnan(grid).all(), f"the ledger has no cosine {to!r}; the shift takes a model.")
     layers = ledger.layers
     figure, panel = one_panel(3.5 + 0.75 * grid.shape[1], 1.5 + 0.34 * len(layers))
     # What has no cosine is grey, since white is 0.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from shl.hooks.adapter import Adapter
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.shapes import Down, Float, Tensor, Up
 
 NEGLIGIBLE = 1e-7
@@ -66,7 +66,7 @@ def spectrum(down: Down, up: Up, scale: float = 1.0) -> Spectrum:
         >>> bool(torch.allclose(s.left @ s.values.diag() @ s.right, 3.0 * (b @ a).double()))
         True
     """
-    check(
+    require(
         bool(torch.isfinite(down).all() and torch.isfinite(up).all()),
         "an adapter's factors hold numbers that are not finite.",
     )
@@ -115,7 +115,7 @@ def principal_angles(one: Float[Tensor, "d k"], other: Float[Tensor, "d m"]) -> 
     one, other = one.double(), other.double()
     for columns in (one, other):
         gap = (columns.T @ columns - torch.eye(columns.shape[1], dtype=torch.float64)).abs()
-        check(
+        require(
             bool((gap <= 1e-6).all()),
             f"the columns are orthonormal to {float(gap.max()) if gap.numel() else 0:.1g} only, "
             "orthonormalise them first.",

@@ -25,7 +25,7 @@ from shl.fast.fused_lora import Joint, joint_output
 from shl.fast.kv_cache import Entry
 from shl.fast.linear import linear
 from shl.hooks.handle import watched
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.shapes import Int
 
 
@@ -112,7 +112,7 @@ class FastAttention(GroupedQueryAttention):
         )
         ours = isinstance(entry, Entry) or (entry is None and not explicit)
         if not ours or additive_attention_mask is not None or position_bias is not None:
-            check(
+            require(
                 not self.joint,
                 "inside `decoding` attention needs a cache of shl.fast.kv_cache, no additive mask "
                 f"and no position bias; its cache is a {type(entry).__name__}.",

@@ -15,7 +15,7 @@ from shl.hooks.fingerprint import check_made_for, dtype_of, name_of, weights_has
 from shl.hooks.lora import LowRank
 from shl.hooks.positions import Positions, Scope
 from shl.hooks.sites import Site, band, sites_of
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.files import Kinds, check_told, identity, read_safetensors, write_safetensors
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Bool, Down, Float, Up
@@ -66,17 +66,17 @@ def read_sites(what: object, meta: Mapping[str, Any], tensors: Mapping[str, Tens
             they must be, or tensors that differ from the table.
     """
     sites = [_site(what, row, tensors) for row in meta["sites"]]
-    check(len(sites) > 0, f"{what} names no site.")
+    require(len(sites) > 0, f"{what} names no site.")
     names = [site.name for site in sites]
-    check(len(set(names)) == len(names), f"{what} names a site twice.")
+    require(len(set(names)) == len(names), f"{what} names a site twice.")
     wanted = {f"{name}.{factor}" for name in names for factor in "AB"}
-    check(
+    require(
         set(tensors) == wanted,
         f"{what} differs from its own site table at {sorted(set(tensors) ^ wanted)[:3]}.",
     )
     ranks = {name: len(tensors[f"{name}.A"]) for name in names}
     for key, value in told_sites(sites, ranks, meta["scale"]).items():
-        check(
+        require(
             meta[key] == value,
             f"{what} says {key} = {short(meta[key])}, by its tensors that is {short(value)}.",
         )
@@ -85,23 +85,23 @@ def read_sites(what: object, meta: Mapping[str, Any], tensors: Mapping[str, Tens
 
 def _site(what: object, row: object, tensors: Mapping[str, Tensor]) -> Site:
     fits = isinstance(row, list) and [type(x) for x in row] == [str, *[int] * 4, str, str]
-    check(fits, f"{what} has the site {short(row)}, it must be a list like {EXAMPLE}.")
+    require(fits, f"{what} has the site {short(row)}, it must be a list like {EXAMPLE}.")
     assert isinstance(row, list)
     kind, layer, d_in, d_out, rank, *hooks = row
-    check(kind in SITE_KINDS, f"{what} has a site {kind!r}, the sites are {SITE_KINDS}.")
-    check(
+    require(kind in SITE_KINDS, f"{what} has a site {kind!r}, the sites are {SITE_KINDS}.")
+    require(
         0 <= layer < 2**31 and min(d_in, d_out, rank) >= 1,
         f"{what} has the site {short(row)}, its layer must be 0 or more and its widths and rank "
         "1 or more.",
     )
     site = Site(kind, layer, d_in, d_out)
-    check(
+    require(
         (*hooks,) == site.hooks,
         f"{what} has {site.name} at the hooks {short(hooks)}, here it sits at {site.hooks}.",
     )
     for factor, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
         x = tensors.get(f"{site.name}.{factor}")
-        check(
+        require(
             x is None or tuple(x.shape) == shape,
             f"{factor} of {site.name} in {what} has shape {x is not None and tuple(x.shape)}, its "
             f"site table says {shape}.",
@@ -147,13 +147,13 @@ class Adapter:
     def __post_init__(self) -> None:
         names = [site.name for site in self.sites]
         for kind, factors in (("A", self.down), ("B", self.up)):
-            check(
+            require(
                 sorted(factors) == sorted(names),
                 f"an adapter's {kind} has sites {sorted(factors)}, it must have {sorted(names)}.",
             )
         for site in self.sites:
             a, b = tuple(self.down[site.name].shape), tuple(self.up[site.name].shape)
-            check(
+            require(
                 (a[1:], b[:1], a[:1]) == ((site.d_in,), (site.d_out,), b[1:]),
                 f"the factors of {site.name} have shapes {a} and {b}, they must be "
                 f"(rank, {site.d_in}) and ({site.d_out}, rank).",
@@ -302,7 +302,7 @@ def check_fits(model: HookedTransformer, adapter: Adapter) -> None:
     """Raise unless every site of the adapter exists on the model with the same widths."""
     for site in adapter.sites:
         (own,) = sites_of(model, [site.kind], [site.layer])
-        check(
+        require(
             own == site,
             f"the adapter's {site.name} maps {site.d_in} to {site.d_out} features, on "
             f"{model.cfg.model_name} it maps {own.d_in} to {own.d_out}.",

@@ -16,7 +16,7 @@ from shl.hooks.handle import Handle, handles_on
 from shl.hooks.lora import LowRank
 from shl.hooks.positions import Positions, Scope
 from shl.hooks.sites import as_linear
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.shapes import Bool, Float
 
 
@@ -38,9 +38,9 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
         >>> stack([one, one]).down["blocks.0.q"].shape
         torch.Size([4, 32])
     """
-    check(len(adapters) > 0, "there are no adapters to stack, give at least one.")
+    require(len(adapters) > 0, "there are no adapters to stack, give at least one.")
     models = {adapter.model_name for adapter in adapters}
-    check(len(models) == 1, f"the adapters were made for different models: {sorted(models)}.")
+    require(len(models) == 1, f"the adapters were made for different models: {sorted(models)}.")
     told = {key: shared(getattr(a, key) for a in adapters) for key in ("weights", "dtype", "axis")}
     sites = {site.name: site for adapter in adapters for site in adapter.sites}
     down: dict[str, Tensor] = {}
@@ -77,7 +77,7 @@ class Baked(LowRank):
         whole = scope is None or scope.whole
         carried = Counter(s.name for a in adapters for s in a.sites if s.kind == "resid")
         twice = [name for name, count in carried.items() if count > 1]
-        check(
+        require(
             whole or not twice,
             f"adapters follow each other at {', '.join(twice)}, where a dose of their product is "
             "not the product of their doses; attach them one by one.",
@@ -100,14 +100,14 @@ class Materialised(Handle):
     def __init__(self, model: HookedTransformer, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
             check_fits(model, adapter)
-        check(
+        require(
             not any(isinstance(h, Materialised) for h in handles_on(model)),
             "the model carries a materialised stack already, remove it first.",
         )
         stacked = stack(adapters) if adapters else None
         self.swaps: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         for site in stacked.sites if stacked else ():
-            check(
+            require(
                 site.kind != "resid",
                 f"{site.name} sits on the residual stream, where no weight can take it in; bake it "
                 "as hooks.",
@@ -184,7 +184,7 @@ def baked(
     scope = Scope(model, dose, mask=mask, positions=positions)
     if not materialise:
         return Baked(model, adapters, scope, joint=joint)
-    check(
+    require(
         scope.whole,
         "weights act on every token alike; bake as hooks to give a dose, mask or positions.",
     )

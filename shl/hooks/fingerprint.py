@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import suspended
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 LOOKED_AT = 65_536
 """The most elements of one parameter that enter the hash."""
@@ -99,20 +99,20 @@ def check_made_for(
         any_weights: only the name must be the model's.
     """
     own = name_of(model)
-    check(name == own, f"{what} was made for {name}, the model is {own}.")
+    require(name == own, f"{what} was made for {name}, the model is {own}.")
     if any_weights:
         return
     accept = "any_weights=True takes it nonetheless"
-    check(
+    require(
         weights is not None and dtype is not None,
         f"{what} does not say on which weights of {name} it was made; {accept}.",
     )
-    check(
+    require(
         dtype == dtype_of(model),
         f"{what} was made on {name} in {dtype}, the model is in {dtype_of(model)}; {accept}.",
     )
     found = weights_hash(model)
-    check(
+    require(
         weights == found,
         f"{what} was made on weights of {name} with the hash {str(weights)[:12]}, the model's "
         f"have {found[:12]}; {accept}.",

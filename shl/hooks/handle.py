@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 ROWS: ContextVar[Tensor | None] = ContextVar("shl_rows", default=None)
 """Which rows of the caller's list the current batch holds; `generate` sets it, so that per-row
@@ -252,7 +252,7 @@ def row_values(values: Tensor, batch: int, what: str = "per-row doses") -> Tenso
     rows, n = ROWS.get(), len(values)
     if rows is not None:
         least = int(rows.max()) + 1
-        check(least <= n, f"{n} {what} were given for at least {least} rows.")
+        require(least <= n, f"{n} {what} were given for at least {least} rows.")
         return values[rows.to(values.device)]
-    check(n == batch, f"{n} {what} were given for a batch of {batch} rows.")
+    require(n == batch, f"{n} {what} were given for a batch of {batch} rows.")
     return values

@@ -16,7 +16,7 @@ from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import PROMPTS, ROWS, Handle, row_values
 from shl.hooks.sites import block_of
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.shapes import Bool, Float, Int
 
 Positions = Sequence[int] | slice
@@ -76,21 +76,21 @@ class Scope:
         half_life: float | None = None,
     ) -> None:
         finite = torch.isfinite(torch.as_tensor(dose)).all()
-        check(bool(finite), f"dose is {dose!r}, it must be finite.")
+        require(bool(finite), f"dose is {dose!r}, it must be finite.")
         if isinstance(dose, Tensor):
-            check(dose.ndim == 1, f"dose has shape {tuple(dose.shape)}, it must be (batch,).")
+            require(dose.ndim == 1, f"dose has shape {tuple(dose.shape)}, it must be (batch,).")
         if half_life is not None:
             fine = math.isfinite(half_life) and half_life > 0
-            check(fine, f"half_life is {half_life!r}, it must be finite and above 0 tokens.")
+            require(fine, f"half_life is {half_life!r}, it must be finite and above 0 tokens.")
         if mask is not None:
             seen = tuple(mask.shape)
-            check(
+            require(
                 mask.dtype == torch.bool and mask.ndim == 2 and 0 < seen[1] <= model.cfg.n_ctx,
                 f"mask has dtype {mask.dtype} and shape {seen}, it must be torch.bool and (batch, "
                 f"pos) with 1 to {model.cfg.n_ctx} positions.",
             )
             if isinstance(dose, Tensor):
-                check(
+                require(
                     len(dose) == len(mask),
                     f"{len(dose)} per-row doses and a mask of {len(mask)} rows were given, they "
                     "must be as many.",
@@ -140,7 +140,7 @@ class Scope:
             out = torch.full(at.shape, float(self.dose), device=at.device)
         prompts = PROMPTS.get()
         if self.half_life is not None and prompts is not None:
-            check(
+            require(
                 len(prompts) == batch,
                 f"{len(prompts)} prompt lengths were given for a batch of {batch} rows.",
             )
@@ -164,7 +164,7 @@ def _allowed(model: HookedTransformer, positions: Positions) -> Bool[Tensor, " p
     else:
         chosen = tuple(positions)
         good = all(type(p) is int and 0 <= p < n_ctx for p in chosen)
-    check(
+    require(
         good and len(chosen) > 0,
         f"positions is {positions!r}, it must name some of 0 to {n_ctx - 1}.",
     )

@@ -10,7 +10,7 @@ from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import Handle
 from shl.hooks.positions import Positions, Scope, caller_rows, follow
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.shapes import Bool
 
 
@@ -57,7 +57,7 @@ class Recorder(Handle):
     ) -> None:
         names = tuple(names)
         for name in names:
-            check(
+            require(
                 name in model.hook_dict,
                 f"{name!r} is no HookPoint of {model.cfg.model_name}, one is "
                 "'blocks.0.hook_resid_post'.",
@@ -90,7 +90,7 @@ class Recorder(Handle):
 
     def _choose(self, layer: int, name: str, x: Tensor) -> None:
         at = self._at[layer]
-        check(x.shape[:2] == at.shape, f"{name!r} has no axes of batch and position first.")
+        require(x.shape[:2] == at.shape, f"{name!r} has no axes of batch and position first.")
         chosen = self.scope.factor(at)[:, :, 0] > 0
         rows = caller_rows(len(at)).to(at.device)
         own = rearrange(rows, "batch -> batch 1").expand(at.shape)
@@ -100,7 +100,7 @@ class Recorder(Handle):
 
 def _layer(name: str) -> int:
     parts = name.split(".")
-    check(
+    require(
         parts[0] == "blocks",
         f"{name!r} is outside the blocks, where positions are not known; record it whole.",
     )

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
 from shl.config import SITE_KINDS
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 HF_NAMES = {
     "q": "self_attn.q_proj",
@@ -112,9 +112,9 @@ def sites_of(
         ['blocks.1.q', 'blocks.1.o']
     """
     cfg = model.cfg
-    check(bool(cfg.gated_mlp), "the model's MLP is not gated, only Gemma and Llama shapes are.")
+    require(bool(cfg.gated_mlp), "the model's MLP is not gated, only Gemma and Llama shapes are.")
     for kind in kinds:
-        check(kind in SITE_KINDS, f"site {kind!r} is unknown, the sites are {SITE_KINDS}.")
+        require(kind in SITE_KINDS, f"site {kind!r} is unknown, the sites are {SITE_KINDS}.")
     check_layers(model, layers)
     heads = cfg.n_heads * cfg.d_head
     kv_heads = (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
@@ -140,7 +140,7 @@ def sites_of(
 def check_layers(model: HookedTransformer, layers: Sequence[int]) -> None:
     """Raise unless every layer index exists in the model."""
     for layer in layers:
-        check(
+        require(
             0 <= layer < model.cfg.n_layers,
             f"layer {layer} is out of range, {model.cfg.model_name} has layers 0 to "
             f"{model.cfg.n_layers - 1}.",
@@ -196,7 +196,7 @@ def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, 
         >>> as_linear(model, sites_of(model, ["q"], [0])[0])[1]
         'head d d_head -> (head d_head) d'
     """
-    check(site.kind in PARAMETERS, f"{site.name} is no linear site, it has no weight of its own.")
+    require(site.kind in PARAMETERS, f"{site.name} is no linear site, it has no weight of its own.")
     sizes = {"d_head": model.cfg.d_head}
     out_in: dict[str, tuple[str, dict[str, int]]] = {
         **dict.fromkeys("qkv", ("head d d_head -> (head d_head) d", sizes)),

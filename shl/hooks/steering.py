@@ -12,7 +12,7 @@ from transformer_lens import HookedTransformer
 from shl.hooks.handle import Handle, row_values
 from shl.hooks.positions import Applied, Positions, Scope, applied, follow
 from shl.hooks.sites import check_layers, residual_after
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.shapes import Bool, Direction, Float, Resid
 
 Gate = Literal["cosine"]
@@ -48,7 +48,7 @@ class Steering(Handle):
         record: bool = False,
     ) -> None:
         check_directions(model, directions)
-        check(gate in (None, "cosine"), f"gate is {gate!r}, it must be None or 'cosine'.")
+        require(gate in (None, "cosine"), f"gate is {gate!r}, it must be None or 'cosine'.")
         self.scope = Scope(model, dose, mask=mask, positions=positions, half_life=half_life)
         super().__init__(model)
         self.dose = dose
@@ -90,13 +90,13 @@ class Steering(Handle):
             >>> steering.applied(1)
             tensor([0., 2., 0.])
         """
-        check(layer in self.factors, f"layer {layer} is not steered, {[*self.factors]} are.")
+        require(layer in self.factors, f"layer {layer} is not steered, {[*self.factors]} are.")
         seen: dict[int, float] = {}
         for one in self.factors[layer]:
             for i in (one.rows == row).nonzero()[:, 0].tolist():
                 pairs = zip(one.positions[i].tolist(), one.factors[i].tolist(), strict=True)
                 seen.update((at, x) for at, x in pairs if at >= 0)
-        check(len(seen) > 0, f"nothing was recorded of row {row} at layer {layer}.")
+        require(len(seen) > 0, f"nothing was recorded of row {row} at layer {layer}.")
         out = torch.full((max(seen) + 1,), torch.nan)
         out[list(seen)] = torch.tensor(list(seen.values()))
         return out
@@ -138,7 +138,7 @@ def check_directions(model: HookedTransformer, directions: Mapping[int, Directio
     """Raise unless the model has every layer, at the width of its direction."""
     check_layers(model, list(directions))
     for layer, v in directions.items():
-        check(
+        require(
             v.shape == (model.cfg.d_model,),
             f"the vector of layer {layer} has shape {tuple(v.shape)}, {model.cfg.model_name} "
             f"has d_model {model.cfg.d_model}.",

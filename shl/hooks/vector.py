@@ -14,7 +14,7 @@ from shl.hooks.adapter import shared
 from shl.hooks.fingerprint import check_made_for
 from shl.hooks.positions import Positions
 from shl.hooks.steering import Gate, Steering, check_directions
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.files import Kinds, check_told, identity, read_safetensors, write_safetensors
 from shl.utils.shapes import Bool, Direction, Float
 
@@ -57,16 +57,16 @@ def read_directions(
     for key, v in tensors.items():
         name = key.split(".")
         own = len(name) == 3 and name[1].isdecimal() and len(name[1]) < 10
-        check(
+        require(
             own and key == hook_of(int(name[1])),
             f"{what} holds {key!r}, a vector's keys are blocks.LAYER.hook_resid_post.",
         )
         shape = tuple(v.shape)
-        check(len(shape) == 1, f"{key} in {what} has shape {shape}, it must be (d_model,).")
+        require(len(shape) == 1, f"{key} in {what} has shape {shape}, it must be (d_model,).")
         layers[int(name[1])] = v
-    check(len(layers) > 0, f"{what} holds no direction.")
+    require(len(layers) > 0, f"{what} holds no direction.")
     hooks = [hook_of(layer) for layer in sorted(layers)]
-    check(
+    require(
         meta["hooks"] == hooks,
         f"{what} says hooks = {short(meta['hooks'])}, by its tensors that is {short(hooks)}.",
     )
@@ -195,13 +195,13 @@ class SteeringVector:
         left = dict(self.directions)
         for layer in shared:
             along = other.directions[layer]
-            check(float(along.norm()) > 0, f"the direction of layer {layer} to project out is 0.")
+            require(float(along.norm()) > 0, f"the direction of layer {layer} to project out is 0.")
             unit = along / along.norm()
             left[layer] = left[layer] - (left[layer] @ unit) * unit
         return replace(self, directions=left, axis=f"{self.axis} without {other.axis}")
 
     def _same_model(self, other: "SteeringVector") -> None:
-        check(
+        require(
             self.model_name == other.model_name,
             f"the vectors were made on {self.model_name} and {other.model_name}, they must share "
             "a model.",
@@ -218,7 +218,7 @@ class SteeringVector:
             ShlError: they share no layer.
         """
         shared = [layer for layer in self.directions if layer in other.directions]
-        check(
+        require(
             len(shared) > 0,
             f"vectors of layers {list(self.directions)} and {list(other.directions)} share none.",
         )

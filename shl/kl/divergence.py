@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shl.config import quantile_of
 from shl.kl.sweep import Sweep, logsumexp, sweep
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 from shl.utils.shapes import Float, Hidden, Int, PerToken, Targets, Unembed
 
 
@@ -179,7 +179,7 @@ def aggregate(kl: PerToken, how: str) -> Float[Tensor, ""]:
         >>> [round(float(aggregate(kl, how)), 2) for how in ("mean", "rmse", "p95", "max")]
         [0.38, 1.54, 3.82, 8.1]
     """
-    check(len(kl) > 0, "a completion without tokens has no divergence to aggregate.")
+    require(len(kl) > 0, "a completion without tokens has no divergence to aggregate.")
     if how == "mean":
         return kl.mean()
     if how == "rmse":
@@ -232,7 +232,7 @@ def reverse_kl_and_nll(
         >>> kl
         tensor([0., 0., 0.])
     """
-    check(lazy or ref_lse is None, "ref_lse is given but lazy is False, which does not use it.")
+    require(lazy or ref_lse is None, "ref_lse is given but lazy is False, which does not use it.")
     if soft_cap > 0:
         say_plain(soft_cap)
         return naive_kl_and_nll(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.seeds import seed_for
 
 Statistic = Callable[[np.ndarray], float]
@@ -28,7 +28,7 @@ def bootstrap(
         >>> bootstrap(np.ones((5, 1)), lambda x: float(x.mean()))
         (1.0, 1.0)
     """
-    check(len(items) > 0, "there are no items to resample.")
+    require(len(items) > 0, "there are no items to resample.")
     rng = np.random.default_rng(seed_for(seed, "bootstrap"))
     picks = rng.integers(0, len(items), size=(resamples, len(items)))
     values = np.array([statistic(items[pick]) for pick in picks])
@@ -46,7 +46,7 @@ def split_half(items: np.ndarray, *, splits: int = 200, seed: int = 0) -> float:
         >>> split_half(np.tile([1.0, 2.0, 3.0], (8, 1)))
         1.0
     """
-    check(len(items) >= 4, f"{len(items)} items cannot be split in halves, it takes four.")
+    require(len(items) >= 4, f"{len(items)} items cannot be split in halves, it takes four.")
     rng = np.random.default_rng(seed_for(seed, "split"))
     correlations = []
     for _ in range(splits):

@@ -27,7 +27,7 @@ from shl.config import FOUNDATIONS
 from shl.measure.evaluation import log_softmax, nats_of
 from shl.models.as_hf import as_hf
 from shl.models.tokens import is_chat, tokenizer_of
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 
 PACKAGES = {"tinymfv": "tiny-mfv", "moralmaps": "moral-maps"}
 """Name to import: name of the distribution."""
@@ -71,10 +71,10 @@ class TinymfvConfig:
 
     def __post_init__(self) -> None:
         most = self.vignettes is None or self.vignettes >= 4
-        check(most, f"tinymfv.vignettes is {self.vignettes}, it must be at least 4.")
-        check(self.think >= 1, f"tinymfv.think is {self.think}, it must be at least 1.")
+        require(most, f"tinymfv.vignettes is {self.vignettes}, it must be at least 4.")
+        require(self.think >= 1, f"tinymfv.think is {self.think}, it must be at least 1.")
         size = self.batch_size
-        check(size >= 1, f"tinymfv.batch_size is {size}, it must be at least 1.")
+        require(size >= 1, f"tinymfv.batch_size is {size}, it must be at least 1.")
 
 
 def package() -> ModuleType:
@@ -127,7 +127,7 @@ class Tinymfv:
         by_item: dict[str, dict[str, Any]] = {}
         for row in rows:
             by_item.setdefault(row["id"], {})[row["condition"]] = row
-        check(
+        require(
             all(list(found) == asked for found in by_item.values()),
             f"{self.package.__name__} did not ask every vignette in each of {asked}.",
         )
@@ -142,7 +142,7 @@ class Tinymfv:
                 for found in by_item.values()
             ]
         )
-        check(
+        require(
             scores.ndim == 3 and scores.shape[2] == len(FOUNDATIONS),
             f"{self.package.__name__} gave scores of shape {scores.shape}, 7 per answer are read.",
         )
@@ -192,7 +192,7 @@ def nats(scores: np.ndarray) -> dict[str, float]:
         ShlError: not one answer.
     """
     read = scores[np.isfinite(scores).all((1, 2))]
-    check(len(read) > 0, "tinymfv got no answer to any vignette.")
+    require(len(read) > 0, "tinymfv got no answer to any vignette.")
     return dict(zip(FOUNDATIONS, map(float, nats_of(log_softmax(read.mean(1)))), strict=True))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.measure.evaluation import log_softmax, nats_of
 from shl.measure.stats import bootstrap, split_half
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 CHANCE = 0.05
 """Informedness must have a smaller permutation p than this: the usual level of one test."""
@@ -128,7 +128,7 @@ def validity(
         ShlError: arrays that do not belong together, or too few vignettes to split.
     """
     config = config or EvalConfig()
-    check(
+    require(
         base.shape == plus.shape == minus.shape
         and base.ndim == 3
         and base.shape[0] == len(labels)
@@ -137,7 +137,7 @@ def validity(
         f"labels, all must be (item, paraphrase, {len(FOUNDATIONS)}).",
     )
     scored = np.isfinite(base + plus + minus).all((1, 2))
-    check(int(scored.sum()) >= 4, f"{int(scored.sum())} vignettes have scores, it takes four.")
+    require(int(scored.sum()) >= 4, f"{int(scored.sum())} vignettes have scores, it takes four.")
     base, plus, minus = base[scored], plus[scored], minus[scored]
     intended = np.array([FOUNDATIONS.index(label) for label in labels])[scored]
     prior = base.mean(0, keepdims=True) if calibrated else np.zeros((1, 1, 1))

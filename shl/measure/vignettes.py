@@ -28,7 +28,7 @@ from shl.measure.evaluation import Evaluation, logsumexp, nats_of
 from shl.models.generate import prefill, run
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import Prompt, encode, encode_text, is_chat, length_batches
-from shl.utils.errors import check, in_batches
+from shl.utils.errors import in_batches, require
 from shl.utils.files import DATA
 
 
@@ -146,7 +146,7 @@ def read_digits(
     n = len(FOUNDATIONS)
     orders = [list(range(n)), list(range(n))[::-1]]
     digits = [encode_text(model, str(k + 1)) for k in range(n)]
-    check(
+    require(
         all(len(ids) == 1 for ids in digits),
         "the tokenizer splits a single digit, the digit probe needs one token each.",
     )
@@ -201,7 +201,7 @@ def evaluate(
     """
     config = config or EvalConfig()
     for handle in handles_on(model):
-        check(
+        require(
             handle.rows is None,
             f"a hook has doses or a mask for {handle.rows} rows, the probe reads rows of its own.",
         )
@@ -238,22 +238,22 @@ def reading(
     labels = tuple(v.foundation for v in vignettes()) if labels is None else tuple(labels)
     items = len(labels)
     unknown = sorted(set(labels) - set(FOUNDATIONS))
-    check(
+    require(
         not unknown, f"the labels name {unknown[:1]}, the foundations are {', '.join(FOUNDATIONS)}."
     )
     for scores in (log_probs, base):
-        check(
+        require(
             scores.ndim == 3 and scores.shape == (items, base.shape[1], len(FOUNDATIONS)),
             f"the scores have shape {scores.shape}, it must be ({items}, asked, 7).",
         )
-        check(
+        require(
             bool(((scores > -1e5) & (scores < 1e-3)).all()),
             f"the scores lie between {scores.min()} and {scores.max()}, log-probabilities must be "
             "between -1e5 and 0.",
         )
     prior = base.mean(0, keepdims=True) if style == "completion" else np.zeros((1, 1, 1))
     base_mass = np.exp(nats_of(logsumexp(base)[:, :, 0]))
-    check(bool((base_mass > 0).all()), f"base gives valid answers a mass of {base_mass.min()}.")
+    require(bool((base_mass > 0).all()), f"base gives valid answers a mass of {base_mass.min()}.")
     return Evaluation(style, labels, log_probs, prior, base_mass)
 
 
@@ -273,7 +273,7 @@ def remember_base(model: HookedTransformer, reading: Evaluation) -> None:
     """
     style = "digits" if is_chat(model) else "completion"
     labels = tuple(v.foundation for v in vignettes())
-    check(
+    require(
         (reading.style, reading.labels) == (style, labels),
         f"the reading of base has style {reading.style!r} and {len(reading.labels)} vignettes, "
         f"this model is read in style {style!r} on {len(labels)}.",

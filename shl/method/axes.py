@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from shl.config import FOUNDATIONS
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 from shl.utils.files import DATA
 
 _KEYS = ("name", "description", "positive", "negative", "contexts", "prompts", "expected")
@@ -42,24 +42,24 @@ class Axis:
     def __post_init__(self) -> None:
         where = f"axis {self.name!r}"
         for key in ("name", "positive", "negative"):
-            check(bool(getattr(self, key).strip()), f"{where} has an empty {key}.")
-        check(
+            require(bool(getattr(self, key).strip()), f"{where} has an empty {key}.")
+        require(
             self.positive.strip() != self.negative.strip(),
             f"{where} has the same positive and negative persona, they must be opposites.",
         )
         for key in ("contexts", "prompts"):
             texts = getattr(self, key)
-            check(len(texts) > 0, f"{where} has no {key}, it needs at least one.")
-            check(all(text.strip() for text in texts), f"{where} has an empty text in {key}.")
+            require(len(texts) > 0, f"{where} has no {key}, it needs at least one.")
+            require(all(text.strip() for text in texts), f"{where} has an empty text in {key}.")
             repeated = sorted({text for text in texts if texts.count(text) > 1})
-            check(not repeated, f"{where} repeats {repeated[:1]} in {key}.")
-        check(len(self.expected) > 0, f"{where} expects no sign, name at least one foundation.")
+            require(not repeated, f"{where} repeats {repeated[:1]} in {key}.")
+        require(len(self.expected) > 0, f"{where} expects no sign, name at least one foundation.")
         for foundation, sign in self.expected.items():
-            check(
+            require(
                 foundation in FOUNDATIONS,
                 f"{where} expects {foundation!r}, the foundations are {', '.join(FOUNDATIONS)}.",
             )
-            check(
+            require(
                 sign in (1, -1) and not isinstance(sign, bool),
                 f"{where} expects {sign!r} for {foundation}, it must be 1 or -1.",
             )
@@ -132,15 +132,15 @@ def axis_from(table: Mapping[str, Any], where: str) -> Axis:
     """
     missing = [key for key in _KEYS if key not in table]
     unknown = [key for key in table if key not in _KEYS]
-    check(not missing, f"axis file {where} lacks {', '.join(missing)}.")
-    check(not unknown, f"axis file {where} has unknown {', '.join(unknown)}; allowed: {_KEYS}.")
+    require(not missing, f"axis file {where} lacks {', '.join(missing)}.")
+    require(not unknown, f"axis file {where} has unknown {', '.join(unknown)}; allowed: {_KEYS}.")
     for key in ("name", "description", "positive", "negative"):
-        check(isinstance(table[key], str), f"{key} in {where} must be a text.")
-    check(isinstance(table["expected"], Mapping), f"expected in {where} must be a table.")
+        require(isinstance(table[key], str), f"{key} in {where} must be a text.")
+    require(isinstance(table["expected"], Mapping), f"expected in {where} must be a table.")
     contexts = table["contexts"]
     if isinstance(contexts, str):
         lists = tomllib.loads((DATA / "contexts.toml").read_text("utf-8"))
-        check(
+        require(
             contexts in lists,
             f"contexts in {where} names {contexts!r}, the lists are {', '.join(lists)}.",
         )
@@ -154,7 +154,7 @@ def axis_from(table: Mapping[str, Any], where: str) -> Axis:
 
 
 def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
-    check(
+    require(
         isinstance(value, list | tuple) and all(isinstance(text, str) for text in value),
         f"{key} in {where} must be a list of texts.",
     )

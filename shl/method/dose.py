@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shl.config import DoseConfig
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 
 def ladder(config: DoseConfig) -> tuple[float, ...]:
@@ -73,8 +73,8 @@ def settle(walk: Walk, probes: Mapping[float, tuple[int, int]]) -> Walk:
     """
     counts = list(walk.counts)
     for kappa, (kept, generated) in probes.items():
-        check(kappa in walk.kappas, f"kappa {kappa} is not on the ladder {walk.kappas}.")
-        check(
+        require(kappa in walk.kappas, f"kappa {kappa} is not on the ladder {walk.kappas}.")
+        require(
             0 <= kept <= generated,
             f"{kept} kept of {generated} generated at kappa {kappa} cannot be.",
         )

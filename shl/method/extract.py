@@ -20,7 +20,7 @@ from shl.models.activations import residual_at_tag
 from shl.models.generate import generate
 from shl.models.scores import completion_hidden
 from shl.models.tokens import Prompt
-from shl.utils.errors import check
+from shl.utils.errors import require
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Direction
 
@@ -78,7 +78,7 @@ def extract_vector(
     batch_size: int = 16,
     rule: Rule = mean_difference,
     round: int | None = None,
-    against: Literal["opposite", "nobody"] = "opposite",
+    against: Literal["opposite", "no_persona"] = "opposite",
 ) -> SteeringVector:
     """The axis's steering vector on the model as it stands, hooks included.
 
@@ -103,7 +103,7 @@ def extract_vector(
     """
     layers = tuple(band(model, 1 / 3, 2 / 3) if layers is None else layers)
     contexts = len(axis.contexts) if contexts is None else contexts
-    check(
+    require(
         1 <= contexts <= len(axis.contexts),
         f"contexts is {contexts}, axis {axis.name!r} has {len(axis.contexts)}.",
     )
@@ -119,7 +119,7 @@ def extract_vector(
     directions = {}
     for layer in sorted(set(layers)):
         v = rule(sides[0][layer], sides[1][layer])
-        check(bool(torch.isfinite(v).all()), f"the vector of layer {layer} is not finite.")
+        require(bool(torch.isfinite(v).all()), f"the vector of layer {layer} is not finite.")
         directions[layer] = v
     return SteeringVector(
         directions,
@@ -206,7 +206,7 @@ def random_like(
         return float(kl.double().mean())
 
     aim = divergence(vector.directions)
-    check(
+    require(
         aim > SMALLEST,
         f"the vector takes the model {aim:.2g} nats per token away at dose {dose:g}, which is too "
         f"little to match (at least {SMALLEST:g}).",
@@ -220,7 +220,7 @@ def random_like(
         if abs(found - aim) <= 0.01 * aim:
             break
         low, high = (middle, high) if found < aim else (low, middle)
-    check(
+    require(
         abs(found - aim) <= CLOSE * aim,
         f"random directions give {found:.4g} nats per token at dose {dose:g}, the vector gives "
         f"{aim:.4g}; no scale up to {RANGE:g} times its norms comes within {CLOSE:.0%}.",

@@ -31,7 +31,7 @@ from shl.models.generate import Completion
 from shl.models.nan_checks import NotFiniteError, named, require_finite
 from shl.models.scores import completion_hidden
 from shl.models.tokens import length_batches
-from shl.utils.errors import ShlError, check, halve, in_batches
+from shl.utils.errors import ShlError, halve, in_batches, require
 from shl.utils.files import read_safetensors, write_safetensors
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Hidden, PerToken
@@ -292,14 +292,14 @@ def restore(
     Raises:
         ShlError: a state of other texts or other sites.
     """
-    check(
+    require(
         state.texts == digest(texts),
         f"the training state was saved over other texts ({state.texts[:12]}, these are "
         f"{digest(texts)[:12]}).",
     )
     parameters = _parameters(adapter)
     wanted = {f"{name}{key}" for name in parameters for key in ("", *_MOMENTS)}
-    check(
+    require(
         set(state.tensors) == wanted
         and all(state.tensors[name].shape == p.shape for name, p in parameters.items()),
         f"the training state differs from the adapter at "
@@ -420,7 +420,7 @@ def train_adapter(
     """
     config = config or HealConfig()
     texts = [c for c in kept if c.tokens]
-    check(len(texts) > 0, f"there is nothing to train on: {len(kept)} completions, all empty.")
+    require(len(texts) > 0, f"there is nothing to train on: {len(kept)} completions, all empty.")
     adapter = fresh_adapter(model, config, seed=seed, round=index, axis=axis)
     optimiser = torch.optim.AdamW(
         adapter.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay

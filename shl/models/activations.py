@@ -12,7 +12,7 @@ from shl.hooks.recorder import Recorder
 from shl.hooks.sites import check_layers, residual_after
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import Prompt, encode, length_batches, pad_left
-from shl.utils.errors import check, in_batches
+from shl.utils.errors import in_batches, require
 from shl.utils.shapes import Float
 
 
@@ -51,10 +51,10 @@ def activations(
     """
     rows = [encode(model, prompt) for prompt in prompts]
     asked = [tokens] if isinstance(tokens, int) else list(tokens)
-    check(len(asked) > 0, "tokens is empty, name at least one.")
+    require(len(asked) > 0, "tokens is empty, name at least one.")
     for row in rows:
         for token in asked:
-            check(
+            require(
                 -len(row) <= token < len(row),
                 f"token {token} is asked for, a prompt has {len(row)} tokens.",
             )
@@ -69,7 +69,7 @@ def activations(
             [[t % len(rows[i]) + width - len(rows[i]) for t in asked] for i in indices]
         )
         for name, seen in recorder.seen.items():
-            check(
+            require(
                 bool(seen) and seen[0].shape[1:2] == (width,),
                 f"{name!r} has no axis of positions where one is needed, or is not reached before "
                 "the unembedding.",
@@ -144,7 +144,7 @@ def residual_at_tag(
         torch.Size([2, 32])
     """
     check_layers(model, layers)
-    check(len(layers) > 0, "layers is empty, name at least one.")
+    require(len(layers) > 0, "layers is empty, name at least one.")
     rows = [encode(model, prompt) for prompt in prompts]
     out = {layer: torch.empty(len(rows), model.cfg.d_model) for layer in layers}
 

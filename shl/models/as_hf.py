@@ -24,7 +24,7 @@ from shl.fast.kv_cache import KeyValues
 from shl.hooks.handle import Handle, running
 from shl.models.generate import run
 from shl.models.tokens import end_ids
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 from shl.utils.shapes import Int
 
 GROWTH = 64
@@ -71,7 +71,7 @@ class HookedCache(Cache):
             self.held = KeyValues.empty(self.model, batch, room)
             self.positions = self.held.mask.clone()
         seen = self.held.mask.shape[0]
-        check(batch == seen, f"the cache holds {seen} rows, input_ids has {batch}.")
+        require(batch == seen, f"the cache holds {seen} rows, input_ids has {batch}.")
         return self.held
 
     def next_positions(self) -> Int[Tensor, " batch"]:
@@ -116,7 +116,7 @@ class HookedCache(Cache):
             ShlError: a number above 0, or more than there are.
         """
         length = self.get_seq_length()
-        check(
+        require(
             -length <= tokens_to_remove <= 0,
             f"crop({tokens_to_remove}) of {length} positions, it must be {-length} to 0.",
         )
@@ -215,7 +215,7 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(self, model: HookedTransformer) -> None:
-        check(
+        require(
             all(isinstance(block.attn, FastAttention) for block in model.blocks),
             "as_hf takes a model of shl.load_model, this HookedTransformer is not one.",
         )
@@ -272,8 +272,8 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ShlError: an argument that cannot be honoured.
         """
-        check(inputs_embeds is None, "inputs_embeds cannot be honoured, give input_ids.")
-        check(not output_attentions, "output_attentions cannot be honoured, hook hook_pattern.")
+        require(inputs_embeds is None, "inputs_embeds cannot be honoured, give input_ids.")
+        require(not output_attentions, "output_attentions cannot be honoured, hook hook_pattern.")
         if input_ids is None or input_ids.ndim != 2 or not input_ids.shape[1]:
             seen = None if input_ids is None else tuple(input_ids.shape)
             raise ShlError(f"input_ids has shape {seen}, it must be (batch, pos) with a token.")
@@ -283,7 +283,7 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"past_key_values is a {type(cache).__name__}, it must be what this model "
                 "returned, or None."
             )
-        check(cache.model is self.hooked, "past_key_values belongs to another model.")
+        require(cache.model is self.hooked, "past_key_values belongs to another model.")
         # With a cache of its own even where none is kept, attention goes one way only.
         input_ids = input_ids.to(self.device)
         held = cache.begin(*input_ids.shape)
@@ -308,7 +308,9 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
             hidden[-1] = final if everywhere else self.hooked.ln_final(residual)
         loss = None
         if labels is not None:
-            check(everywhere, "labels need the logits of all positions, logits_to_keep must be 0.")
+            require(
+                everywhere, "labels need the logits of all positions, logits_to_keep must be 0."
+            )
             loss = ForCausalLMLoss(logits, labels, self.config.vocab_size)
         stays = use_cache is not False or past_key_values is not None
         out = CausalLMOutputWithPast(
@@ -324,7 +326,7 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
         if said is None:
             at = cache.next_positions()[:, None] + new.cumsum(1) - 1
         else:
-            check(
+            require(
                 said.ndim == 2 and said.shape[0] in (1, len(new)) and said.shape[1] == new.shape[1],
                 f"position_ids has shape {tuple(said.shape)}, it must be that of input_ids, "
                 f"{tuple(new.shape)}.",
@@ -333,7 +335,7 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
         at = at.masked_fill(new == 0, -1)
         low, high = int(at.masked_fill(new == 0, 0).min()), int(at.max())
         n_ctx = self.hooked.cfg.n_ctx
-        check(
+        require(
             low >= 0 and high < n_ctx,
             f"a token stands at position {low if low < 0 else high}, the context holds 0 to "
             f"{n_ctx - 1}.",
@@ -350,7 +352,7 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> bool:
         """What `generate` starts from: our cache, with room, which knows how long prompts are."""
         kind = generation_config.cache_implementation
-        check(
+        require(
             kind in (None, "dynamic"),
             f"cache_implementation is {kind!r}, this model has one kind, leave it None.",
         )
@@ -381,7 +383,7 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
         """`.to(...)` of what is there already; anything else is the HookedTransformer's affair."""
         unembed = self.hooked.W_U
         moved = fn(unembed.new_empty(0))
-        check(
+        require(
             (moved.device, moved.dtype) == (unembed.device, unembed.dtype),
             f"the view lives where its model does ({unembed.device}, {unembed.dtype}), load the "
             f"model with the device and dtype that you want.",
@@ -398,14 +400,14 @@ def _masks(given: Tensor | None, past: Tensor, ids: Tensor) -> tuple[Tensor, Ten
     if given is None:
         return torch.ones_like(ids), None
     total = past.shape[1] + ids.shape[1]
-    check(
+    require(
         given.ndim == 2 and len(given) == len(ids) and given.shape[1] >= total,
         f"attention_mask has shape {tuple(given.shape)}, it must be (batch, past + new), "
         f"{(len(ids), total)}.",
     )
     given = given.to(past)
-    check(bool(((given == 0) | (given == 1)).all()), "attention_mask holds other than 0 and 1.")
-    check(
+    require(bool(((given == 0) | (given == 1)).all()), "attention_mask holds other than 0 and 1.")
+    require(
         bool(given[:, total:].all()),
         f"attention_mask has {given.shape[1]} columns and hides some beyond the {total} tokens.",
     )

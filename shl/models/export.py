@@ -17,12 +17,12 @@ from shl.hooks.adapter import Adapter, check_fits
 from shl.hooks.bake import stack
 from shl.hooks.sites import HF_NAMES, Site
 from shl.models.weights import EMBEDDED
-from shl.utils.errors import check
+from shl.utils.errors import require
 
 
 def _linear_sites(adapter: Adapter) -> tuple[Site, ...]:
     for site in adapter.sites:
-        check(
+        require(
             site.kind in HF_NAMES,
             f"{site.name} sits on the residual stream, where no weight can take it in; it cannot "
             "be exported.",

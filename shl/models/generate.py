@@ -31,7 +31,7 @@ from shl.models.tokens import (
     length_batches,
     pad_left,
 )
-from shl.utils.errors import check, in_batches
+from shl.utils.errors import in_batches, require
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Float, Int, Mask, Tokens
 
@@ -142,7 +142,7 @@ def sample(
     greedy = config.temperature == 0
     wanted = 1 if greedy else config.top_k or logits.shape[1]
     top = logits.topk(min(wanted, logits.shape[1]))
-    check(bool(torch.isfinite(top.values[:, 0]).all()), "the logits are not finite.")
+    require(bool(torch.isfinite(top.values[:, 0]).all()), "the logits are not finite.")
     ids = top.indices if tokens is None else tokens.gather(1, top.indices)
     if greedy:
         return ids[:, 0]
@@ -236,7 +236,7 @@ def generate(
     asked = [as_prompt(prompt) for prompt in prompts]
     rows = [encode(model, prompt) for prompt in asked]
     longest = max(map(len, rows), default=0)
-    check(
+    require(
         longest + max_new_tokens <= model.cfg.n_ctx,
         f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of "
         f"{model.cfg.n_ctx}.",
@@ -262,10 +262,10 @@ def _doses(model: HookedTransformer, rows: int) -> list[float]:
     steerings = [h for h in handles if isinstance(h, Steering)]
     dose = steerings[-1].dose if steerings else 0.0
     if isinstance(dose, Tensor):
-        check(len(dose) == rows, f"{len(dose)} per-row doses were given for {rows} prompts.")
+        require(len(dose) == rows, f"{len(dose)} per-row doses were given for {rows} prompts.")
     for handle in handles:
         given = rows if handle.rows is None else handle.rows
-        check(given == rows, f"a hook has doses or a mask for {given} rows, not {rows} prompts.")
+        require(given == rows, f"a hook has doses or a mask for {given} rows, not {rows} prompts.")
     return [float(x) for x in dose] if isinstance(dose, Tensor) else [float(dose)] * rows
 
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from shl.fast.blocks import speed_up
 from shl.models.weights import EMBEDDED, converter, hooked_config, model_folder
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 
 
 def load_model(
@@ -131,7 +131,7 @@ def build_model(
         if value is None:
             parameter.data = torch.zeros(parameter.shape, dtype=dtype, device=device)
             continue
-        check(
+        require(
             value.shape == parameter.shape,
             f"the weights of {key} have shape {tuple(value.shape)}, the config of {name} asks "
             f"for {tuple(parameter.shape)}.",
@@ -149,7 +149,7 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        check(
+        require(
             all(Path(name).name == name for name in names),
             f"{index} names a file outside its folder.",
         )
@@ -163,7 +163,7 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
 
 def _read_tokenizer(folder: Path, *, ours: bool) -> PreTrainedTokenizerBase:
     tokenizer = _read_own_tokenizer(folder) if ours else _of_the_hub(folder)
-    check(
+    require(
         tokenizer.bos_token is not None or tokenizer.eos_token is not None,
         f"the tokenizer in {folder} has neither a bos nor an eos token.",
     )

@@ -14,7 +14,7 @@ from shl.kl import nll, reverse_kl_and_nll
 from shl.models.generate import Completion
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import length_batches, pad_left
-from shl.utils.errors import check, in_batches
+from shl.utils.errors import in_batches, require
 from shl.utils.shapes import Float, Tensor
 
 
@@ -100,7 +100,7 @@ def token_divergence(
         True
     """
     asked = asked or completion
-    check(
+    require(
         asked.tokens == completion.tokens,
         f"base is asked about {len(asked.tokens)} other tokens, they must be the completion's own "
         f"{len(completion.tokens)}.",

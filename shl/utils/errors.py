@@ -10,18 +10,16 @@ class ShlError(ValueError):
     """One sentence that names the value seen and what is allowed.
 
     Example:
-
         >>> issubclass(ShlError, ValueError)
         True
     """
 
 
-def check(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     """Raise `ShlError(message)` unless `condition` holds.
 
     Example:
-
-        >>> check(1 < 2, "never raised")
+        >>> require(1 < 2, "never raised")
     """
     if not condition:
         raise ShlError(message)

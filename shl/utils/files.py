@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 
 DATA = resources.files("shl") / "data"
 """Axes, contexts, vignettes and probe, as TOML."""
@@ -54,14 +54,14 @@ def check_told(what: object, meta: Mapping[str, Any], kinds: Kinds) -> None:
         shl.utils.errors.ShlError: it says layer = -1, that must be ... from 0 to 2147483647.
     """
     differ = sorted(set(meta) ^ set(kinds))
-    check(
+    require(
         not differ,
         f"the metadata of {what} differs from what there must be at {short(differ)}.",
     )
     for key, allowed in kinds.items():
         value = meta[key]
         names = " or ".join("none" if t is type(None) else t.__name__ for t in allowed)
-        check(
+        require(
             type(value) in allowed,  # a bool is no int here
             f"{what} says {key} = {short(value)}, that must be {names}.",
         )
@@ -73,7 +73,7 @@ def check_told(what: object, meta: Mapping[str, Any], kinds: Kinds) -> None:
             ok, rule = value.isprintable(), "printable"
         else:
             continue
-        check(ok, f"{what} says {key} = {short(value)}, that must be {names}, {rule}.")
+        require(ok, f"{what} says {key} = {short(value)}, that must be {names}, {rule}.")
 
 
 def write_safetensors(
@@ -87,8 +87,10 @@ def write_safetensors(
     """
     kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     for key, value in kept.items():
-        check(value.dtype in DTYPES.values(), f"{key} has dtype {value.dtype}, it must be a float.")
-        check(bool(torch.isfinite(value).all()), f"{key} holds numbers that are not finite.")
+        require(
+            value.dtype in DTYPES.values(), f"{key} has dtype {value.dtype}, it must be a float."
+        )
+        require(bool(torch.isfinite(value).all()), f"{key} holds numbers that are not finite.")
     told = {"format": file_format, **meta}
     told["identity"] = identity(kept, told)
     write_whole(Path(path), save(kept, metadata={"shl": json.dumps(told)}))
@@ -129,7 +131,7 @@ def read_safetensors(
             names = list(file.keys())
             for key in names:
                 seen = file.get_slice(key).get_dtype()
-                check(seen in DTYPES, f"{key!r} in {path} has dtype {seen}, it must be a float.")
+                require(seen in DTYPES, f"{key!r} in {path} has dtype {seen}, it must be a float.")
             tensors = {key: file.get_tensor(key) for key in names}
         said = meta.pop("identity", None) if isinstance(meta, dict) else None
         found = identity(tensors, meta) if isinstance(meta, dict) else ""
@@ -139,16 +141,16 @@ def read_safetensors(
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise ShlError(f"{path} cannot be read ({reason}).") from error
     stated = meta.pop("format", None) if isinstance(meta, dict) else None
-    check(
+    require(
         stated == file_format,
         f"{path} has format {short(stated)}, it must be {file_format!r}.",
     )
-    check(
+    require(
         said == found,
         f"{path} has been changed: its content has the identity {found[:12]}, it says "
         f"{short(said)[:14]}.",
     )
     check_told(path, meta, kinds)
     for key, value in tensors.items():
-        check(bool(torch.isfinite(value).all()), f"{key!r} in {path} holds numbers not finite.")
+        require(bool(torch.isfinite(value).all()), f"{key!r} in {path} holds numbers not finite.")
     return meta, tensors

@@ -69,8 +69,8 @@ def test_against_nobody_the_other_side_is_the_question_alone():
     # Short, so that the tiny model's window of 8 tokens reaches from the tag to the persona.
     model, layers, asked = tiny_gemma(), (1, 2), ("a", "b", "c")
     axis = replace(AXIS, positive="K", negative="S", contexts=asked)
-    vector = extract_vector(model, axis, layers, against="nobody")
-    config = replace(ONE, vector=VectorConfig(3, layers, against="nobody"))
+    vector = extract_vector(model, axis, layers, against="no_persona")
+    config = replace(ONE, vector=VectorConfig(3, layers, against="no_persona"))
     told = first(config, model, axis).vector
 
     def residual(layer, persona, question):

@@ -33,7 +33,7 @@ def members(thing):
 
 
 def refuses(function):
-    """Whether its own body raises, directly or through `check`."""
+    """Whether its own body raises, directly or through `require`."""
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except OSError:  # what a dataclass generates has none
@@ -43,7 +43,7 @@ def refuses(function):
         or (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Name)
-            and node.func.id in ("check", "_between", "_one_of")
+            and node.func.id in ("require", "_between", "_one_of")
         )
         for node in ast.walk(ast.parse(source))
     )

@@ -17,7 +17,7 @@ from shl.config import (
     VectorConfig,
     quantile_of,
 )
-from shl.utils.errors import ShlError, check
+from shl.utils.errors import ShlError, require
 from shl.utils.seeds import generator_for, seed_for
 
 CONFIGS = (
@@ -32,9 +32,9 @@ CONFIGS = (
 
 
 def test_check_raises_its_message_only_when_the_condition_fails():
-    check(True, "never")
+    require(True, "never")
     with pytest.raises(ShlError, match=r"^rank is 0\.$"):
-        check(False, "rank is 0.")
+        require(False, "rank is 0.")
 
 
 def test_our_error_is_a_value_error():
