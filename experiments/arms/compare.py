@@ -12,7 +12,7 @@ from experiments.arms.catalogue import ARMS
 from experiments.arms.doses import FILE as DOSES
 from experiments.arms.doses import read_doses
 from experiments.record.journal import Line, read_lines
-from experiments.record.reader import Past, axis_of
+from experiments.record.reader import RecordReader, axis_of
 from experiments.record.resume import scores
 from shl.config import FOUNDATIONS
 from shl.measure.evaluation import nats_of
@@ -61,7 +61,7 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
         name, seed = path.parent.name, int(path.name.removeprefix("seed"))
         if not read_lines(path / "events.jsonl"):
             continue
-        past, axis = Past(path), axis_of(path)
+        past, axis = RecordReader(path), axis_of(path)
         if past.find("prompted-", -1) is None:
             continue
         found.setdefault(name, {})[seed] = _healed(past, axis, name, seed)
@@ -70,7 +70,7 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
     for path in sorted(folder.glob(f"steered/seed*/{DOSES}")):
         seed = int(path.parent.name.removeprefix("seed"))
         donor = next(folder / arm / f"seed{seed}" for arm in ARMS if seed in found.get(arm, {}))
-        past = Past(donor)
+        past = RecordReader(donor)
         base, axis = past.find("base", -1), axis_of(donor)
         assert base is not None
         found.setdefault("steered", {})[seed] = [
@@ -81,14 +81,14 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
     return {name: found[name] for name in order if name in found}
 
 
-def _healed(past: Past, axis: Axis, name: str, seed: int) -> list[Point]:
+def _healed(past: RecordReader, axis: Axis, name: str, seed: int) -> list[Point]:
     base = past.find("base", -1)
     assert base is not None
     lines = [e for e in past.events if e["event"] == "stage" and e["stage"] == "healed"]
     return [_point(name, seed, str(e["round"]), e, base, axis) for e in lines]
 
 
-def _prompted(past: Past, axis: Axis, seed: int) -> list[Point]:
+def _prompted(past: RecordReader, axis: Axis, seed: int) -> list[Point]:
     """The persona against base ("raw"), and "half" of the way from its opposite: its wording raises
     the options that share words with it, whichever way it leans, and the contrast does not."""
     base, plus, minus = (past.find(name, -1) for name in ("base", "prompted+", "prompted-"))
