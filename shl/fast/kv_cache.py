@@ -1,4 +1,8 @@
-"""A key-value cache that keeps rotated keys, in storage that grows in place."""
+"""A key-value cache for TransformerLens whose storage grows in place.
+
+Stock attention puts unrotated keys into it, as into TransformerLens's own cache; the fast attention
+puts rotated ones, and never rotates them again.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -8,8 +12,11 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 
-class Entry:
-    """One layer's rotated keys and values, `[batch, kv_head, capacity, d_head]` each."""
+class LayerCache:
+    """One layer's keys and values, held as `[batch, kv_head, capacity, d_head]` each.
+
+    Speaks TransformerLens's protocol of a cache entry, `[batch, pos, kv_head, d_head]`.
+    """
 
     def __init__(self, batch: int, heads: int, d_head: int, like: Tensor, capacity: int) -> None:
         self.capacity = capacity
@@ -19,11 +26,12 @@ class Entry:
 
     @property
     def past_keys(self) -> Tensor:
-        """`[batch, pos, kv_head, d_head]`, the shape in which TransformerLens counts positions."""
+        """`[batch, pos, kv_head, d_head]`, by whose shape TransformerLens counts positions."""
         return self.keys[:, :, : self.length].transpose(1, 2)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the new positions and return views of all of them."""
+        """Keep the keys and values of new positions, and return views of all positions'."""
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         end = self.length + k.shape[2]
         if end > self.keys.shape[2]:
             self.capacity = max(self.capacity, end)
@@ -32,7 +40,7 @@ class Entry:
         self.keys[:, :, self.length : end] = k
         self.values[:, :, self.length : end] = v
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys[:, :, :end].transpose(1, 2), self.values[:, :, :end].transpose(1, 2)
 
     def _grown(self, old: Tensor, new: Tensor) -> Tensor:
         grown = new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
@@ -40,9 +48,9 @@ class Entry:
             grown[:, :, : self.length] = old[:, :, : self.length]
         return grown
 
-    def rows(self, index: Tensor, capacity: int) -> "Entry":
+    def rows(self, index: Tensor, capacity: int) -> "LayerCache":
         """A copy that holds the rows `index`, with room for `capacity` positions."""
-        copy = Entry(0, 0, 0, self.keys, max(capacity, self.length))
+        copy = LayerCache(0, 0, 0, self.keys, max(capacity, self.length))
         copy.length = self.length
         copy.keys = copy._grown(self.keys[index, :, : self.length], self.keys[index, :, :0])
         copy.values = copy._grown(self.values[index, :, : self.length], self.values[index, :, :0])
@@ -57,7 +65,7 @@ class Entry:
 
 
 @dataclass
-class KeyValues:
+class KVCache:
     """A key-value cache for `model(tokens, attention_mask=…, past_kv_cache=…)`.
 
     The mask passed along has the shape of the new tokens. `capacity` is a hint: positions to
@@ -67,24 +75,24 @@ class KeyValues:
         >>> import torch
         >>> from shl.models.tiny import tiny_gemma
         >>> model = tiny_gemma()
-        >>> cache = KeyValues.empty(model, batch=1, capacity=8)
+        >>> cache = KVCache.empty(model, batch=1, capacity=8)
         >>> for token in (5, 6):
         ...     logits = model(torch.tensor([[token]]), past_kv_cache=cache)
         >>> cache.length
         2
     """
 
-    entries: list[Entry]
+    entries: list[LayerCache]
     mask: Tensor
     frozen: bool = False
 
     @classmethod
-    def empty(cls, model: HookedTransformer, batch: int, capacity: int = 0) -> "KeyValues":
+    def empty(cls, model: HookedTransformer, batch: int, capacity: int = 0) -> "KVCache":
         """A cache without positions."""
         cfg = model.cfg
         heads = cfg.n_key_value_heads or cfg.n_heads
         entries = [
-            Entry(batch, heads, cfg.d_head, model.W_U, capacity) for _ in range(cfg.n_layers)
+            LayerCache(batch, heads, cfg.d_head, model.W_U, capacity) for _ in range(cfg.n_layers)
         ]
         return cls(entries, torch.ones(batch, 0, dtype=torch.long, device=model.W_U.device))
 
@@ -93,7 +101,7 @@ class KeyValues:
         """Positions held, padding included."""
         return self.mask.shape[1]
 
-    def __getitem__(self, layer: int) -> Entry:
+    def __getitem__(self, layer: int) -> LayerCache:
         return self.entries[layer]
 
     def append_attention_mask(self, attention_mask: Tensor) -> Tensor:
@@ -101,10 +109,10 @@ class KeyValues:
         self.mask = torch.cat([self.mask, attention_mask.to(self.mask)], 1)
         return self.mask
 
-    def rows(self, index: Tensor, capacity: int = 0) -> "KeyValues":
+    def rows(self, index: Tensor, capacity: int = 0) -> "KVCache":
         """A copy with the rows `index` (any order, repeats allowed)."""
         entries = [entry.rows(index, capacity or entry.capacity) for entry in self.entries]
-        return KeyValues(entries, self.mask[index])
+        return KVCache(entries, self.mask[index])
 
     def drop(self, gone: Collection[int]) -> list[int]:
         """Forget the rows `gone` in place: the last rows move into their places, so that as many
@@ -115,7 +123,7 @@ class KeyValues:
 
         Example:
             >>> from shl.models.tiny import tiny_gemma
-            >>> KeyValues.empty(tiny_gemma(), batch=4).drop([1, 2])
+            >>> KVCache.empty(tiny_gemma(), batch=4).drop([1, 2])
             [0, 3]
         """
         before = len(self.mask)

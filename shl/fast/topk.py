@@ -20,8 +20,9 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformer_lens import HookedTransformer
 
+from shl.fast.blocks import FastUnembed
+from shl.fast.hooked import is_hooked
 from shl.fast.linear import linear
-from shl.hooks.handle import watched
 
 ONE_ROW, ROWS = torch.float16, torch.bfloat16
 """torch multiplies one row in fp16 twice as fast as in bf16, several in bf16 alone with the
@@ -65,16 +66,17 @@ class Rough:
 _ROUGH = WeakTensorKeyDictionary()
 
 
-def applies(model: HookedTransformer) -> bool:
-    """Whether a bf16 shortlist is faster here: fp32 weights on a CPU with bf16 instructions, and
-    nobody looking at the logits."""
+def shortlist_applies(model: HookedTransformer) -> bool:
+    """Whether a 16-bit shortlist is faster here: a fast model with fp32 weights on a CPU with bf16
+    instructions, and no hook on the logits."""
     unembed = model.unembed
     return (
-        model.W_U.device.type == "cpu"
+        isinstance(unembed, FastUnembed)
+        and model.W_U.device.type == "cpu"
         and model.W_U.dtype == torch.float32
         and not model.W_U.is_inference()  # whose edits torch does not count
         and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        and not any(map(watched, (unembed, unembed.hook_in, unembed.hook_out)))
+        and not any(map(is_hooked, (unembed, unembed.hook_in, unembed.hook_out)))
     )
 
 

@@ -1,27 +1,26 @@
-"""The low-level toolkit: what acts on a model, and where."""
+"""The low-level toolkit: what acts on a model, and where.
+
+`Handle` is the base of every hook; `add_hook` and `add_pre_hook` put your own on a model.
+"""
 
 from shl.hooks.handle import (
     PROMPTS,
     ROWS,
     Handle,
-    decoding,
     handles_on,
-    only_looked_at,
     row_values,
     running,
     suspended,
-    watched,
+    unhooked,
 )
 
 __all__ = [
     "PROMPTS",
     "ROWS",
     "Handle",
-    "decoding",
     "handles_on",
-    "only_looked_at",
     "row_values",
     "running",
     "suspended",
-    "watched",
+    "unhooked",
 ]

@@ -12,7 +12,7 @@ from transformer_lens import HookedTransformer
 
 from shl.config import SITE_KINDS, HealConfig
 from shl.hooks.fingerprint import check_made_for, dtype_of, name_of, weights_hash
-from shl.hooks.lora import LowRank
+from shl.hooks.lora import LoRA
 from shl.hooks.positions import Positions, Scope
 from shl.hooks.sites import Site, band, sites_of
 from shl.utils.errors import require
@@ -170,7 +170,7 @@ class Adapter:
         dose: float | Float[Tensor, " batch"] = 1.0,
         mask: Bool[Tensor, "batch pos"] | None = None,
         positions: Positions | None = None,
-    ) -> LowRank:
+    ) -> LoRA:
         """Put the adapter on a model, as a context manager with `.remove()`;
         `model.reset_hooks()` does not take it off.
 
@@ -186,7 +186,7 @@ class Adapter:
         """
         check_fits(model, self)
         scope = Scope(model, dose, mask=mask, positions=positions)
-        return LowRank(model, self.sites, self.down, self.up, self.scale, scope)
+        return LoRA(model, self.sites, self.down, self.up, self.scale, scope)
 
     def frozen(self) -> "Adapter":
         """A copy that no optimiser can reach."""

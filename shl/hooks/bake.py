@@ -4,18 +4,20 @@ By default nothing is merged into the weights; either way base is one `suspended
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
+from shl.fast import is_fast
 from shl.hooks.adapter import Adapter, check_fits, shared
-from shl.hooks.handle import Handle, handles_on
-from shl.hooks.lora import LowRank
+from shl.hooks.handle import Handle, handles_on, suspended
+from shl.hooks.lora import LoRA
 from shl.hooks.positions import Positions, Scope
-from shl.hooks.sites import as_linear
+from shl.hooks.sites import as_linear, linear_input, linear_output
 from shl.utils.errors import require
 from shl.utils.shapes import Bool, Float
 
@@ -54,15 +56,19 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
                 below = torch.cat(a_of[:i])
                 a_of[i] = a_of[i] + (a_of[i] @ torch.cat(b_of[:i], dim=1)) @ below
         down[name] = torch.cat(a_of)
-        # [rank, d_out] in memory, as the hooks want it: theirs is then no second copy.
-        up[name] = torch.cat([b.T for b in b_of]).T
+        up[name] = torch.cat(b_of, dim=1)
     ordered = tuple(sorted(sites.values(), key=lambda site: (site.layer, site.name)))
     return Adapter(ordered, down, up, 1.0, models.pop(), **told)
 
 
-class Baked(LowRank):
+class Baked(LoRA):
     """A frozen stack of adapters on a model: a context manager with `.remove()`, which
-    `model.reset_hooks()` leaves on."""
+    `model.reset_hooks()` leaves on.
+
+    Attributes:
+        stacked: all adapters as one, None without any.
+        fused: whether `fused_decoding` may put the stack into the weights.
+    """
 
     def __init__(
         self,
@@ -70,26 +76,23 @@ class Baked(LowRank):
         adapters: Sequence[Adapter],
         scope: Scope | None = None,
         *,
-        joint: bool = True,
+        fused: bool = True,
     ) -> None:
         for adapter in adapters:
             check_fits(model, adapter)
-        whole = scope is None or scope.whole
-        carried = Counter(s.name for a in adapters for s in a.sites if s.kind == "resid")
-        twice = [name for name, count in carried.items() if count > 1]
+        count = Counter(s.name for a in adapters for s in a.sites if s.kind == "resid")
+        repeated = [name for name, times in count.items() if times > 1]
         require(
-            whole or not twice,
-            f"adapters follow each other at {', '.join(twice)}, where a dose of their product is "
-            "not the product of their doses; attach them one by one.",
+            scope is None or scope.whole or not repeated,
+            f"adapters follow each other at {', '.join(repeated)}, where a dose of their product "
+            "is not the product of their doses; attach them one by one.",
         )
+        self.fused = fused
         self.stacked = stack(adapters) if adapters else None
-        if self.stacked is None:
-            super().__init__(model, (), {}, {}, 1.0, scope)
-        else:
-            own = self.stacked
-            super().__init__(model, own.sites, own.down, own.up, own.scale, scope, joint=joint)
-            # The hooks' own tensors, instead of a copy of each beside them.
-            own.down.update(self.down)
+        own = self.stacked or Adapter((), {}, {}, 1.0, "")
+        super().__init__(model, own.sites, own.down, own.up, own.scale, scope)
+        if self.stacked is not None:
+            self.stacked.down.update(self.down)  # the hooks' tensors, in place of a copy of each
 
 
 class Materialised(Handle):
@@ -125,23 +128,23 @@ class Materialised(Handle):
             self.swaps.append((parameter, parameter.data, rearrange(effective, back, **sizes)))
         super().__init__(model)
         self._live = self._removed = False
-        self._gate(closed=False)
+        self._pause(False)
 
     @property
     def on(self) -> bool:
         """Whether the effective weights are in place."""
         return self._live
 
-    def _gate(self, closed: bool) -> None:
+    def _pause(self, paused: bool) -> None:
         for parameter, base, effective in self.swaps:
-            parameter.data = base if closed else effective
+            parameter.data = base if paused else effective
         # One that was removed inside `suspended` stays off where that ends.
-        self._live = not closed and not self._removed
+        self._live = not paused and not self._removed
 
     def remove(self) -> None:
         """Put base's tensors back; a second call does nothing."""
         if self._live:
-            self._gate(closed=True)
+            self._pause(True)
         self.swaps.clear()
         self._removed = True
         super().remove()
@@ -152,7 +155,7 @@ def baked(
     adapters: Sequence[Adapter],
     *,
     materialise: bool = False,
-    joint: bool = True,
+    fused: bool = True,
     dose: float | Float[Tensor, " batch"] = 1.0,
     mask: Bool[Tensor, "batch pos"] | None = None,
     positions: Positions | None = None,
@@ -162,9 +165,8 @@ def baked(
     Args:
         materialise: put the sum into the weights instead (base's tensors are kept aside and come
             back bit for bit): nothing more per token, one more copy of the adapted weights.
-        joint: in a long `generate` on a CPU, sites that nobody else watches share products with
-            copies of their weights (`shl.fast.fused_lora`); False spares that copy, and a step
-            takes longer.
+        fused: let a long `generate` put the stack into the weights until it ends, where no other
+            hook is on an adapted site (`fused_decoding`); False spares that copy of the weights.
         dose: times the updates are added; a number, or one per row of the batch.
         mask: True where they act, by row and absolute position in the row's own tokens; they do
             not act beyond the mask's width.
@@ -183,9 +185,53 @@ def baked(
     """
     scope = Scope(model, dose, mask=mask, positions=positions)
     if not materialise:
-        return Baked(model, adapters, scope, joint=joint)
+        return Baked(model, adapters, scope, fused=fused)
     require(
         scope.whole,
         "weights act on every token alike; bake as hooks to give a dose, mask or positions.",
     )
     return Materialised(model, adapters)
+
+
+@contextmanager
+def fused_decoding(model: HookedTransformer) -> Iterator[None]:
+    """Hold the baked stacks of `model` in the weights, in place of their hooks, for the body.
+
+    A step of decoding is then as fast as base's. It applies to fast models (`load_model`) with fp32
+    weights on a CPU, without derivatives, to stacks that act on every token alike and whose sites
+    have no other hooks; all others keep their hooks. Logits differ in their last bits.
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> with torch.no_grad(), fused_decoding(model):
+        ...     logits = model("as before")
+    """
+    stacks = [h for h in handles_on(model) if isinstance(h, Baked) and _fusible(h)]
+    others = any(isinstance(h, Materialised) for h in handles_on(model))
+    if not stacks or others or torch.is_grad_enabled() or not is_fast(model):
+        yield
+        return
+    with (
+        suspended(model, *stacks),
+        Materialised(model, [h.stacked for h in stacks if h.stacked is not None]),
+    ):
+        yield
+
+
+def _fusible(handle: Baked) -> bool:
+    model = handle.model
+    modules = (
+        module
+        for site in handle.sites
+        for module in (linear_input(model, site)[0], linear_output(model, site))
+    )
+    return (
+        handle.fused
+        and bool(handle.sites)
+        and handle.scope.whole
+        and model.W_U.device.type == "cpu"
+        and model.W_U.dtype == torch.float32
+        and all(site.kind != "resid" for site in handle.sites)
+        and all(map(handle.owns_all_hooks, modules))
+    )

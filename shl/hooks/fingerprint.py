@@ -1,12 +1,10 @@
-"""Which weights are these? A model's name, dtype and a fast hash of its base weights.
+"""A model's name, dtype and a fast hash of its base weights.
 
-What is made on a model remembers all three, so that it is not put onto another one unnoticed.
+Vectors and adapters store all three, so that they are not put onto another model unnoticed.
 """
 
 import hashlib
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,10 +13,8 @@ from transformer_lens import HookedTransformer
 from shl.hooks.handle import suspended
 from shl.utils.errors import require
 
-LOOKED_AT = 65_536
+SAMPLED = 65_536
 """The most elements of one parameter that enter the hash."""
-
-_KNOWN: "WeakKeyDictionary[HookedTransformer, tuple[tuple[Any, ...], str]]" = WeakKeyDictionary()
 
 
 def weights_hash(model: HookedTransformer) -> str:
@@ -26,9 +22,7 @@ def weights_hash(model: HookedTransformer) -> str:
     elements, evenly strided, as fp32.
 
     It tells models, fine-tunes and dtypes apart in a fraction of a second, on any device and
-    whatever adapters are on; it is no seal: a change of a single element may go unseen. The
-    result is remembered until a parameter is replaced or changed in place (other than through
-    `.data`).
+    whatever adapters are on. It is no checksum: a change of a single element may go unnoticed.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -37,29 +31,18 @@ def weights_hash(model: HookedTransformer) -> str:
         ... )
         True
     """
+    digest = hashlib.sha256()
     with suspended(model):  # base's own tensors, even while a stack is in the weights
-        parameters = sorted(model.named_parameters())
-        state = tuple(_state(p) for _, p in parameters)
-        known = _KNOWN.get(model)
-        if known is not None and known[0] == state:
-            return known[1]
-        digest = hashlib.sha256()
-        for name, parameter in parameters:
+        for name, parameter in sorted(model.named_parameters()):
             digest.update(f"{name} {list(parameter.shape)}\n".encode())
-            digest.update(_some(parameter.detach()).numpy().tobytes())
-    _KNOWN[model] = state, digest.hexdigest()
+            digest.update(_sampled(parameter.detach()).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _state(parameter: Tensor) -> tuple[Any, ...]:
-    version = None if parameter.is_inference() else parameter._version
-    return parameter.data_ptr(), version, parameter.dtype, parameter.device
-
-
-def _some(x: Tensor) -> Tensor:
+def _sampled(x: Tensor) -> Tensor:
     """Evenly strided elements in logical order, fp32, on the CPU."""
     # An odd stride meets every column of a matrix whose width is a power of two.
-    stride = -(-x.numel() // LOOKED_AT) | 1
+    stride = -(-x.numel() // SAMPLED) | 1
     at = torch.arange(0, x.numel(), stride, device=x.device)
     # By index: flattening would copy a parameter that is a transposed view.
     return x[torch.unravel_index(at, x.shape)].float().cpu()

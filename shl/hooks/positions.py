@@ -1,4 +1,4 @@
-"""Where a hook acts, and how strongly: dose, mask, positions and decay become one factor per token.
+"""Where a hook acts, and how strongly: dose, mask, positions and decay as one factor per token.
 
 Positions are absolute, counted in each row's own tokens without padding: the first is 0, and a
 token that is decoded with a cache counts on from those before it.
@@ -44,8 +44,8 @@ class Scope:
 
     where n = max(0, p - (prompt tokens of row i) + 1) counts completion tokens from the assistant
     tag, which has the full dose as every prompt token has. Where `generate` or the scores run the
-    model they say how long each prompt is; tokens of a plain `model(tokens)` are all prompt,
-    unless `shl.hooks.handle.running(prompts=...)` says otherwise.
+    model they declare how long each prompt is; tokens of a plain `model(tokens)` are all prompt,
+    unless `shl.hooks.running(prompts=...)` says otherwise.
 
     Args:
         dose: a number, or one per row.
@@ -183,8 +183,8 @@ class Applied:
     factors: Tensor
 
 
-def applied(at: Int[Tensor, "batch pos"], factor: Float[Tensor, "batch pos 1"]) -> Applied:
-    """A record of what the current batch got, on the CPU."""
+def record_factors(at: Int[Tensor, "batch pos"], factor: Float[Tensor, "batch pos 1"]) -> Applied:
+    """The factors that the current batch got, on the CPU."""
     flat = rearrange(factor, "batch pos 1 -> batch pos")
     return Applied(caller_rows(len(at)), at.clone().cpu(), flat.detach().clone().cpu())
 
@@ -195,11 +195,13 @@ def caller_rows(batch: int) -> Int[Tensor, " batch"]:
     return torch.arange(batch) if rows is None else rows.clone()
 
 
-def follow(handle: Handle, layers: Iterable[int], tell: Callable[[int, Tensor], None]) -> None:
-    """Have `tell(layer, positions)` called before each block of `layers` runs."""
+def track_positions(
+    handle: Handle, layers: Iterable[int], receive: Callable[[int, Tensor], None]
+) -> None:
+    """Call `receive(layer, positions)` before each block of `layers` runs."""
     for layer in sorted(set(layers)):
 
         def see(args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-            tell(layer, positions_of(args, kwargs))
+            receive(layer, positions_of(args, kwargs))
 
-        handle._before(block_of(handle.model, layer), see)
+        handle.add_pre_hook(block_of(handle.model, layer), see)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import Handle
-from shl.hooks.positions import Positions, Scope, caller_rows, follow
+from shl.hooks.positions import Positions, Scope, caller_rows, track_positions
 from shl.utils.errors import require
 from shl.utils.shapes import Bool
 
@@ -68,10 +68,10 @@ class Recorder(Handle):
         self.seen: dict[str, list[Tensor]] = {name: [] for name in names}
         self.where: dict[str, list[Tensor]] = {name: [] for name in names}
         self._at: dict[int, Tensor] = {}
-        follow(self, layers.values(), self._at.__setitem__)
+        track_positions(self, layers.values(), self._at.__setitem__)
         for name in names:
             keep = partial(self._choose, layers[name]) if layers else self._keep
-            self._add(model.hook_dict[name], partial(keep, name))
+            self.add_hook(model.hook_dict[name], partial(keep, name))
 
     @property
     def per_row(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import Handle, row_values
-from shl.hooks.positions import Applied, Positions, Scope, applied, follow
+from shl.hooks.positions import Applied, Positions, Scope, record_factors, track_positions
 from shl.hooks.sites import check_layers, residual_after
 from shl.utils.errors import require
 from shl.utils.shapes import Bool, Direction, Float, Resid
@@ -58,11 +58,11 @@ class Steering(Handle):
         self._at: dict[int, Tensor] = {}
         simple = gate is None and not record and not self.scope.by_position
         if not simple:
-            follow(self, directions, self._at.__setitem__)
+            track_positions(self, directions, self._at.__setitem__)
         for layer, v in directions.items():
             own = v.to(model.W_U.device)
             add = partial(self._steer, own) if simple else partial(self._steer_where, layer, own)
-            self._add(residual_after(model, layer), add)
+            self.add_hook(residual_after(model, layer), add)
 
     @property
     def per_row(self) -> bool:
@@ -114,7 +114,7 @@ class Steering(Handle):
         if self.gate == "cosine":
             factor = factor * openness(h, v, factor)
         if self.record:
-            self.factors[layer].append(applied(at, factor))
+            self.factors[layer].append(record_factors(at, factor))
         return h + (factor * v).to(h.dtype)
 
 
