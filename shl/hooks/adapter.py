@@ -16,17 +16,21 @@ from shl.hooks.lora import LoRA
 from shl.hooks.positions import Positions, Scope
 from shl.hooks.sites import Site, band, sites_of
 from shl.utils.errors import require
-from shl.utils.files import Kinds, check_told, identity, read_safetensors, write_safetensors
+from shl.utils.files import (
+    MADE_ON,
+    NONE,
+    Schema,
+    identity,
+    read_safetensors,
+    require_metadata,
+    write_safetensors,
+)
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Bool, Down, Float, Up
 
-NONE = type(None)
-KINDS: Kinds = {
-    "model": (str,),
-    "weights": (str, NONE),
-    "dtype": (str, NONE),
+SCHEMA: Schema = {
+    **MADE_ON,
     "axis": (str, NONE),
-    "round": (int, NONE),
     "scale": (float,),
     "rank": (int, NONE),
     "alpha": (float, NONE),
@@ -34,24 +38,23 @@ KINDS: Kinds = {
 }
 """The metadata of format `shl-adapter-3`, beside `format` and `identity`.
 
-`model`, `weights` (its `weights_hash`) and `dtype` are those of the base; `scale` is
-s = alpha / rank; `rank` and `alpha` are none where sites differ in rank; a site is `[kind, layer,
-d_in, d_out, rank, hook that reads, hook that adds]`."""
+`scale` is s = alpha / rank; `rank` and `alpha` are none where sites differ in rank; a site is
+`[kind, layer, d_in, d_out, rank, hook that reads, hook that adds]`."""
 
 
-def told_sites(sites: Sequence[Site], ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
+def site_metadata(sites: Sequence[Site], ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
     """`scale`, `rank`, `alpha` and `sites` for a file."""
-    rank = shared(ranks.values())
+    rank = common_value(ranks.values())
     rows = [[s.kind, s.layer, s.d_in, s.d_out, ranks[s.name], *s.hooks] for s in sites]
     alpha = None if rank is None else scale * rank
     return {"scale": scale, "rank": rank, "alpha": alpha, "sites": rows}
 
 
-def shared(values: Iterable[Any]) -> Any:
-    """What all of `values` are, or None where they differ.
+def common_value(values: Iterable[Any]) -> Any:
+    """The value that all of `values` have, or None where they differ.
 
     Example:
-        >>> shared([8, 8]), shared([8, 4])
+        >>> common_value([8, 8]), common_value([8, 4])
         (8, None)
     """
     first, *others = values
@@ -75,7 +78,7 @@ def read_sites(what: object, meta: Mapping[str, Any], tensors: Mapping[str, Tens
         f"{what} differs from its own site table at {sorted(set(tensors) ^ wanted)[:3]}.",
     )
     ranks = {name: len(tensors[f"{name}.A"]) for name in names}
-    for key, value in told_sites(sites, ranks, meta["scale"]).items():
+    for key, value in site_metadata(sites, ranks, meta["scale"]).items():
         require(
             meta[key] == value,
             f"{what} says {key} = {short(meta[key])}, by its tensors that is {short(value)}.",
@@ -109,7 +112,7 @@ def _site(what: object, row: object, tensors: Mapping[str, Tensor]) -> Site:
     return site
 
 
-EXAMPLE = short(told_sites([Site("q", 3, 640, 1024)], {"blocks.3.q": 16}, 1.0)["sites"][0])
+EXAMPLE = short(site_metadata([Site("q", 3, 640, 1024)], {"blocks.3.q": 16}, 1.0)["sites"][0])
 
 
 FORMAT = "shl-adapter-3"
@@ -214,30 +217,30 @@ class Adapter:
     @property
     def rank(self) -> int | None:
         """The rank of every site, or None where they differ."""
-        return shared(self.ranks.values())
+        return common_value(self.ranks.values())
 
     def identity(self) -> str:
         """What `save` writes as identity: SHA-256 of numbers and metadata, no path, no time."""
-        tensors, told = self._content()
-        return identity(tensors, {"format": FORMAT, **told})
+        tensors, metadata = self._content()
+        return identity(tensors, {"format": FORMAT, **metadata})
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors; `shl.hooks.adapter.KINDS` lists what its metadata says."""
-        tensors, told = self._content()
-        check_told(path, told, KINDS)
-        write_safetensors(path, FORMAT, tensors, told)
+        """Write safetensors; `shl.hooks.adapter.SCHEMA` lists what its metadata says."""
+        tensors, metadata = self._content()
+        require_metadata(path, metadata, SCHEMA)
+        write_safetensors(path, FORMAT, tensors, metadata)
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         tensors = {f"{key}.A": a for key, a in self.down.items()}
         tensors |= {f"{key}.B": b for key, b in self.up.items()}
-        told = {
+        metadata = {
             "model": self.model_name,
             "weights": self.weights,
             "dtype": self.dtype,
             "axis": self.axis,
             "round": self.round,
         }
-        return tensors, told | told_sites(self.sites, self.ranks, float(self.scale))
+        return tensors, metadata | site_metadata(self.sites, self.ranks, float(self.scale))
 
     @classmethod
     def read(cls, path: str | Path) -> "Adapter":
@@ -247,7 +250,7 @@ class Adapter:
             ShlError: a missing, damaged or changed file, or metadata that is not what it must
                 be or does not match the tensors.
         """
-        meta, tensors = read_safetensors(path, FORMAT, KINDS)
+        meta, tensors = read_safetensors(path, FORMAT, SCHEMA)
         sites = tuple(read_sites(path, meta, tensors))
         return cls(
             sites,

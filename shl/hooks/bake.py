@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
 from shl.fast import is_fast
-from shl.hooks.adapter import Adapter, check_fits, shared
+from shl.hooks.adapter import Adapter, check_fits, common_value
 from shl.hooks.handle import Handle, handles_on, suspended
 from shl.hooks.lora import LoRA
 from shl.hooks.positions import Positions, Scope
@@ -43,7 +43,9 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     require(len(adapters) > 0, "there are no adapters to stack, give at least one.")
     models = {adapter.model_name for adapter in adapters}
     require(len(models) == 1, f"the adapters were made for different models: {sorted(models)}.")
-    told = {key: shared(getattr(a, key) for a in adapters) for key in ("weights", "dtype", "axis")}
+    metadata = {
+        key: common_value(getattr(a, key) for a in adapters) for key in ("weights", "dtype", "axis")
+    }
     sites = {site.name: site for adapter in adapters for site in adapter.sites}
     down: dict[str, Tensor] = {}
     up: dict[str, Tensor] = {}
@@ -58,7 +60,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
         down[name] = torch.cat(a_of)
         up[name] = torch.cat(b_of, dim=1)
     ordered = tuple(sorted(sites.values(), key=lambda site: (site.layer, site.name)))
-    return Adapter(ordered, down, up, 1.0, models.pop(), **told)
+    return Adapter(ordered, down, up, 1.0, models.pop(), **metadata)
 
 
 class Baked(LoRA):

@@ -10,28 +10,32 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from shl.hooks.adapter import shared
+from shl.hooks.adapter import common_value
 from shl.hooks.fingerprint import check_made_for
 from shl.hooks.positions import Positions
 from shl.hooks.steering import Gate, Steering, check_directions
 from shl.utils.errors import require
-from shl.utils.files import Kinds, check_told, identity, read_safetensors, write_safetensors
+from shl.utils.files import (
+    MADE_ON,
+    NONE,
+    Schema,
+    identity,
+    read_safetensors,
+    require_metadata,
+    write_safetensors,
+)
 from shl.utils.shapes import Bool, Direction, Float
 
-NONE = type(None)
-KINDS: Kinds = {
-    "model": (str,),
-    "weights": (str, NONE),
-    "dtype": (str, NONE),
+SCHEMA: Schema = {
+    **MADE_ON,
     "axis": (str,),
-    "round": (int, NONE),
     "contexts": (int,),
     "rule": (str, NONE),
     "token": (str, NONE),
     "hooks": (list,),
 }
-"""The metadata of format `shl-vector-3`, beside `format` and `identity`: the base's name, weights
-(its `weights_hash`) and dtype; extraction rule and token; the hook of each tensor."""
+"""The metadata of format `shl-vector-3`, beside `format` and `identity`: extraction rule and
+token, and the hook of each tensor."""
 
 
 def hook_of(layer: int) -> str:
@@ -161,13 +165,13 @@ class SteeringVector:
             ).sum(0)
             for layer in layers
         }
-        told = {
-            key: shared([getattr(self, key), getattr(other, key)])
+        metadata = {
+            key: common_value([getattr(self, key), getattr(other, key)])
             for key in ("weights", "dtype", "rule", "token", "round")
         }
         contexts = min(self.contexts, other.contexts)
         both = f"{self.axis} + {other.axis}"
-        return SteeringVector(sums, self.model_name, both, contexts, **told)
+        return SteeringVector(sums, self.model_name, both, contexts, **metadata)
 
     def __mul__(self, factor: float) -> "SteeringVector":
         """Every direction times a number."""
@@ -231,19 +235,19 @@ class SteeringVector:
 
     def identity(self) -> str:
         """What `save` writes as identity: SHA-256 of numbers and metadata, no path, no time."""
-        tensors, told = self._content()
-        return identity(tensors, {"format": FORMAT, **told})
+        tensors, metadata = self._content()
+        return identity(tensors, {"format": FORMAT, **metadata})
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors; `shl.hooks.vector.KINDS` lists what its metadata says."""
-        tensors, told = self._content()
-        check_told(path, told, KINDS)
-        write_safetensors(path, FORMAT, tensors, told)
+        """Write safetensors; `shl.hooks.vector.SCHEMA` lists what its metadata says."""
+        tensors, metadata = self._content()
+        require_metadata(path, metadata, SCHEMA)
+        write_safetensors(path, FORMAT, tensors, metadata)
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         tensors = {hook_of(layer): v for layer, v in sorted(self.directions.items())}
-        told = {key: getattr(self, key) for key in KINDS if key not in ("model", "hooks")}
-        return tensors, {"model": self.model_name, "hooks": list(tensors), **told}
+        metadata = {key: getattr(self, key) for key in SCHEMA if key not in ("model", "hooks")}
+        return tensors, {"model": self.model_name, "hooks": list(tensors), **metadata}
 
     @classmethod
     def load(
@@ -264,10 +268,10 @@ class SteeringVector:
                 on another model, other weights, another dtype, layers or width; the sentence
                 names the first difference.
         """
-        meta, tensors = read_safetensors(path, FORMAT, KINDS)
+        meta, tensors = read_safetensors(path, FORMAT, SCHEMA)
         layers = read_directions(path, meta, tensors)
-        told = {key: value for key, value in meta.items() if key not in ("model", "hooks")}
-        vector = cls(layers, meta["model"], **told)
+        metadata = {key: value for key, value in meta.items() if key not in ("model", "hooks")}
+        vector = cls(layers, meta["model"], **metadata)
         if model is not None:
             check_made_for(
                 model,

@@ -1,4 +1,4 @@
-"""Tensor shapes shared by all rooms, as jaxtyping aliases.
+"""Tensor shapes of all packages, as jaxtyping aliases.
 
 Axis names are TransformerLens's: `batch pos d_model head d_head vocab`; `tok` is a flat
 list of completion positions, `rank` the inner width of an adapter.
