@@ -41,5 +41,5 @@ def test_from_import_to_a_picture_of_cosines_in_under_thirty_lines(
 def test_the_targets_that_the_readme_names_exist():
     makefile = (Path(__file__).parents[2] / "Makefile").read_text("utf-8")
     named = set(re.findall(r"make ([a-z]+)", README))
-    assert {"docs", "notebooks", "experiment", "test"} <= named
+    assert {"docs", "experiment", "test"} <= named
     assert named <= set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE)) | {"and"}
