@@ -65,7 +65,7 @@ def test_one_that_is_read_backwards_is_not_valid():
     assert not found.valid
     assert found.informedness == 1.0
     assert "the persona contrast of care is -" in found.reason
-    assert "0 is expected" in found.reason
+    assert "must be above 0" in found.reason
     assert not any(each.valid for each in found.foundations.values())
 
 
@@ -96,7 +96,7 @@ def test_what_has_no_answer_is_left_out_and_counted():
     rest = [x[keep] for x in (base, plus, minus)]
     again = validity("demo", *rest, [LABELS[i] for i in keep], EXPECTED, config=CONFIG)
     assert again.agreement == found.agreement
-    with pytest.raises(ShlError, match="0 vignettes have scores, it takes four") as error:
+    with pytest.raises(ShlError, match="0 vignettes have scores, at least 4 are needed") as error:
         validity("demo", base, plus, np.nan * minus, LABELS, EXPECTED)
     one_sentence(error)
     with pytest.raises(ShlError, match="for 83 labels, all must be") as error:
