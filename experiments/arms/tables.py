@@ -46,7 +46,8 @@ def sentence(verdict: Mapping[str, Any]) -> str:
         return f"{verdict['verdict']}; {verdict['mean']:+.2f} nats (one seed, no interval)."
     low, high = verdict["interval"]
     return (
-        f"{verdict['verdict']}; {verdict['mean']:+.2f} nats (95 % {low:+.2f} to {high:+.2f}, "
+        f"{verdict['verdict']}; {verdict['mean']:+.2f} nats ({100 * verdict['confidence']:g} % "
+        f"{low:+.2f} to {high:+.2f}, "
         f"{len(verdict['each'])} seeds)."
     )
 

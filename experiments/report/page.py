@@ -147,12 +147,12 @@ def _numbers(e: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, floa
             yield f"{prefix}{key}", float(value)
 
 
-MARKS = {"yes": "\u2713", "no": "\u2717", "undecided": "?", "told": "\u00b7"}
+MARKS = {"yes": "\u2713", "no": "\u2717", "undecided": "?", "info": "\u00b7"}
 
 
 @dataclass(frozen=True)
 class Card:
-    """One question and its answer; `told` are figures without a yes or no."""
+    """One question and its answer; `info` are figures without a yes or no."""
 
     key: str
     question: str

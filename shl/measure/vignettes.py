@@ -25,7 +25,7 @@ from shl.hooks.fingerprint import weights_hash
 from shl.hooks.handle import handles_on, unhooked
 from shl.hooks.sites import final_hidden, readout
 from shl.kl import log_probs_at
-from shl.measure.evaluation import Evaluation, logsumexp, nats_of
+from shl.measure.evaluation import Evaluation, log_mass, nats_of
 from shl.models.generate import prefill, run
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import Prompt, encode, encode_text, is_chat, length_batches
@@ -257,7 +257,7 @@ def reading(
             "between -1e5 and 0.",
         )
     prior = base.mean(0, keepdims=True) if style == "completion" else np.zeros((1, 1, 1))
-    base_mass = np.exp(nats_of(logsumexp(base)[:, :, 0]))
+    base_mass = np.exp(nats_of(log_mass(base)))
     require(bool((base_mass > 0).all()), f"base gives valid answers a mass of {base_mass.min()}.")
     return Evaluation(style, labels, log_probs, prior, base_mass)
 

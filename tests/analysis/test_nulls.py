@@ -99,5 +99,5 @@ def test_what_has_no_null_is_refused(null, reference, rows):
     with pytest.raises(ShlError) as error:
         null(reference, rows)
     assert any(
-        said in one_sentence(error) for said in ("is 0", "takes two", "do not differ", "all alike")
+        said in one_sentence(error) for said in ("is 0", "at least 2", "do not differ", "all alike")
     )

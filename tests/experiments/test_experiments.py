@@ -167,7 +167,7 @@ def test_a_report_can_be_made_again_from_the_record(folder, capsys):
     out = capsys.readouterr().out
     assert "prompted+" in out
     assert all(f"{key}: {told['question']}" in out for key, told in before.items())
-    assert all(told["verdict"] in ("yes", "no", "undecided", "told") for told in before.values())
+    assert all(told["verdict"] in ("yes", "no", "undecided", "info") for told in before.values())
     assert [q[:2] for q in before][:4] == ["Q0", "Q1", "Q2", "Q3"]
 
 

@@ -276,7 +276,7 @@ def test_the_whole_comes_first_and_a_verdict_is_shown_once(parts, monkeypatch):
     told = (
         Answer("Q0", "can we filter?", "yes", "Yes. Holds: it falls.", {}),
         Answer("selective", "on the axis?", "undecided", "Undecided. Open: all.", {}),
-        Answer("dose", "the dose", "told", "No round.", {}),
+        Answer("dose", "the dose", "info", "No round.", {}),
         Answer("worked", "did it work?", "no", "No. Not at all.", {}),
     )
     monkeypatch.setattr("experiments.report.page.answer_all", lambda *_: told)
@@ -285,7 +285,7 @@ def test_the_whole_comes_first_and_a_verdict_is_shown_once(parts, monkeypatch):
         ("", "did it work?", "no", "Not at all."),
         ("Q0", "can we filter?", "yes", "Holds: it falls."),
         ("", "on the axis?", "undecided", "Open: all."),
-        ("", "the dose", "told", "No round."),
+        ("", "the dose", "info", "No round."),
     ]
     tiles = checked(page(*parts)).texts("li", "tile")
     assert [tile.split() for tile in tiles] == [
