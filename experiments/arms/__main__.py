@@ -1,18 +1,16 @@
 """Run the arms and compare them: `python -m experiments.arms --axis care_auth`.
 
-Every arm is a run folder of its own, kept when it is finished; the same command, run again, goes
-on where an earlier process ended.
+Every arm has its own run folder, kept when it is finished; the same command, run again, continues
+where an earlier process ended.
 """
 
-import logging
-import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -22,11 +20,12 @@ from experiments.arms.catalogue import ARMS, Arm, chosen
 from experiments.arms.doses import FILE as DOSES
 from experiments.arms.doses import measure_doses
 from experiments.arms.report import compare
-from experiments.arms.stage_cache import Lender
+from experiments.arms.stage_cache import StageCache
 from experiments.arms.text_kl import FILE as TEXTS
 from experiments.arms.text_kl import measure_kinds
+from experiments.record.command import command, say, wide_console
 from experiments.record.journal import read_lines
-from experiments.record.reader import Past, finished, same_run
+from experiments.record.reader import RecordReader, is_finished, require_same_run
 from experiments.record.settings import RunConfig, name_for, settings_of
 from experiments.record.signals import Stop, Stopped
 from experiments.report.report import report
@@ -35,7 +34,7 @@ from shl.config import EvalConfig, LoopConfig
 from shl.method.axes import load_axis
 from shl.method.loop import StarvedError
 from shl.models.load import load_model
-from shl.utils.errors import ShlError, require
+from shl.utils.errors import require
 
 Load = Callable[[], HookedTransformer]
 
@@ -47,10 +46,10 @@ def _loop() -> LoopConfig:
 
 @dataclass(frozen=True)
 class ArmsConfig:
-    """The method, what it must beat, and its controls: same seeds, prompts and budget."""
+    """The method, prompting, and controls with the same seeds, prompts and budget."""
 
     axis: str = "care_auth"
-    """Built-in axis or the path of your own TOML file."""
+    """Built-in axis or the path of a TOML file."""
     model: str = "gemma-3-270m"
     """Embedded model, hub name, or local folder."""
     arms: tuple[str, ...] = ("core",)
@@ -58,15 +57,15 @@ class ArmsConfig:
     seeds: tuple[int, ...] = (42, 43, 44)
     """One run of every arm per seed."""
     out: Path | None = None
-    """Folder of all of them; default runs/AXIS-MODEL-arms-DIGEST."""
+    """Folder of the arms; default runs/AXIS-MODEL-arms-DIGEST."""
     device: str | None = None
-    """Where the model lives; default CUDA if there is any, else the CPU."""
+    """Device of the model, such as cpu or cuda; default CUDA if there is any, else the CPU."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=_loop)
     """The settings that all arms share."""
 
 
 def run_arms(config: ArmsConfig, console: Console) -> Path:
-    """Run what is not there yet, and compare what is.
+    """Run the arms that are not finished, and compare all.
 
     Raises:
         ShlError: bad input, or a folder of another run.
@@ -85,16 +84,16 @@ def run_arms(config: ArmsConfig, console: Console) -> Path:
 
     @cache
     def load() -> HookedTransformer:
-        console.print(f"loading {config.model}")
+        say(console, f"loading {config.model}")
         return load_model(config.model, device=config.device)
 
     for seed in config.seeds:
         seeded = replace(shared, loop=replace(config.loop, seed=seed))
         for arm in arms:
-            console.print(f"[bold]{arm.name}, seed {seed}[/]: {arm.asks}")
+            say(console, f"{arm.name}, seed {seed}: {arm.asks}")
             _arm(folder, seeded, arm, load, console)
         if "rmse" in {arm.name for arm in arms}:
-            _beside(folder, seeded, load, console)
+            _measure_extras(folder, seeded, load, console)
         compare(folder, console)
     return folder
 
@@ -107,57 +106,46 @@ def _arm(folder: Path, shared: RunConfig, arm: Arm, load: Load, console: Console
     out = _place(folder, arm.name, shared.loop.seed)
     config = replace(shared, out=out, loop=arm.change(shared.loop))
     lines = read_lines(out / "events.jsonl")
-    if finished(out) or (lines and lines[-1]["event"] == "starved"):
-        same_run(out, settings_of(config, load_axis(config.axis)))
-        console.print(f"{out} is finished")
+    if is_finished(out) or (lines and lines[-1]["event"] == "starved"):
+        require_same_run(out, settings_of(config, load_axis(config.axis)))
+        say(console, f"{out} is finished")
         return
     others = [_place(folder, name, shared.loop.seed) for name in ARMS if name != arm.name]
     begun = [path for path in others if read_lines(path / "events.jsonl")]
-
-    def lent(event: str, index: int, part: str) -> Mapping[str, Any] | None:
-        return lender()(event, index, part)
-
-    @cache
-    def lender() -> Lender:
-        return Lender(begun, load(), config.loop)
-
     try:
-        study(config, console, load=load, lent=lent)
+        study(config, console, load=load, shared=StageCache(begun, config.loop))
         report(out, Console(quiet=True))
     except StarvedError as error:
-        console.print(f"{arm.name}, seed {shared.loop.seed} ends early: {error}", markup=False)
+        say(console, f"{arm.name}, seed {shared.loop.seed} ends early: {error}")
 
 
-def _beside(folder: Path, shared: RunConfig, load: Load, console: Console) -> None:
-    """What the first arm's vector and texts are measured for besides."""
-    past = Past(_place(folder, "rmse", shared.loop.seed))
+def _measure_extras(folder: Path, shared: RunConfig, load: Load, console: Console) -> None:
+    """Measure steering without training, and the per-token KL of the method's texts."""
+    record = RecordReader(_place(folder, "rmse", shared.loop.seed))
     axis, loop = load_axis(shared.axis), ARMS["rmse"].change(shared.loop)
-    if past.find("batch", 0) is None and past.find("steered", 0) is None:
+    if record.find("batch", 0) is None and record.find("steered", 0) is None:
         return
     with Stop() as stop:
-        console.print("steered without training, dose by dose")
-        measure_doses(_place(folder, "steered", loop.seed) / DOSES, past, load(), axis, loop, stop)
-        console.print("per-token KL of prompted, kept and incoherent text")
-        measure_kinds(_place(folder, "steered", loop.seed) / TEXTS, past, load(), loop, stop)
+        say(console, "steered without training, dose by dose")
+        measure_doses(
+            _place(folder, "steered", loop.seed) / DOSES, record, load(), axis, loop, stop
+        )
+        say(console, "per-token KL of prompted, kept and incoherent text")
+        measure_kinds(_place(folder, "steered", loop.seed) / TEXTS, record, load(), loop, stop)
 
 
 def main() -> None:
-    """The command line; bad input ends with one sentence and status 2, a signal with 128 and its
-    number."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    config = tyro.cli(ArmsConfig, description=__doc__)
-    console = Console(width=max(120, Console().width), soft_wrap=True)
-    try:
-        folder = run_arms(config, console)
-    except ShlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stopped:
-        again = shlex.join([sys.executable, "-m", "experiments.arms", *sys.argv[1:]])
-        print(f"the same command goes on from here:\n{again}")
-        sys.exit(128 + stopped.number)
-    print(f"folder of the arms: {folder}")
+    """The command line."""
+
+    def run_and_compare(config: ArmsConfig) -> None:
+        try:
+            print(f"folder of the arms: {run_arms(config, wide_console())}")
+        except Stopped:
+            again = shlex.join([sys.executable, "-m", "experiments.arms", *sys.argv[1:]])
+            print(f"to continue:\n{again}")
+            raise
+
+    command(run_and_compare, ArmsConfig, __doc__)
 
 
 if __name__ == "__main__":

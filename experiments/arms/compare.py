@@ -14,7 +14,7 @@ from experiments.arms.catalogue import ARMS
 from experiments.arms.doses import FILE as DOSES
 from experiments.arms.doses import read_doses
 from experiments.record.journal import read_lines
-from experiments.record.reader import Event, Past, axis_of, stages
+from experiments.record.reader import Event, RecordReader, axis_of, stages
 from experiments.record.resume import scores
 from shl.config import EvalConfig
 from shl.measure.evaluation import nats_of, on_axis
@@ -63,7 +63,7 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
         name, seed = path.parent.name, int(path.name.removeprefix("seed"))
         if not read_lines(path / "events.jsonl"):
             continue
-        past, axis = Past(path), axis_of(path)
+        past, axis = RecordReader(path), axis_of(path)
         if past.find("prompted-", -1) is None:
             continue
         found.setdefault(name, {})[seed] = _healed(past, axis, name, seed)
@@ -72,7 +72,7 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
     for path in sorted(folder.glob(f"steered/seed*/{DOSES}")):
         seed = int(path.parent.name.removeprefix("seed"))
         donor = next(folder / arm / f"seed{seed}" for arm in ARMS if seed in found.get(arm, {}))
-        past = Past(donor)
+        past = RecordReader(donor)
         base, axis = past.find("base", -1), axis_of(donor)
         assert base is not None
         point = partial(_point, "steered", seed, base=base, axis=axis, config=_config(past))
@@ -83,14 +83,14 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
     return {name: found[name] for name in order if name in found}
 
 
-def _healed(past: Past, axis: Axis, name: str, seed: int) -> list[Point]:
+def _healed(past: RecordReader, axis: Axis, name: str, seed: int) -> list[Point]:
     base = past.find("base", -1)
     assert base is not None
     point = partial(_point, name, seed, base=base, axis=axis, config=_config(past))
     return [point(str(e["round"]), e) for e in stages(past.events, "healed")]
 
 
-def _prompted(past: Past, axis: Axis, seed: int) -> list[Point]:
+def _prompted(past: RecordReader, axis: Axis, seed: int) -> list[Point]:
     """The persona against base ("raw"), and "half" of the way from its opposite: its wording raises
     the options that share words with it, whichever way it leans, and the contrast does not."""
     base, plus, minus = (past.find(name, -1) for name in ("base", "prompted+", "prompted-"))
@@ -103,7 +103,7 @@ def _prompted(past: Past, axis: Axis, seed: int) -> list[Point]:
     return [whole, replace(whole, label="half", trait=trait / 2, interval=(low / 2, high / 2))]
 
 
-def _config(past: Past) -> EvalConfig:
+def _config(past: RecordReader) -> EvalConfig:
     return EvalConfig(**past.settings["loop"]["eval"])
 
 

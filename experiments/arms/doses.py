@@ -5,8 +5,8 @@ from typing import Any
 
 from transformer_lens import HookedTransformer
 
-from experiments.record.journal import Journal, failed, read_lines
-from experiments.record.reader import Past
+from experiments.record.journal import Journal, read_lines, write_error
+from experiments.record.reader import RecordReader
 from experiments.record.resume import scores
 from experiments.record.signals import Stop
 from experiments.record.writer import shift_numbers, stage_numbers, text_lines
@@ -22,28 +22,33 @@ FILE = "doses.jsonl"
 
 
 def measure_doses(
-    path: Path, past: Past, model: HookedTransformer, axis: Axis, loop: LoopConfig, stop: Stop
+    path: Path,
+    record: RecordReader,
+    model: HookedTransformer,
+    axis: Axis,
+    loop: LoopConfig,
+    stop: Stop,
 ) -> None:
     """One line per dose: the steered base model, measured like every other stage.
 
     Args:
         path: the journal; doses that it holds are not measured again.
-        past: a run that has base's reading and the first round's vector.
+        record: a run that has measured base and extracted its first vector.
 
     Raises:
-        ShlError: the journal belongs to another run, or the run lacks what is needed.
+        ShlError: the journal belongs to another run, or the run has no base or vector.
     """
-    journal = begun(path, past)
-    line = past.find("base", -1)
-    vector_line = past.find("vector", 0)
+    journal = begun(path, record)
+    line = record.find("base", -1)
+    vector_line = record.find("vector", 0)
     require(
         line is not None and vector_line is not None,
-        f"{past.folder} has no base reading or no first vector yet.",
+        f"{record.folder} has no base reading or no first vector yet.",
     )
     assert line is not None
     base = reading(line["style"], scores(line), scores(line))
     remember_base(model, base)
-    vector = SteeringVector.load(past.place(0, "vector"))
+    vector = SteeringVector.load(record.path_of(0, "vector"))
     done = {entry["dose"] for entry in journal.lines[1:]}
     for kappa in reversed(ladder(loop.dose)):
         dose = kappa * loop.dose.alpha
@@ -54,25 +59,28 @@ def measure_doses(
         numbers = stage_numbers(stage, loop.eval)
         numbers |= shift_numbers(stage.evaluation, base, loop.eval)
         texts = text_lines("steered", 0, stage.samples)
-        with stop.held():
+        with stop.delayed():
             journal.append([{"round": 0, "dose": dose, **numbers, "answers": texts}])
 
 
-def begun(path: Path, past: Past) -> Journal:
-    """A journal of what is measured with the tensors and texts of a run, which it names.
+def begun(path: Path, record: RecordReader) -> Journal:
+    """Open a journal of measurements on a run, whose first line identifies the run.
 
     Raises:
-        ShlError: it names another run, or cannot be written.
+        ShlError: it belongs to another run, or cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise failed(path, error) from error
+        raise write_error(path, error) from error
     journal = Journal(path)
-    told = {key: past.events[0][key] for key in ("files", "weights")}
+    identity = {key: record.events[0][key] for key in ("files", "weights")}
     if not journal.lines:
-        journal.append([told])
-    require(journal.lines[0] == told, f"{path} was begun beside another run, name a new --out.")
+        journal.append([identity])
+    require(
+        journal.lines[0] == identity,
+        f"{path} belongs to another run, name a new folder with --out.",
+    )
     return journal
 
 

@@ -1,7 +1,6 @@
 """Table, verdicts, pictures and page of the arms, from their records alone."""
 
 import json
-import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from experiments.arms.tables import (
 )
 from experiments.arms.text_kl import FILE as TEXTS
 from experiments.arms.text_kl import kinds_tau, read_kinds, summary
+from experiments.record.command import command, say, wide_console
 from experiments.record.journal import write
-from experiments.record.status import newest
+from experiments.record.status import RunFolder
 from experiments.report.report import report
-from shl.utils.errors import ShlError, require
+from shl.utils.errors import require
 from shl.utils.files import write_whole
 
 
@@ -62,19 +62,19 @@ def compare(folder: Path, console: Console) -> None:
     write_page(folder, found, texts)
 
 
+def show(config: RunFolder) -> None:
+    """Make the report of a run folder, or of a folder of arms."""
+    folder, console = config.folder, wide_console()
+    if (folder / "events.jsonl").exists() or not any(folder.glob("*/seed*/events.jsonl")):
+        report(folder, console)
+    else:
+        compare(folder, console)
+    say(console, f"page: {folder / 'report.html'}")
+
+
 def main() -> None:
     """The command line: a run folder, or that of arms."""
-    try:
-        folder = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
-        console = Console(width=max(120, Console().width), soft_wrap=True)
-        if (folder / "events.jsonl").exists() or not any(folder.glob("*/seed*/events.jsonl")):
-            report(folder, console)
-        else:
-            compare(folder, console)
-        console.print(f"page: {folder / 'report.html'}", highlight=False, markup=False)
-    except ShlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(show, RunFolder, __doc__)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from transformer_lens import HookedTransformer
 
 from experiments.arms.doses import begun
 from experiments.record.journal import Line, read_lines
-from experiments.record.reader import Past
-from experiments.record.resume import Recall
+from experiments.record.reader import RecordReader
+from experiments.record.resume import Resume
 from experiments.record.signals import Stop
 from shl.config import LoopConfig
 from shl.hooks.vector import SteeringVector
@@ -34,7 +34,7 @@ SHORTEST = 20
 
 
 def measure_kinds(
-    path: Path, past: Past, model: HookedTransformer, loop: LoopConfig, stop: Stop
+    path: Path, past: RecordReader, model: HookedTransformer, loop: LoopConfig, stop: Stop
 ) -> None:
     """Write one line per text: its group, dose and per-token KL.
 
@@ -43,9 +43,9 @@ def measure_kinds(
         past: a run with its first round's vector and texts.
     """
     journal = begun(path, past)
-    recall = Recall(past, model, loop)
-    vector = SteeringVector.load(past.place(0, "vector"))
-    for number, (kind, v) in enumerate(_texts(past, recall)):
+    resume = Resume(past, model, loop)
+    vector = SteeringVector.load(past.path_of(0, "vector"))
+    for number, (kind, v) in enumerate(_texts(resume)):
         if number < len(journal.lines) - 1:
             continue
         text = v.completion
@@ -62,21 +62,16 @@ def measure_kinds(
             "text": text.text,
             "kl": [round(float(x), 5) for x in kl],
         }
-        with stop.held():
+        with stop.delayed():
             journal.append([line])
 
 
-def _texts(past: Past, recall: Recall) -> Iterator[tuple[str, Verdict]]:
-    found = recall("stage", -1, "prompted+")
-    assert found is not None
-    prompted = found["stage"].samples
-    steered: list[Verdict] = []
-    for event in past.events:
-        if event["round"] == 0 and event["event"] in ("probe", "batch"):
-            part = "" if event["event"] == "probe" else str(event["batch"])
-            values = recall(event["event"], 0, part)
-            assert values is not None
-            steered += values["verdicts"]
+def _texts(resume: Resume) -> Iterator[tuple[str, Verdict]]:
+    base = resume.load_stage(-1, "prompted+")
+    batches = [resume.load_batch(0, k) for k in range(resume.config.dose.max_batches)]
+    judged = [part for part in (resume.load_probe(0), *batches) if part is not None]
+    prompted = base.samples if base is not None else ()
+    steered = [v for part in judged for v in part.verdicts]
     for kind, group in (
         ("prompted", [v for v in prompted if v.kept]),
         ("kept", [v for v in steered if v.kept]),
@@ -92,7 +87,7 @@ def read_kinds(path: Path) -> list[Line]:
 
 def kinds_tau(folder: Path) -> float:
     """tau of the method's arm, nats."""
-    return float(Past(next(folder.glob("rmse/seed*"))).settings["loop"]["heal"]["tau"])
+    return float(RecordReader(next(folder.glob("rmse/seed*"))).settings["loop"]["heal"]["tau"])
 
 
 def sizes(lines: Sequence[Line], kind: str, how: str) -> list[float]:

@@ -1,1 +1,1 @@
-"""Checks on the real weights: the crash test, the validity of the probe, the notebooks."""
+"""Checks on real weights: crash and resume, validity of the vignettes, the notebooks."""

@@ -1,7 +1,7 @@
-"""Kill a real run again and again, and compare what it leaves with a run that was left alone.
+"""Kill a run at random moments, resume it, and compare it with an uninterrupted run.
 
-`make crash` does it at the smallest honest scale on real weights: SIGKILL at
-random moments, one SIGTERM whose delay is measured, then the same command until it ends.
+`make crash` does so on real weights at a small scale: several SIGKILLs and one SIGTERM whose delay
+is measured, then the same command until it ends.
 """
 
 import random
@@ -13,10 +13,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
+from experiments.record.command import command
 from experiments.record.reader import read
 from shl.utils.errors import ShlError
 
@@ -24,26 +22,26 @@ SCALE = """
   --rounds 1 --vector.contexts 8 --generate.max-new-tokens 24 --dose.rungs 2 --dose.probe-size 4
   --dose.min-train 8 --dose.batch-size 8 --heal.epochs 2 --eval.samples 4 --eval.bootstrap 50
 """.split()  # noqa: SIM905
-OWN = (".lock", "processes.jsonl")
-"""What tells of processes, and so differs between runs that were cut at other places."""
+PROCESS_FILES = (".lock", "processes.jsonl")
+"""Files about the processes of a run, which differ between runs that ended at other places."""
 
 
 @dataclass(frozen=True)
 class CrashConfig:
-    """How often and on what."""
+    """How often a run is killed, and on which model."""
 
     model: str = "gemma-3-270m"
     """As in experiments.run."""
     out: Path = Path("runs/crash")
-    """Where the two run folders go; made anew."""
-    kills: Annotated[int, tyro.conf.arg(help="SIGKILLs before the run is left alone")] = 8
-    """SIGKILLs before the run is left alone [count]."""
+    """Folder of the two runs, deleted first."""
+    kills: int = 8
+    """Signals before the run may finish; the last one is SIGTERM [count]."""
     seed: int = 0
-    """Of the moments."""
+    """Seed of the random moments."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What two finished run folders do not share bit for bit, `seconds` apart.
+    """The files in which two finished run folders differ, `seconds` and process files apart.
 
     Raises:
         ShlError: a folder cannot be read as a run.
@@ -52,11 +50,14 @@ def differences(one: Path, other: Path) -> list[str]:
         {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         for folder in (one, other)
     ]
-    found = [f"only in one: {name}" for name in sorted(names[0] ^ names[1]) if name not in OWN]
+    found = [
+        f"only in one: {name}" for name in sorted(names[0] ^ names[1]) if name not in PROCESS_FILES
+    ]
     found += [
         f"differs: {name}"
         for name in sorted(names[0] & names[1])
-        if name not in (*OWN, "events.jsonl") and _timeless(one / name) != _timeless(other / name)
+        if name not in (*PROCESS_FILES, "events.jsonl")
+        and _timeless(one / name) != _timeless(other / name)
     ]
     events = [
         [{k: v for k, v in event.items() if k != "seconds"} for event in read(folder)[1]]
@@ -71,7 +72,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def _timeless(path: Path) -> bytes:
-    """A file's bytes; of the page, those outside the section that tells of times and memory."""
+    """A file's bytes; for the page, without the section about time and memory."""
     found = path.read_bytes()
     if path.name == "report.html":
         found = re.sub(rb'<section id="cost">.*?</section>', b"", found, flags=re.DOTALL)
@@ -89,17 +90,16 @@ def _done(folder: Path) -> int:
     return len(read(folder)[1]) if (folder / "events.jsonl").exists() else 0
 
 
-def main() -> None:
-    """The command line; status 1 if anything differs."""
-    config = tyro.cli(CrashConfig, description=__doc__)
+def crash(config: CrashConfig) -> None:
+    """Run, kill, resume and compare; exits with status 1 if anything differs."""
     shutil.rmtree(config.out, ignore_errors=True)
     alone, killed = config.out / "alone", config.out / "killed"
     begun = time.monotonic()
     _, error = (process := _start(config, alone)).communicate()
     if process.returncode:
-        raise ShlError(f"the run that was left alone failed: {error.decode().strip()}")
+        raise ShlError(f"the uninterrupted run failed: {error.decode().strip()}")
     whole = time.monotonic() - begun
-    print(f"left alone: {_done(alone)} events in {whole:.0f} s", flush=True)
+    print(f"uninterrupted: {_done(alone)} events in {whole:.0f} s", flush=True)
     rng = random.Random(config.seed)
     for kill in range(config.kills):
         process = _start(config, killed)
@@ -114,11 +114,16 @@ def main() -> None:
             process.wait()
             name = "SIGTERM" if last else "SIGKILL"
             delay = f", ended {time.monotonic() - asked:.2f} s later" if last else ""
-            print(f"{name} after {wait:.0f} s: {_done(killed)} events are there{delay}", flush=True)
+            print(f"{name} after {wait:.0f} s: {_done(killed)} events{delay}", flush=True)
     _, error = (process := _start(config, killed)).communicate()
     found = differences(alone, killed) if not process.returncode else [error.decode().strip()]
-    print("\n".join(found) if found else "the two run folders are the same, seconds apart")
+    print("\n".join(found) if found else "the two run folders are identical, times apart")
     sys.exit(bool(found))
+
+
+def main() -> None:
+    """The command line."""
+    command(crash, CrashConfig, __doc__)
 
 
 if __name__ == "__main__":

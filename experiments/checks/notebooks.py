@@ -1,17 +1,20 @@
-"""Run the notebooks on the real model and store their outputs: `make notebooks`."""
+"""Execute the notebooks on the real model and store their outputs: `make notebooks`."""
 
 import os
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+import tyro
 from nbclient import NotebookClient
+
+from experiments.record.command import command
 
 FOLDER = Path(__file__).parent.parent.parent / "notebooks"
 
 
 def refresh(path: Path) -> None:
-    """Execute one notebook in its own folder and write it back with its outputs alone.
+    """Execute a notebook in its folder and write it back with its outputs, without metadata.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised.
@@ -41,9 +44,27 @@ def refresh(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-if __name__ == "__main__":
-    # tqdm asks for widgets that nothing here needs.
+@dataclass(frozen=True)
+class NotebooksConfig:
+    """Which notebooks are executed."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """File names in notebooks/; default all."""
+
+
+def refresh_all(config: NotebooksConfig) -> None:
+    """Execute notebooks one after the other."""
+    # tqdm warns about missing widgets, which no notebook uses.
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
-    for name in sys.argv[1:] or sorted(p.name for p in FOLDER.glob("*.ipynb")):
+    for name in config.names or sorted(p.name for p in FOLDER.glob("*.ipynb")):
         refresh(FOLDER / name)
         print(name)
+
+
+def main() -> None:
+    """The command line."""
+    command(refresh_all, NotebooksConfig, __doc__)
+
+
+if __name__ == "__main__":
+    main()

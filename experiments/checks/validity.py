@@ -1,53 +1,43 @@
-"""The probe's validity on a model, before anything is built on it: `make probe`."""
+"""Validity of the vignettes on a model, before anything is measured with them: `make probe`."""
 
-import sys
 from dataclasses import dataclass
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.record.command import command, say, wide_console
 from shl.config import FOUNDATIONS
 from shl.measure.evaluation import Evaluation, nats_of
 from shl.measure.validity import validity
 from shl.measure.vignettes import evaluate
 from shl.method.axes import load_axis
 from shl.models.load import load_model
-from shl.utils.errors import ShlError
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Read the vignettes on base and under both personas, and say how far to trust them."""
+    """Evaluate the vignettes on base and under both personas, and test their validity."""
 
     axis: str = "care_auth"
-    """Whose personas are tried."""
+    """Axis whose personas are used, or the path of a TOML file."""
     model: str = "gemma-3-270m"
     """Embedded model, hub name, or local folder."""
 
 
-def main() -> None:
-    """The command line; bad input ends with one sentence and status 2."""
-    config = tyro.cli(ProbeConfig, description=__doc__)
-    console = Console(width=110)
-    try:
-        axis = load_axis(config.axis)
-        model = load_model(config.model)
-        base = evaluate(model)
-        plus = evaluate(model, persona=axis.positive)
-        minus = evaluate(model, persona=axis.negative)
-    except ShlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    show(console, config, base, plus, minus)
+def probe(config: ProbeConfig) -> None:
+    """Evaluate base and both personas, and print the result."""
+    axis = load_axis(config.axis)
+    model = load_model(config.model)
+    base, plus, minus = (evaluate(model, persona=p) for p in (None, axis.positive, axis.negative))
+    show(wide_console(), config, base, plus, minus)
 
 
 def show(
     console: Console, config: ProbeConfig, base: Evaluation, plus: Evaluation, minus: Evaluation
 ) -> None:
-    """Print top-1, confusion, split-half, and the shift of each persona."""
-    console.print(f"{config.model}, {base.style} style, {len(base.labels)} vignettes")
+    """Print accuracy, confusions, split-half reliability, and the shift of each persona."""
+    say(console, f"{config.model}, {base.style} style, {len(base.labels)} vignettes")
     each = [
         float((x.argmax(1) == base.intended).mean()) for x in np.swapaxes(base.log_p_each, 0, 1)
     ]
@@ -66,7 +56,7 @@ def show(
     )
     # Base's own profile is flat by calibration, so reliability is that of the persona contrast.
     console.print(f"split-half of the persona contrast over vignettes {found.split_half:.3f}")
-    table = Table(title="chosen (columns) for intended (rows)")
+    table = Table(title="chosen option (columns) by intended option (rows)")
     for column in ("intended", *FOUNDATIONS, "recall"):
         table.add_column(column, justify="right")
     for name, row in zip(FOUNDATIONS, base.confusion, strict=True):
@@ -74,7 +64,7 @@ def show(
         noise = " noise" if name in base.noise else ""
         table.add_row(name, *map(str, row), f"{recall:.2f}{noise}")
     console.print(table)
-    table = Table(title="shift that a persona prompt alone causes [nats]")
+    table = Table(title="shift caused by a persona prompt alone [nats]")
     for column in (
         "foundation",
         "positive",
@@ -102,6 +92,11 @@ def show(
         )
     console.print(table)
     console.print(f"{'valid' if found.valid else 'not valid'} here: {found.reason}")
+
+
+def main() -> None:
+    """The command line."""
+    command(probe, ProbeConfig, __doc__)
 
 
 if __name__ == "__main__":

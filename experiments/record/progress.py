@@ -1,27 +1,59 @@
-"""One progress bar over the whole run: stage, round, time left."""
+"""Progress of a run: a bar in a terminal, otherwise one line per finished stage."""
 
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Iterable
+from itertools import accumulate
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments.record.command import say
 from shl.config import LoopConfig
 
-# Seconds that each stage takes relative to the others on a CPU; they only steer the time left.
-_WEIGHTS = {"measure": 5.0, "vector": 1.5, "probe": 5.0, "batch": 5.0, "steered": 3.0, "heal": 12.0}
-_READING = 20.0
-"""What an instrument of somebody else's takes per stage."""
+BASELINES = ("base", "prompted+", "prompted-")
+ROUND = ("vector", "probe", "batch", "steered", "healing", "healed")
+SECONDS = {"vector": 1.5, "steered": 3.0, "healing": 12.0}
+"""Rough duration of a stage on a CPU, for the time left; 5 for those that are not listed."""
+READING_SECONDS = 20.0
+"""Rough duration of an instrument's reading of a stage."""
+ACTIVITIES = {
+    "vector": "extracting the vector",
+    "probe": "probing doses",
+    "batch": "generating",
+    "healing": "healing",
+}
+"""What is done in a stage; the others are measured."""
 
 
-class Bar:
-    """One progress bar over the whole run: stage, round, time left."""
+class StageProgress:
+    """Shows how far a run is, from the names of its finished stages.
 
-    def __init__(self, config: LoopConfig, console: Console, instruments: int = 0) -> None:
-        reading = _READING * instruments
-        round_weight = sum(_WEIGHTS.values()) + 2 * reading
-        self.config = config
-        self.progress = Progress(
+    Without a terminal it prints lines such as "round 0: dose probe done, 5 of 21 stages, 1.2 min
+    elapsed, about 6 min left". Stages loaded from the record count as done and are not printed.
+    """
+
+    def __init__(
+        self, config: LoopConfig, console: Console, instruments: Iterable[str] = ()
+    ) -> None:
+        stages = [(-1, name) for name in BASELINES]
+        stages += [
+            (index, name)
+            for index in range(config.rounds)
+            for name in ROUND
+            if config.dose.walk or name != "probe"
+        ]
+        plan = {}
+        for index, name in stages:
+            plan[index, name] = SECONDS.get(name, 5.0)
+            if index < 0 or name in ("steered", "healed"):
+                plan |= {(index, f"{i}:{name}"): READING_SECONDS for i in instruments}
+        self.plan = list(plan)
+        self.ends = dict(zip(plan, accumulate(plan.values()), strict=True))
+        self.total = sum(plan.values())
+        self.done = self.loaded = 0.0
+        self.console = console
+        self.began = time.monotonic()
+        self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
@@ -29,50 +61,42 @@ class Bar:
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
+            disable=not console.is_interactive,
         )
-        self.task = self.progress.add_task(
-            "base", total=3 * (_WEIGHTS["measure"] + reading) + config.rounds * round_weight
+        self.task = self.bar.add_task(_label(*self.plan[0]), total=self.total)
+
+    def finished(self, name: str, index: int, batch: int | None = None, *, loaded: bool) -> None:
+        """Count a stage of the record; of several batches the first one counts."""
+        end = self.ends[index, name]
+        self.loaded += max(0.0, end - self.done) if loaded else 0.0
+        self.done = max(self.done, end)
+        number = self.plan.index((index, name)) + 1
+        following = self.plan[min(number, len(self.plan) - 1)]
+        self.bar.update(self.task, completed=self.done, description=_label(*following))
+        if loaded or self.console.is_interactive:
+            return
+        elapsed = time.monotonic() - self.began
+        left = elapsed * (self.total - self.done) / max(self.done - self.loaded, 1.0)
+        what = {"probe": "dose probe", "batch": f"batch {batch}"}.get(name, name)
+        say(
+            self.console,
+            f"{_where(index)}{what} done, {number} of {len(self.plan)} stages, "
+            f"{elapsed / 60:.1f} min elapsed, about {left / 60:.0f} min left",
         )
 
-    def say(self, what: str, index: int) -> None:
-        """Show what runs now."""
-        where = f"round {index + 1}/{self.config.rounds}: " if index >= 0 else ""
-        self.progress.update(self.task, description=f"{where}{what}")
+    def step(self, index: int, step: int, total: int, d: float) -> None:
+        """Show a finished training step."""
+        share = (step + 1) / total
+        self.bar.update(
+            self.task,
+            completed=self.ends[index, "healing"] - SECONDS["healing"] * (1 - share),
+            description=f"{_label(index, 'healing')} {step + 1}/{total}, D {d:.2f}",
+        )
 
-    def observe(self, name: str, index: int, values: Mapping[str, Any]) -> None:
-        """Advance after a finished stage."""
-        after = {
-            "vector": ("probing doses", _WEIGHTS["vector"]),
-            "probe": ("dreaming", _WEIGHTS["probe"]),
-            "batch": ("measuring steered", _WEIGHTS["batch"] if values.get("batch") == 0 else 0.0),
-            "healed": ("measuring healed", 0.0),
-        }
-        if name == "step":
-            step, total = values["step"], values["total"]
-            self.progress.advance(self.task, _WEIGHTS["heal"] / total)
-            self.say(f"healing {step.step + 1}/{total}, D {step.d:.2f}", index)
-            return
-        if name == "reading":
-            self.progress.advance(self.task, _READING)
-            return
-        if name == "stage":
-            stage = values["stage"].name
-            then = {"base": "prompted +", "prompted+": "prompted -", "steered": "healing"}
-            weight = _WEIGHTS["steered" if stage == "steered" else "measure"]
-            after["stage"] = (then.get(stage, "extracting the vector"), weight)
-            index = index + 1 if stage in ("healed", "prompted-") else index
-        what, weight = after[name]
-        self.progress.advance(self.task, weight)
-        self.say(what, min(index, self.config.rounds - 1))
 
-    def recalled(self, name: str, index: int, values: Mapping[str, Any]) -> None:
-        """Advance past a stage that an earlier process finished."""
-        if name == "healed":
-            self.progress.advance(self.task, _WEIGHTS["heal"])
-        if name == "training":
-            done = len(values["state"].steps)
-            heal, texts = self.config.heal, self.config.dose.min_train
-            total = heal.epochs * -(-texts // heal.batch_size)
-            self.progress.advance(self.task, _WEIGHTS["heal"] * min(1.0, done / total))
-            return
-        self.observe(name, index, values)
+def _where(index: int) -> str:
+    return f"round {index}: " if index >= 0 else ""
+
+
+def _label(index: int, name: str) -> str:
+    return _where(index) + ACTIVITIES.get(name, f"measuring {name}")

@@ -1,8 +1,7 @@
-"""The table at the end of a run, from its events alone."""
+"""Read a run folder and check that it is unmodified."""
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,17 @@ import numpy as np
 from experiments.record.journal import Line, read_lines
 from experiments.record.schema import check_lines, name_of, settings_in
 from shl.config import FOUNDATIONS
-from shl.measure.evaluation import Evaluation
 from shl.measure.evaluation import on_axis as axis_shift
 from shl.method.axes import Axis, axis_from
 from shl.utils.errors import ShlError, require
 
 FILES = ("config.json", "axis.json", "versions.json")
-"""What is run; none of it changes while a run goes on."""
-TOLD = ("commit", "cores")
-"""Of versions.json, what is told of the first process and may differ in the next: the commit names
-texts as well as code, whose own digest is beside it."""
+"""What is run; none of it changes while a run continues."""
+INFORMATIONAL = ("commit", "cores")
+"""Keys of versions.json that may differ when a run continues: a commit may change texts alone, and
+the code has a digest of its own."""
+
+Event = Mapping[str, Any]
 
 
 def digest(path: Path) -> str:
@@ -33,36 +33,31 @@ def digest(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         ShlError: the file cannot be read or holds something else.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ShlError(f"{path} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise ShlError(f"{path} is not JSON ({error}).") from error
-    require(isinstance(found, dict), f"{path} holds {type(found).__name__}, it must be an object.")
-    return found
+    require(isinstance(value, dict), f"{path} holds {type(value).__name__}, it must be an object.")
+    return value
 
 
-def same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
-    """Raise at the first setting that is not as it was, what is only told (`TOLD`) apart."""
-    was, now = _flat(old), _flat(new)
-    for key in (key for key in (*was, *now) if key not in TOLD):
-        require(
-            was.get(key) == now.get(key),
-            f"{path} has {key} {was.get(key)!r}, this run has {now.get(key)!r}; a run goes on only "
-            "as it began, name another folder with --out.",
-        )
-
-
-def same_run(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise unless a folder's files say that the same is run."""
+def require_same_run(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise at the first setting of a folder's files that differs, `INFORMATIONAL` ones apart."""
     for name in FILES:
-        same(read_json(folder / name), json.loads(json.dumps(settings[name])), folder / name)
+        old, new = _flat(read_json(folder / name)), _flat(json.loads(json.dumps(settings[name])))
+        for key in (key for key in (*old, *new) if key not in INFORMATIONAL):
+            require(
+                old.get(key) == new.get(key),
+                f"{folder / name} has {key} {old.get(key)!r}, this run has {new.get(key)!r}; a run "
+                "continues only with the same settings, name another folder with --out.",
+            )
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -75,21 +70,22 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def check_files(folder: Path, start: Line) -> None:
+def require_unmodified(folder: Path, start: Line) -> None:
     """Raise unless the files that say what is run are those that the run began with."""
     for name in FILES:
         found = digest(folder / name)
         require(
             start["files"].get(name) == found,
-            f"{folder / name} has been changed since the run began (its SHA-256 is {found[:12]}).",
+            f"checksum mismatch: {folder / name} was modified after the run began (its SHA-256 is "
+            f"{found[:12]}).",
         )
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[Line], list[Line]]:
-    """Config, events and texts of a run folder; a line that was cut off counts as never written.
+    """Config, events and texts of a run folder; an incomplete last line is ignored.
 
     Raises:
-        ShlError: it is none, or something in it has been changed or is malformed.
+        ShlError: it is not a run folder, or something in it is modified or malformed.
     """
     require(
         (folder / "config.json").is_file() and (folder / "events.jsonl").is_file(),
@@ -97,79 +93,52 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Line], list[Line]]:
     )
     events, texts = read_lines(folder / "events.jsonl"), read_lines(folder / "texts.jsonl")
     check_lines(events, texts, str(folder))
-    require(bool(events), f"the run in {folder} had not begun.")
-    check_files(folder, events[0])
+    require(bool(events), f"the run in {folder} has not begun.")
+    require_unmodified(folder, events[0])
     config = settings_in(read_json(folder / "config.json"), str(folder / "config.json"))
     return config, events, texts[: events[-1]["texts"]]
 
 
-def finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
     """Whether a folder holds a run with all of its rounds."""
     lines = read_lines(folder / "events.jsonl")
     return bool(lines) and lines[-1].get("event") == "end"
 
 
 def axis_of(folder: Path) -> Axis:
-    """The axis that a run was made with."""
+    """The axis of a run."""
     return axis_from(read_json(folder / "axis.json"), str(folder / "axis.json"))
 
 
-class Lines(ABC):
-    """The lines of a record."""
+class RecordReader:
+    """The record of a run to which no process writes.
 
-    folder: Path
-    base: Evaluation | None = None
+    Raises:
+        ShlError: the folder holds no run, or something in it is modified or malformed.
+    """
 
-    @property
-    @abstractmethod
-    def events(self) -> list[Line]:
-        """Every finished stage so far."""
+    events: list[Line]
+    texts: list[Line]
 
-    @property
-    @abstractmethod
-    def texts(self) -> list[Line]:
-        """Every judged completion so far."""
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.settings, self.events, self.texts = read(folder)
 
     def find(self, name: str, index: int, batch: int | None = None) -> Line | None:
-        """The event of a name (of a stage: its own) in a round, if it has been written."""
+        """The event of a name (see `name_of`) in a round, None if it is not in the record."""
         for event in self.events:
             if (name_of(event), event["round"], event.get("batch")) == (name, index, batch):
                 return event
         return None
 
     def texts_of(self, event: Line) -> list[Line]:
-        """The completions that came with an event."""
+        """The completions that were written with an event."""
         before = self.events[self.events.index(event) - 1]["texts"]
         return self.texts[before : event["texts"]]
 
-    def place(self, index: int, name: str) -> Path:
-        """Where a round's tensors of that name are."""
+    def path_of(self, index: int, name: str) -> Path:
+        """The tensor file of a round: vector, adapter or training."""
         return self.folder / "rounds" / str(index) / f"{name}.safetensors"
-
-
-class Past(Lines):
-    """A record that nobody writes to any more.
-
-    Raises:
-        ShlError: the folder holds no run, or something in it has been changed.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.settings, self._events, self._texts = read(folder)
-
-    @property
-    def events(self) -> list[Line]:
-        """Every finished stage."""
-        return self._events
-
-    @property
-    def texts(self) -> list[Line]:
-        """Every judged completion."""
-        return self._texts
-
-
-Event = Mapping[str, Any]
 
 
 def stages(events: Sequence[Event], name: str) -> list[Event]:

@@ -1,13 +1,12 @@
-"""From a run's record back to what `shl.love` was given, bit for bit."""
+"""Load the stages of a record back into what `shl.love` produced, bit for bit."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from transformer_lens import HookedTransformer
 
 from experiments.record.journal import Line
-from experiments.record.reader import Lines
+from experiments.record.reader import RecordReader
 from shl.config import LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.vector import SteeringVector
@@ -15,73 +14,88 @@ from shl.measure.vignettes import reading
 from shl.method.dose import Walk, ladder
 from shl.method.filters import Verdict
 from shl.method.heal import Healed, HealStep, Training
-from shl.method.loop import Stage
+from shl.method.stages import InstrumentReading, Judged, Observer, Stage
 from shl.models.generate import Completion
 from shl.models.tokens import Prompt, encode
 from shl.utils.errors import require
 
 
-class Recall:
-    """`shl.love`'s `recall`: the stages that a record holds.
+class Resume(Observer):
+    """Supplies the finished stages of a record; what is computed is not saved.
 
-    Raises (when called):
-        ShlError: a tensor file is missing, damaged or changed.
+    Its methods raise `ShlError` where a tensor file is missing, damaged or modified.
     """
 
-    def __init__(self, record: Lines, model: HookedTransformer, config: LoopConfig) -> None:
+    def __init__(self, record: RecordReader, model: HookedTransformer, config: LoopConfig) -> None:
         self.record, self.model, self.config = record, model, config
 
-    def __call__(self, event: str, index: int, part: str) -> Mapping[str, Any] | None:
-        """The values that `observe` was given, or None."""
-        record = self.record
-        if event == "training":
-            path = record.place(index, "training")
-            return {"state": Training.load(path)} if path.exists() else None
-        name = {"stage": part, "reading": part, "healed": "healing"}.get(event, event)
-        line = record.find(name, index, int(part) if event == "batch" else None)
-        if line is None:
-            return None
-        if event == "stage":
-            return self._stage(line)
-        if event == "reading":
-            return {"instrument": line["instrument"], "stage": line["stage"], "reading": line}
-        if event == "vector":
-            return {"vector": SteeringVector.load(record.place(index, "vector"))}
-        if event == "healed":
-            # A process may have been killed before it took this away.
-            record.place(index, "training").unlink(missing_ok=True)
-            adapter = Adapter.load(record.place(index, "adapter"), self.model)
-            steps = tuple(HealStep(**step) for step in line["steps"])
-            return {"healing": Healed(adapter, steps, self.config.heal)}
-        extra = {"batch": line["batch"]} if event == "batch" else {}
-        return {
-            "verdicts": self._verdicts(record.texts_of(line)),
-            "walk": self._walk(line),
-            **extra,
-        }
+    def find(self, name: str, index: int, batch: int | None = None) -> Line | None:
+        """The event of a finished stage, or None."""
+        return self.record.find(name, index, batch)
 
-    def _stage(self, line: Line) -> dict[str, Any]:
-        record, index = self.record, line["round"]
-        base = record.find("base", -1)
-        assert base is not None
+    def load_stage(self, index: int, name: str) -> Stage | None:
+        """Return a measured stage; the samples of a steered one are those of its dose."""
+        line, base = self.find(name, index), self.record.find("base", -1)
+        if line is None or base is None:
+            return None
         evaluation = reading(line["style"], scores(line), scores(base))
-        if line["stage"] == "base":
-            record.base = evaluation
-        if line["stage"] != "steered":
-            own = self._verdicts(record.texts_of(line))
-            return {"stage": Stage(line["stage"], evaluation, tuple(own))}
-        found = [
+        if name != "steered":
+            return Stage(name, evaluation, self._verdicts(self.record.texts_of(line)))
+        texts = [
             text
-            for event in record.events
+            for event in self.record.events
             if event["round"] == index and event["event"] in ("probe", "batch")
-            for text in record.texts_of(event)
+            for text in self.record.texts_of(event)
             if abs(text["dose"] - line["dose"]) < 1e-9
         ]
-        stage = Stage("steered", evaluation, tuple(self._verdicts(found)))
-        return {"stage": stage, "kappa": line["kappa"], "dose": line["dose"]}
+        return Stage(name, evaluation, self._verdicts(texts), line["kappa"], line["dose"])
 
-    def _verdicts(self, texts: Sequence[Line]) -> list[Verdict]:
-        return [
+    def load_reading(self, index: int, instrument: str, stage: str) -> InstrumentReading | None:
+        """Return what an instrument read of a stage."""
+        line = self.find(f"{instrument}:{stage}", index)
+        return None if line is None else InstrumentReading(instrument, stage, line)
+
+    def load_vector(self, index: int) -> SteeringVector | None:
+        """Return the vector of a round."""
+        if self.find("vector", index) is None:
+            return None
+        return SteeringVector.load(self.record.path_of(index, "vector"))
+
+    def load_probe(self, index: int) -> Judged | None:
+        """Return the judged rows of the dose ladder."""
+        return self._judged(self.find("probe", index))
+
+    def load_batch(self, index: int, number: int) -> Judged | None:
+        """Return a full batch at the chosen dose."""
+        return self._judged(self.find("batch", index, number))
+
+    def load_training(self, index: int) -> Training | None:
+        """Return the state of an interrupted training."""
+        path = self.record.path_of(index, "training")
+        return Training.load(path) if path.exists() else None
+
+    def load_healed(self, index: int) -> Healed | None:
+        """Return the trained adapter of a round with its log."""
+        line = self.find("healing", index)
+        if line is None:
+            return None
+        adapter = Adapter.load(self.record.path_of(index, "adapter"), self.model)
+        return Healed(adapter, tuple(HealStep(**step) for step in line["steps"]), self.config.heal)
+
+    def _judged(self, line: Line | None) -> Judged | None:
+        if line is None:
+            return None
+        kappas = ladder(self.config.dose)
+        require(
+            [rung["kappa"] for rung in line["ladder"]] == list(kappas) and line["kappa"] in kappas,
+            f"the ladder of {line['event']} in round {line['round']} is not that of the settings.",
+        )
+        counts = tuple((rung["kept"], rung["generated"]) for rung in line["ladder"])
+        walk = Walk(self.config.dose, kappas, counts, kappas.index(line["kappa"]))
+        return Judged(self._verdicts(self.record.texts_of(line)), walk)
+
+    def _verdicts(self, texts: Sequence[Line]) -> tuple[Verdict, ...]:
+        return tuple(
             Verdict(
                 self._completion(t),
                 tuple(t["reasons"]),
@@ -89,7 +103,7 @@ class Recall:
                 float("inf") if t["tail_perplexity"] is None else t["tail_perplexity"],
             )
             for t in texts
-        ]
+        )
 
     def _completion(self, t: Line) -> Completion:
         prompt = Prompt(t["prompt"], t["persona"])
@@ -101,18 +115,9 @@ class Recall:
         )
         return Completion(prompt, t["text"], tuple(t["tokens"]), ids, t["dose"], t["ended"])
 
-    def _walk(self, line: Line) -> Walk:
-        kappas = ladder(self.config.dose)
-        require(
-            [rung["kappa"] for rung in line["ladder"]] == list(kappas) and line["kappa"] in kappas,
-            f"the ladder of {line['event']} in round {line['round']} is not that of the settings.",
-        )
-        counts = tuple((rung["kept"], rung["generated"]) for rung in line["ladder"])
-        return Walk(self.config.dose, kappas, counts, kappas.index(line["kappa"]))
-
 
 def scores(line: Line) -> np.ndarray:
-    """A stage line's raw scores, `[item, asked, option]`, float64 as they were."""
+    """Raw scores of a stage's line, `[item, paraphrase, option]`, float64 as they were."""
     sizes = {len(option) for item in line["log_probs"] for option in item}
     require(
         len(sizes) == 1 and len({len(item) for item in line["log_probs"]}) == 1,

@@ -1,9 +1,18 @@
-"""A record is what a run can have left: every line of its kind, in an order that can be."""
+"""The schema of a record: the shape of every line, and the order in which events may follow."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from shl.config import FOUNDATIONS, LoopConfig
 from shl.measure.tinymfv import TinymfvConfig
@@ -11,12 +20,20 @@ from shl.utils.errors import ShlError, require
 
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-PerFoundation = Annotated[dict[str, Number], Field(min_length=7, max_length=7)]
 Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
+def _every_foundation(values: dict[str, Any]) -> dict[str, Any]:
+    if set(values) != set(FOUNDATIONS):
+        raise ValueError(f"the keys are {sorted(values)}, they must be {FOUNDATIONS}")
+    return values
+
+
+PerFoundation = Annotated[dict[str, Number], AfterValidator(_every_foundation)]
+
+
 class Strict(BaseModel):
-    """No other keys, no conversions."""
+    """A model without other keys and without conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -25,7 +42,7 @@ class Event(Strict):
     """One line of events.jsonl.
 
     `round` is -1 before the first; `seconds` is computing time since the start of the run; `texts`
-    counts the lines of texts.jsonl that are there when the event is written.
+    is the number of lines of texts.jsonl when the event is written.
     """
 
     event: str
@@ -35,7 +52,7 @@ class Event(Strict):
 
 
 class StartEvent(Event):
-    """SHA-256 of the files that say what is run, and the hash of the model's weights."""
+    """SHA-256 of the files in `reader.FILES`, and the hash of the model's weights."""
 
     event: Literal["start"]
     files: dict[str, str]
@@ -43,7 +60,7 @@ class StartEvent(Event):
 
 
 class StageEvent(Event):
-    """One model measured."""
+    """A measured model."""
 
     event: Literal["stage"]
     stage: Literal["base", "prompted+", "prompted-", "steered", "healed"]
@@ -60,23 +77,23 @@ class StageEvent(Event):
     labels: list[str]
     log_probs: list[list[list[Number]]]
     shift: PerFoundation
-    shift_interval: dict[str, Pair]
+    shift_interval: Annotated[dict[str, Pair], AfterValidator(_every_foundation)]
     centred_shift: PerFoundation
     kappa: Number | None = None
     dose: Number | None = None
 
 
 class Table(Strict):
-    """What an instrument says in sum; keys are the instrument's own."""
+    """The summary of an instrument; its keys are those of the instrument."""
 
     numbers: dict[str, Number | None]
     per_foundation: dict[str, dict[str, Number | None]]
 
 
 class ReadingEvent(Event):
-    """A stage, read by an instrument that is not our own vignettes.
+    """A stage, read by an instrument other than the vignettes.
 
-    `log_probs` is `[item, asked, option]` in nats, null where the instrument got no answer.
+    `log_probs` is `[item, paraphrase, option]` in nats, null without an answer.
     """
 
     event: Literal["reading"]
@@ -94,7 +111,7 @@ class ReadingEvent(Event):
 
 
 class OneFoundation(Strict):
-    """How far an instrument is valid on one foundation of the axis."""
+    """Validity of an instrument on one foundation of the axis."""
 
     informedness: Number
     informedness_p: Number
@@ -105,7 +122,7 @@ class OneFoundation(Strict):
 
 
 class ValidityEvent(Event):
-    """Whether an instrument can be trusted on this model (see `shl.measure.validity`)."""
+    """Validity of an instrument on this model (see `shl.measure.validity`)."""
 
     event: Literal["validity"]
     instrument: str
@@ -130,7 +147,7 @@ class VectorEvent(Event):
 
 
 class Rung(Strict):
-    """What was counted at one dose."""
+    """Counts at one dose."""
 
     kappa: Number
     dose: Number
@@ -139,7 +156,7 @@ class Rung(Strict):
 
 
 class WalkEvent(Event):
-    """The dose ladder, or a full batch, judged; its texts are the new lines of texts.jsonl."""
+    """The judged dose ladder or a judged batch; its texts are the new lines of texts.jsonl."""
 
     event: Literal["probe", "batch"]
     batch: Count | None = None
@@ -150,7 +167,7 @@ class WalkEvent(Event):
 
 
 class Means(Strict):
-    """What is measured of a training step (see `shl.method.heal.HealStep`), or its mean."""
+    """Measurements of a training step (see `shl.method.heal.HealStep`), or their means."""
 
     nll: Number
     d: Number
@@ -182,7 +199,7 @@ class HealingEvent(Event):
 
 
 class RoundEvent(Event):
-    """A round in short, once all of it is done."""
+    """Summary of a finished round."""
 
     event: Literal["round"]
     kappa: Number
@@ -195,7 +212,7 @@ class RoundEvent(Event):
 
 class Curve(Strict):
     """Per-token KL to base of one completion, nats; a healed one is a free sample of the round's
-    student, its dose 0."""
+    student with dose 0."""
 
     verdict: Literal["kept", "dropped", "healed"]
     prompt: str | None = None
@@ -226,13 +243,13 @@ class StarvedEvent(Event):
 
 
 class EndEvent(Event):
-    """All rounds are done."""
+    """All rounds are finished."""
 
     event: Literal["end"]
 
 
 class Settings(Strict):
-    """config.json: what the command line asked for."""
+    """config.json: the settings of the command line."""
 
     axis: str
     model: str
@@ -243,7 +260,7 @@ class Settings(Strict):
 
 
 class Text(Strict):
-    """One line of texts.jsonl: a completion, judged."""
+    """One line of texts.jsonl: a judged completion."""
 
     round: Annotated[int, Field(ge=-1, lt=10_000)]
     stage: Literal["base", "prompted+", "prompted-", "probe", "batch", "healed"]
@@ -278,51 +295,43 @@ _TEXT: TypeAdapter[Any] = TypeAdapter(Text)
 _SETTINGS: TypeAdapter[Any] = TypeAdapter(Settings)
 
 
-def _refused(what: str, error: ValidationError) -> ShlError:
+def _malformed(what: str, error: ValidationError) -> ShlError:
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
     reason = " ".join(str(first["msg"]).split()).rstrip(".")
     return ShlError(f"{what} is malformed: {place}: {reason}.")
 
 
-def settings_in(told: dict[str, Any], where: str) -> dict[str, Any]:
-    """What config.json holds, checked; a setting that it lacks has its default.
+def settings_in(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Validate the contents of config.json; a missing setting gets its default.
 
     Raises:
         ShlError: the first setting that is unknown or out of range.
     """
     try:
-        return _SETTINGS.validate_json(json.dumps(told)).model_dump(mode="json")
+        return _SETTINGS.validate_json(json.dumps(config)).model_dump(mode="json")
     except ValidationError as error:
-        raise _refused(where, error) from error
+        raise _malformed(where, error) from error
 
 
 def check_lines(events: list[dict[str, Any]], texts: list[dict[str, Any]], where: str) -> None:
-    """Raise unless every line of a record has the shape that its kind must have.
+    """Validate every line of a record and the order of its events.
 
     Raises:
-        ShlError: the first line that has not, and what is wrong with it.
+        ShlError: the first malformed line, and what is wrong with it.
     """
     for name, lines, shape in (("event", events, _EVENT), ("text", texts, _TEXT)):
         for number, line in enumerate(lines, 1):
             try:
                 shape.validate_python(line)
             except ValidationError as error:
-                raise _refused(f"{name} {number} of {where}", error) from error
-    for line in events:
-        for key in ("nats", "shift", "shift_interval", "centred_shift"):
-            require(
-                line["event"] not in ("stage", "reading")
-                or key not in line
-                or set(line[key]) == set(FOUNDATIONS),
-                f"{key} of a stage of {where} is not of the foundations {FOUNDATIONS}.",
-            )
+                raise _malformed(f"{name} {number} of {where}", error) from error
     _check_order(events, len(texts), where)
 
 
-def name_of(event: dict[str, Any]) -> str:
-    """What tells events of one round apart: the kind, or the stage's name, the instrument's too
-    where it is not our own.
+def name_of(event: Mapping[str, Any]) -> str:
+    """The name of an event within its round: its kind, or the name of the measured stage, or
+    INSTRUMENT:STAGE.
 
     Example:
         >>> name_of({"event": "stage", "stage": "healed"}), name_of({"event": "probe"})
@@ -356,29 +365,30 @@ AFTER: dict[str | None, tuple[str, ...]] = {
     "starved": (),
     "end": (),
 }
-"""What may follow what; a run that was cut off stops anywhere in between. Readings of a stage may
-follow it, and change nothing of what comes after."""
+"""Events that may follow an event. Readings of a stage may follow it in addition."""
 
 
-def _check_order(events: list[dict[str, Any]], texts: int, where: str) -> None:
+def _check_order(events: Sequence[Mapping[str, Any]], texts: int, where: str) -> None:
     last, index, count = None, -1, 0
-    seen: set[str] = set()
+    names: set[str] = set()  # of the readings or validities since the last event of another kind
     for number, event in enumerate(events, 1):
-        name = kind = name_of(event)
-        reads = event["event"] == "reading"
-        if event["event"] == "validity":
-            kind = "validity"
+        name, kind = name_of(event), event["event"]
         index += kind == "vector"
-        seen = seen if reads or kind == "validity" else set()
-        fits = event["stage"] == last if reads else kind in AFTER[last]
+        if kind == "reading":
+            allowed = event["stage"] == last
+        else:
+            last, before = (kind if kind == "validity" else name), last
+            allowed = last in AFTER[before]
+            names = names if kind == "validity" else set()
         require(
-            fits and event["round"] == index and name not in seen,
+            allowed and event["round"] == index and name not in names,
             f"event {number} of {where} is {name} of round {event['round']}, which cannot follow "
-            f"{last}.",
+            f"{name_of(events[number - 2]) if number > 1 else None}.",
         )
-        seen.add(name)
+        names.add(name)
         require(
             count <= event["texts"] <= texts,
-            f"event {number} of {where} counts {event['texts']} texts, {count} to {texts} can be.",
+            f"event {number} of {where} counts {event['texts']} texts, it must be {count} to "
+            f"{texts}.",
         )
-        last, count = (last if reads else kind), event["texts"]
+        count = event["texts"]

@@ -1,4 +1,4 @@
-"""What a run is asked for, what it is told apart by, and where it is kept."""
+"""The settings of a run, the versions it is run with, and the folder that it is kept in."""
 
 import dataclasses
 import hashlib
@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from experiments.record.reader import TOLD
+from experiments.record.reader import INFORMATIONAL
 from shl.config import LoopConfig
 from shl.measure.tinymfv import TinymfvConfig, package, version_of
 from shl.method.axes import Axis
+from shl.utils.errors import ShlError, require
 
 PACKAGES = ("torch", "transformer-lens", "transformers", "numpy", "einops", "safetensors")
 ROOT = Path(__file__).parent.parent.parent
@@ -45,13 +46,10 @@ def versions(device: str, others: Mapping[str, str] | None = None) -> dict[str, 
 
 
 def code_digest() -> str:
-    """SHA-256 of every source and data file of `shl` and of the program, in order of their names.
-
-    Tells a dirty tree from the commit it came from.
-    """
+    """SHA-256 of every source and data file of `shl` and `experiments`, uncommitted changes too."""
     digest = hashlib.sha256()
-    for room in ("shl", "experiments"):
-        for path in sorted((ROOT / room).rglob("*")):
+    for top in ("shl", "experiments"):
+        for path in sorted((ROOT / top).rglob("*")):
             if path.suffix in (".py", ".toml"):
                 digest.update(path.relative_to(ROOT).as_posix().encode())
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -63,58 +61,84 @@ class RunConfig:
     """Steer, filter, heal, repeat, and measure every round."""
 
     axis: str = "care_auth"
-    """Built-in axis (care_auth, love) or the path of your own TOML file."""
+    """Built-in axis (care_auth, love) or the path of a TOML file."""
     model: str = "gemma-3-270m"
     """Embedded model (gemma-3-270m, smollm2-135m-instruct), hub name, or local folder."""
     out: Path | None = None
-    """Run folder: a new one, or the one that this run began in; default
-    runs/AXIS-MODEL-seedSEED-DIGEST, the digest of settings, axis, code and packages."""
+    """Run folder, a new one or one to continue; default runs/AXIS-MODEL-seedSEED-DIGEST, where the
+    digest covers settings, axis, code and packages."""
     device: str | None = None
-    """Where the model lives; default CUDA if there is any, else the CPU."""
+    """Device of the model, such as cpu or cuda; default CUDA if there is any, else the CPU."""
     eval: Literal["vignettes", "tinymfv"] = "vignettes"
-    """What reads each stage beside our own vignettes: tinymfv is the public package, installed
-    with the extra of that name."""
+    """Instrument that reads each stage beside the vignettes; tinymfv is the public package, which
+    the extra of that name installs."""
     tinymfv: TinymfvConfig = field(default_factory=TinymfvConfig)
-    """How much of tinymfv is asked."""
+    """Settings of tinymfv."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
     """The settings of every stage."""
 
 
+def device_of(name: str | None) -> str:
+    """The device of a run, by default CUDA if there is any, else the CPU.
+
+    Raises:
+        ShlError: torch does not know it, or it is CUDA and there is none.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = name or ("cuda" if available else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ShlError(f"device is {name!r}, it must be cpu, cuda or cuda:N.") from error
+    require(device.type in ("cpu", "cuda"), f"device is {name!r}, it must be cpu, cuda or cuda:N.")
+    require(
+        device.type == "cpu" or (device.index or 0) < available,
+        f"device is {name!r}, torch finds {available} CUDA devices.",
+    )
+    return name
+
+
 def settings_of(config: RunConfig, axis: Axis) -> dict[str, dict[str, Any]]:
-    """What is run, by file of the record."""
-    asked = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    asked.pop("out")
-    others: dict[str, str] = {}
+    """What is run, as the contents of the files of a run folder."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    settings.pop("out")
+    packages: dict[str, str] = {}
     if config.eval == "vignettes":
-        del asked["eval"], asked["tinymfv"]
+        del settings["eval"], settings["tinymfv"]
     else:
         module = package()
-        others = {module.__name__: version_of(module)}
-    asked["device"] = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    told = {key: getattr(axis, key) for key in ("name", "description", "positive", "negative")}
-    lists = {"contexts": axis.contexts, "prompts": axis.prompts, "expected": dict(axis.expected)}
+        packages = {module.__name__: version_of(module)}
+    settings["device"] = device_of(config.device)
     return {
-        "config.json": asked,
-        "axis.json": told | lists,
-        "versions.json": versions(asked["device"], others),
+        "config.json": settings,
+        "axis.json": {
+            "name": axis.name,
+            "description": axis.description,
+            "positive": axis.positive,
+            "negative": axis.negative,
+            "contexts": axis.contexts,
+            "prompts": axis.prompts,
+            "expected": dict(axis.expected),
+        },
+        "versions.json": versions(settings["device"], packages),
     }
 
 
 def folder_of(config: RunConfig, settings: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Where the run is kept: the same for the same run, another for any other."""
+    """The run's folder: the same for the same run, another for any other."""
     if config.out is not None:
         return config.out
     return Path("runs") / name_for(settings, f"seed{config.loop.seed}")
 
 
-def name_for(settings: Mapping[str, Mapping[str, Any]], what: str) -> str:
-    """AXIS-MODEL-WHAT-DIGEST, the digest that of everything that is run."""
-    told = {
-        name: {key: value for key, value in values.items() if key not in TOLD}
+def name_for(settings: Mapping[str, Mapping[str, Any]], kind: str) -> str:
+    """AXIS-MODEL-KIND-DIGEST, where the digest covers everything that determines the result."""
+    covered = {
+        name: {key: value for key, value in values.items() if key not in INFORMATIONAL}
         for name, values in settings.items()
     }
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:8]
     model = settings["config.json"]["model"].rstrip("/").split("/")[-1]
-    # An axis file may call itself anything, a path included.
+    # The name in an axis file may be anything, even a path.
     names = "-".join(re.sub(r"[^\w.-]+", "_", x) for x in (settings["axis.json"]["name"], model))
-    return f"{names}-{what}-{digest}"
+    return f"{names}-{kind}-{digest}"

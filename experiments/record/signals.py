@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: stop at once, but never in the middle of a write."""
+"""Ctrl-C and SIGTERM: stop at once, but never during a write."""
 
 import signal
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
-    """The user or the system asked the run to end; no handler of errors should swallow it."""
+    """Raised by a signal; not an `Exception`, so that no error handler catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -18,19 +18,19 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """While this context lasts, the signals raise `Stopped`, and wait inside `held()`.
+    """A context in which the signals raise `Stopped`, inside `delayed()` at its end.
 
-    A second signal ends the process at once, as it would without us.
+    A second signal has its default effect and ends the process at once.
     """
 
     def __init__(self) -> None:
-        self._before: dict[int, Any] = {}
-        self._holding = False
-        self._asked: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._delaying = False
+        self._received: int | None = None
 
     def __enter__(self) -> "Stop":
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._raise)
+            self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -39,23 +39,23 @@ class Stop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _raise(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        self._asked = number
-        if not self._holding:
+        self._received = number
+        if not self._delaying:
             raise Stopped(number)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let what is being written be finished first."""
-        self._holding = True
+    def delayed(self) -> Iterator[None]:
+        """Delay signals until the block ends."""
+        self._delaying = True
         try:
             yield
         finally:
-            self._holding = False
-        if self._asked is not None:
-            raise Stopped(self._asked)
+            self._delaying = False
+        if self._received is not None:
+            raise Stopped(self._received)

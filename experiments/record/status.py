@@ -1,22 +1,27 @@
-"""What a run has done and what remains: `python -m experiments.record.status [RUN]`."""
+"""Print what a run has finished and what remains: `python -m experiments.record.status [RUN]`."""
 
 import os
 import resource
-import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import tyro
 
-from experiments.record.journal import Journal, held
-from experiments.record.reader import read
+from experiments.record.command import command
+from experiments.record.journal import Journal, is_locked
+from experiments.record.progress import BASELINES, ROUND
+from experiments.record.reader import Event, read
 from experiments.record.schema import name_of
 from shl.method.heal import Training
-from shl.utils.errors import ShlError, require
+from shl.utils.errors import require
 
 
 def peak_bytes() -> dict[str, int]:
-    """The most memory that this process has held so far: resident, and on the GPU."""
+    """Peak memory of this process so far: resident, and on the GPU."""
     peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if torch.cuda.is_available():
         peak["gpu"] = torch.cuda.max_memory_allocated()
@@ -34,12 +39,12 @@ class Usage:
         self._write({"process": os.getpid(), "event": "begin", "events": events})
         self.peak: dict[str, int] = {}
 
-    def _write(self, line: dict[str, object]) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._journal.append([{"time": now, **line}])
 
     def close(self, ended: str) -> None:
-        """Say how the process ended (end, starved, error, or the signal's name)."""
+        """Write how the process ended: end, starved, error, or the signal's name."""
         self.peak = peak_bytes()
         self._write({"process": os.getpid(), "event": ended, "peak_bytes": self.peak})
 
@@ -50,66 +55,66 @@ class Usage:
 
 
 def status(folder: Path) -> str:
-    """A few lines: settings, progress, what remains, and whether a process is at work.
+    """Settings, finished stages, what remains, and whether a process is running it.
 
     Raises:
-        ShlError: the folder is no run folder, or has been changed.
+        ShlError: the folder is no run folder, or was modified.
     """
     config, events, texts = read(folder)
-    rounds = config["loop"]["rounds"]
-    last = events[-1]
+    rounds, seed = config["loop"]["rounds"], config["loop"]["seed"]
+    last, name = events[-1], name_of(events[-1])
     lines = [
-        f"{folder}: {config['model']}, axis {config['axis']}, {rounds} rounds, seed "
-        f"{config['loop']['seed']}",
-        f"done     {_done(events)}",
+        f"{folder}: {config['model']}, axis {config['axis']}, {rounds} rounds, seed {seed}",
+        f"finished   {_finished(events)}",
     ]
     state = folder / "rounds" / str(last["round"]) / "training.safetensors"
-    if name_of(last) == "steered" and state.is_file():
-        lines.append(f"         healing is saved after {len(Training.load(state).steps)} steps")
-    lines.append(f"         {len(texts)} texts, {last['seconds'] / 60:.1f} minutes of computing")
-    if name_of(last) == "starved":
-        lines.append(f"ended    {last['sentence']}")
-    elif name_of(last) != "end":
-        lines.append(f"remains  {remains(name_of(last), last['round'], rounds)}")
-    at_work = "a process is at work on it" if held(folder) else "no process is at work on it"
-    finished = name_of(last) in ("end", "starved")
-    go_on = "" if finished or held(folder) else "; the command that began it continues it"
-    lines.append(f"now      {at_work}{go_on}")
+    if name.rsplit(":", 1)[-1] == "steered" and state.is_file():
+        lines.append(f"           healing is saved after {len(Training.load(state).steps)} steps")
+    lines.append(f"           {len(texts)} texts, {last['seconds'] / 60:.1f} minutes of computing")
+    if name == "starved":
+        lines.append(f"ended      {last['sentence']}")
+    elif name != "end":
+        lines.append(f"remains    {remaining(name, last['round'], rounds)}")
+    if is_locked(folder):
+        lines.append("process    running")
+    else:
+        again = "" if name in ("end", "starved") else "; the same command continues the run"
+        lines.append(f"process    none{again}")
     return "\n".join(lines)
 
 
-def _done(events: list[dict]) -> str:
+def _finished(events: Sequence[Event]) -> str:
     rounds: dict[int, list[str]] = {}
     for event in events:
-        rounds.setdefault(event["round"], []).append(name_of(event))
+        rounds.setdefault(event["round"], []).append(name_of(dict(event)))
     parts = []
     for index, names in rounds.items():
         if index >= 0 and "round" in names:
             parts.append(f"round {index}")
         else:
             where = f"round {index}: " if index >= 0 else ""
-            parts.append(where + ", ".join(n for n in names if _counts(n)))
-    return "; ".join(part for part in parts if part) or "nothing yet"
+            stages = [n for n in names if n not in ("start", "end") and "validity:" not in n]
+            parts += [where + ", ".join(stages)] if stages else []
+    return "; ".join(parts) or "nothing"
 
 
-def _counts(name: str) -> bool:
-    return name not in ("start", "end") and not name.startswith("validity:")
+def remaining(last: str, index: int, rounds: int) -> str:
+    """What a run still has to do after its last event, given by name and round.
 
-
-def remains(last: str, index: int, rounds: int) -> str:
-    """What a run of so many rounds has before it after an event of a name and a round."""
-    order = ["vector", "probe", "batch", "steered", "healing", "healed"]
-    first = ["base", "prompted+", "prompted-"]
-    if index < 0:
-        last = last.rsplit(":", 1)[-1]  # a reading counts as its stage
-        begun = first.index(last) + 1 if last in first else 0 if last == "start" else len(first)
-        left = first[begun:]
-        return "; ".join([*([", ".join(left)] if left else []), f"{rounds} rounds"])
-    last = last.rsplit(":", 1)[-1]
-    here = order[order.index(last) + 1 :] if last in order else []
-    whole = rounds - index - 1
-    parts = [f"round {index}: {', '.join(here)}"] if here else []
-    return "; ".join([*parts, *([f"{whole} more rounds"] if whole else [])]) or "the last line"
+    Example:
+        >>> remaining("probe", 0, 2)
+        'round 0: batch, steered, healing, healed; 1 more round'
+    """
+    name = last.rsplit(":", 1)[-1]  # a reading counts as its stage
+    order = BASELINES if index < 0 else ROUND
+    begin = order.index(name) + 1 if name in order else 0 if name == "start" else len(order)
+    where = f"round {index}: " if index >= 0 else ""
+    parts = [where + ", ".join(order[begin:])] if begin < len(order) else []
+    more = rounds - index - 1
+    if more:
+        kind = "more round" if index >= 0 else "round"
+        parts.append(f"{more} {kind}{'s' if more > 1 else ''}")
+    return "; ".join(parts) or "the final summary"
 
 
 def newest(runs: Path = Path("runs")) -> Path:
@@ -123,13 +128,22 @@ def newest(runs: Path = Path("runs")) -> Path:
     return max(found, key=lambda folder: (folder / "events.jsonl").stat().st_mtime)
 
 
+@dataclass(frozen=True)
+class RunFolder:
+    """A finished or unfinished run."""
+
+    run: tyro.conf.Positional[Path | None] = None
+    """Its folder; default the newest in runs/."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that is meant."""
+        return self.run or newest()
+
+
 def main() -> None:
     """The command line."""
-    try:
-        print(status(Path(sys.argv[1]) if len(sys.argv) > 1 else newest()))
-    except ShlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(lambda config: print(status(config.folder)), RunFolder, __doc__)
 
 
 if __name__ == "__main__":

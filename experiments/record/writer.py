@@ -1,52 +1,266 @@
-"""The run folder: what is run, one line per finished stage, vectors and adapters.
-
-    config.json      the settings, as asked for
-    axis.json        the axis, as read
-    versions.json    python, packages, code, commit, device, threads
-    events.jsonl     one line per finished stage; a stage counts once its line is whole
-    texts.jsonl      one line per completion, with every reason to drop it
-    rounds/N/        vector.safetensors, adapter.safetensors (training.safetensors meanwhile)
-    processes.jsonl  when each process began and ended, and its peak memory
-
-Plots and reports are made from these files alone. All but the last hold no times of day, so that
-a run that was killed and went on leaves the same bits as one that was not (`seconds` apart).
-"""
+"""Write a run folder: each finished stage is on the disk before the next begins."""
 
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformer_lens import HookedTransformer
 
-from experiments.record.journal import Journal, Line, Lock, failed, read_lines, write
-from experiments.record.reader import FILES, Lines, check_files, digest, read_json, same
-from experiments.record.schema import check_lines
-from shl.config import FOUNDATIONS, EvalConfig
+from experiments.record.journal import Journal, Line, lock, read_lines, write, write_error
+from experiments.record.progress import StageProgress
+from experiments.record.reader import (
+    FILES,
+    RecordReader,
+    digest,
+    require_same_run,
+    require_unmodified,
+)
+from experiments.record.resume import Resume
+from experiments.record.schema import check_lines, name_of
+from experiments.record.signals import Stop
+from shl.config import FOUNDATIONS, EvalConfig, LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.bake import baked
 from shl.hooks.vector import SteeringVector
 from shl.measure.evaluation import Evaluation
 from shl.method.dose import Walk
 from shl.method.filters import Verdict
-from shl.method.heal import Healed
-from shl.method.loop import Round, Stage
+from shl.method.heal import Healed, HealStep, Training
+from shl.method.loop import Round
+from shl.method.stages import InstrumentReading, Judged, Stage
 from shl.models.generate import without_persona
 from shl.models.scores import token_divergence
 from shl.models.tokens import decode
 from shl.utils.errors import require
 
+SAVE_EVERY = 20.0
+"""Seconds of training between two saved states, which is the most that a killed run repeats."""
 
-def finite(value: float) -> float | None:
-    """None for infinity (an empty completion's perplexity), which JSON cannot hold."""
-    return value if math.isfinite(value) else None
+
+class RecordWriter(RecordReader):
+    """Appends to a run folder, after what it holds; one process at a time.
+
+    Args:
+        settings: contents of the files in `FILES`; a folder that holds a run must have the same.
+        weights: hash of the model's weights; a run continues only with those it began with.
+        stop: delays signals during writes.
+
+    Raises:
+        ShlError: another process uses the folder, it holds something else or another run, it was
+            modified, or it cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Mapping[str, Any]],
+        weights: str = "",
+        stop: Stop | None = None,
+    ) -> None:
+        self.folder = folder
+        self._delayed = stop.delayed if stop is not None else nullcontext
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            names = {path.name for path in folder.iterdir()}
+        except OSError as error:
+            raise write_error(folder, error) from error
+        require(
+            "config.json" in names or not names - {".lock", ".config.json.tmp"},
+            f"the run folder {folder} holds something else, name a new one with --out.",
+        )
+        self._lock = lock(folder)
+        try:
+            self._open(settings, weights)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, settings: Mapping[str, Mapping[str, Any]], weights: str) -> None:
+        folder = self.folder
+        self._events = Journal(folder / "events.jsonl")
+        self.events = self._events.lines
+        check_lines(self.events, read_lines(folder / "texts.jsonl"), str(folder))
+        self._texts = Journal(
+            folder / "texts.jsonl", keep=self.events[-1]["texts"] if self.events else 0
+        )
+        self.texts = self._texts.lines
+        for path in folder.glob("**/.*.tmp"):
+            path.unlink(missing_ok=True)
+        self._seconds_before = self.events[-1]["seconds"] if self.events else 0.0
+        self._began = time.monotonic()
+        if not self.events:
+            for name in FILES:
+                write(folder / name, json.dumps(settings[name], indent=2) + "\n")
+            files = {name: digest(folder / name) for name in FILES}
+            self.event("start", -1, {"files": files, "weights": weights})
+            return
+        require_same_run(folder, settings)
+        require_unmodified(folder, self.events[0])
+        before = self.events[0]["weights"]
+        require(
+            before == weights,
+            f"the run in {folder} began with weights {before[:12]}, these are {weights[:12]}.",
+        )
+        for event in self.events:
+            if event["event"] == "healing":
+                self.path_of(event["round"], "training").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.release()
+
+    def event(
+        self, name: str, index: int, values: Mapping[str, Any], texts: Sequence[Line] = ()
+    ) -> Line:
+        """Write the line that finishes a stage, after its texts."""
+        with self._delayed():
+            self._texts.append(texts)
+            seconds = round(self._seconds_before + time.monotonic() - self._began, 2)
+            line = {"event": name, "round": index, "seconds": seconds, "texts": len(self.texts)}
+            self._events.append([{**line, **values}])
+        return self.events[-1]
+
+    def save(self, tensors: SteeringVector | Adapter | Training, index: int, name: str) -> None:
+        """Write a tensor file of a round."""
+        path = self.path_of(index, name)
+        with self._delayed():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise write_error(path, error) from error
+            tensors.save(path)
+
+    def copy(self, event: Line, other: RecordReader) -> Line:
+        """Write a stage that another run has finished with the same result."""
+        if event["event"] == "vector":
+            path = other.path_of(event["round"], "vector")
+            self.save(SteeringVector.load(path), event["round"], "vector")
+        values = {k: v for k, v in event.items() if k not in ("event", "round", "seconds", "texts")}
+        return self.event(event["event"], event["round"], values, other.texts_of(event))
+
+
+SharedStages = Callable[[str, int], Iterable[RecordReader]]
+"""Called with an event's name and round; other runs in which that stage has the same result."""
+
+
+class Recorder(Resume):
+    """The observer of a run: supplies what its record holds, and writes what is computed.
+
+    Args:
+        shared: other runs from which a stage is copied instead of being computed.
+    """
+
+    record: RecordWriter
+
+    def __init__(
+        self,
+        record: RecordWriter,
+        model: HookedTransformer,
+        config: LoopConfig,
+        progress: StageProgress,
+        shared: SharedStages,
+    ) -> None:
+        super().__init__(record, model, config)
+        self.progress, self.shared = progress, shared
+        self._base: Evaluation | None = None
+        self._saved = time.monotonic()
+
+    def find(self, name: str, index: int, batch: int | None = None) -> Line | None:
+        """The event of a finished stage, copied from another run if need be, or None."""
+        line = self.record.find(name, index, batch)
+        if line is None:
+            for other in self.shared(name, index):
+                if (theirs := other.find(name, index, batch)) is not None:
+                    line = self.record.copy(theirs, other)
+                    break
+        if line is not None:
+            self.progress.finished(name, index, batch, loaded=True)
+        return line
+
+    def load_stage(self, index: int, name: str) -> Stage | None:
+        """Return a measured stage."""
+        stage = super().load_stage(index, name)
+        if stage is not None and name == "base":
+            self._base = stage.evaluation
+        return stage
+
+    def save_stage(self, index: int, stage: Stage) -> None:
+        """Write a measured stage and its samples; those of a steered one are written already."""
+        if stage.name == "base":
+            self._base = stage.evaluation
+        assert self._base is not None
+        numbers = stage_numbers(stage, self.config.eval)
+        numbers |= shift_numbers(stage.evaluation, self._base, self.config.eval)
+        if stage.name == "steered":
+            self._finish("stage", index, numbers | {"kappa": stage.kappa, "dose": stage.dose})
+        else:
+            self._finish("stage", index, numbers, text_lines(stage.name, index, stage.samples))
+
+    def save_reading(self, index: int, reading: InstrumentReading) -> None:
+        """Write what an instrument read of a stage, with its shift from base."""
+        first = self.record.find(f"{reading.instrument}:base", -1)
+        nats = reading.values["nats"]
+        base = nats if first is None else first["nats"]
+        values = {"instrument": reading.instrument, "stage": reading.stage, **reading.values}
+        values["shift"] = {key: value - base[key] for key, value in nats.items()}
+        self._finish("reading", index, values)
+
+    def save_vector(self, index: int, vector: SteeringVector) -> None:
+        """Write the vector of a round."""
+        self.record.save(vector, index, "vector")
+        self._finish("vector", index, {"norms": vector.norms(), "contexts": vector.contexts})
+
+    def save_probe(self, index: int, probe: Judged) -> None:
+        """Write the judged rows of the dose ladder."""
+        texts = text_lines("probe", index, probe.verdicts)
+        self._finish("probe", index, walk_numbers(probe.walk), texts)
+
+    def save_batch(self, index: int, number: int, batch: Judged) -> None:
+        """Write a full batch at the chosen dose."""
+        texts = text_lines("batch", index, batch.verdicts)
+        self._finish("batch", index, walk_numbers(batch.walk) | {"batch": number}, texts)
+
+    def on_step(
+        self, index: int, step: HealStep, total: int, state: Callable[[], Training]
+    ) -> None:
+        """Write the state of training once in a while."""
+        if time.monotonic() - self._saved >= SAVE_EVERY:
+            self.record.save(state(), index, "training")
+            self._saved = time.monotonic()
+        self.progress.step(index, step.step, total, step.d)
+
+    def save_healed(self, index: int, healed: Healed) -> None:
+        """Write the trained adapter of a round with its log."""
+        self.record.save(healed.adapter, index, "adapter")
+        self._finish("healing", index, healing_numbers(healed))
+        self.record.path_of(index, "training").unlink(missing_ok=True)
+
+    def _finish(
+        self, event: str, index: int, values: Mapping[str, Any], texts: Sequence[Line] = ()
+    ) -> None:
+        line = self.record.event(event, index, values, texts)
+        self.progress.finished(name_of(line), index, line.get("batch"), loaded=False)
+
+
+def round_numbers(finished: Round, first: SteeringVector) -> dict[str, Any]:
+    """A round's summary as JSON."""
+    return {
+        "kappa": finished.kappa,
+        "dose": finished.dose,
+        "kept": len(finished.kept),
+        "generated": len(finished.probes) + len(finished.dreams),
+        "at_floor": finished.walk.at_floor,
+        "cosine_to_first": finished.vector.cosine(first),
+    }
 
 
 def stage_numbers(stage: Stage, config: EvalConfig) -> dict[str, Any]:
-    """A stage as JSON: every raw score, so that any statistic can be taken again later."""
+    """A stage as JSON, with every raw score, so that any statistic can be computed later."""
     e = stage.evaluation
     return {
         "stage": stage.name,
@@ -58,21 +272,21 @@ def stage_numbers(stage: Stage, config: EvalConfig) -> dict[str, Any]:
         "accuracy": e.accuracy,
         "noise": list(e.noise),
         "survival": stage.survival,
-        "perplexity": finite(stage.perplexity),
+        "perplexity": _finite(stage.perplexity),
         "samples": len(stage.samples),
         "labels": list(e.labels),
         "log_probs": e.log_probs.tolist(),
     }
 
 
-def shift_numbers(reading: Evaluation, base: Evaluation, config: EvalConfig) -> dict[str, Any]:
+def shift_numbers(evaluation: Evaluation, base: Evaluation, config: EvalConfig) -> dict[str, Any]:
     """A stage's shifts from base in nats, with intervals paired by vignette."""
     return {
-        "shift": reading.shift(base),
+        "shift": evaluation.shift(base),
         "shift_interval": {
-            name: reading.shift_interval(base, name, config) for name in FOUNDATIONS
+            name: evaluation.shift_interval(base, name, config) for name in FOUNDATIONS
         },
-        "centred_shift": reading.centred_shift(base),
+        "centred_shift": evaluation.centred_shift(base),
     }
 
 
@@ -90,7 +304,7 @@ def walk_numbers(walk: Walk) -> dict[str, Any]:
 
 
 def healing_numbers(healing: Healed) -> dict[str, Any]:
-    """Training as JSON: means per epoch, every step, and what the barrier did."""
+    """Training as JSON: means per epoch, every step, and whether the barrier held."""
     names = [
         f.name for f in dataclasses.fields(healing.steps[0]) if f.name not in ("epoch", "step")
     ]
@@ -107,167 +321,41 @@ def healing_numbers(healing: Healed) -> dict[str, Any]:
     }
 
 
-SAVE_EVERY = 20.0
-"""Seconds of training between two saved states: what a killed run repeats at most."""
+def text_lines(stage: str, index: int, verdicts: Iterable[Verdict]) -> list[Line]:
+    """Judged completions as lines of texts.jsonl."""
+    return [
+        {
+            "round": index,
+            "stage": stage,
+            "prompt": v.completion.prompt.text,
+            "persona": v.completion.prompt.persona,
+            "dose": v.completion.dose,
+            "text": v.completion.text,
+            "ended": v.completion.ended,
+            "tokens": list(v.completion.tokens),
+            "reasons": list(v.reasons),
+            "perplexity": _finite(v.perplexity),
+            "tail_perplexity": _finite(v.tail_perplexity),
+        }
+        for v in verdicts
+    ]
 
 
-class Record(Lines):
-    """Appends to one run folder, after what is there already; one process at a time.
-
-    Args:
-        settings: by file of `FILES`, what is run; on a folder that holds a run, what is on disk
-            must be the same.
-        config: for the intervals of what is measured.
-        weights: hash of the model's weights; a run goes on only with those that it began with.
-
-    Raises:
-        ShlError: another process is at work on the folder, it holds something else or another
-            run, it has been changed, or it cannot be written.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        settings: Mapping[str, Mapping[str, Any]],
-        config: EvalConfig | None = None,
-        weights: str = "",
-    ) -> None:
-        self.folder = folder
-        self.config = config or EvalConfig()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in folder.iterdir()}
-        except OSError as error:
-            raise failed(folder, error) from error
-        require(
-            "config.json" in names or not names - {".lock", ".config.json.tmp"},
-            f"the run folder {folder} holds something else, name a new one with --out.",
-        )
-        self.lock = Lock(folder)
-        try:
-            self._open(settings, weights)
-        except BaseException:
-            self.lock.release()
-            raise
-
-    def _open(self, settings: Mapping[str, Mapping[str, Any]], weights: str) -> None:
-        folder = self.folder
-        self._events = Journal(folder / "events.jsonl")
-        check_lines(self.events, read_lines(folder / "texts.jsonl"), str(folder))
-        done = self.events[-1]["texts"] if self.events else 0
-        self._texts = Journal(folder / "texts.jsonl", keep=done)
-        for name in FILES:
-            told = json.loads(json.dumps(settings[name]))
-            if self.events:
-                same(read_json(folder / name), told, folder / name)
-            else:
-                write(folder / name, json.dumps(told, indent=2) + "\n")
-        for left in folder.glob("**/.*.tmp"):
-            left.unlink(missing_ok=True)
-        self._before = self.events[-1]["seconds"] if self.events else 0.0
-        self._started = self._saved = time.monotonic()
-        if self.events:
-            check_files(folder, self.events[0])
-            was = self.events[0]["weights"]
-            require(
-                was == weights,
-                f"the run in {folder} began with weights {was[:12]}, these are {weights[:12]}.",
-            )
-        else:
-            files = {name: digest(folder / name) for name in FILES}
-            self.event("start", -1, {"files": files, "weights": weights})
-
-    @property
-    def events(self) -> list[Line]:
-        """Every finished stage so far."""
-        return self._events.lines
-
-    @property
-    def texts(self) -> list[Line]:
-        """Every judged completion so far."""
-        return self._texts.lines
-
-    def event(
-        self, name: str, index: int, values: Mapping[str, Any], texts: Sequence[Line] = ()
-    ) -> None:
-        """The line that makes a stage count, after its texts; once per stage."""
-        self._texts.append(texts)
-        seconds = round(self._before + time.monotonic() - self._started, 2)
-        line = {"event": name, "round": index, "seconds": seconds, "texts": len(self.texts)}
-        self._events.append([{**line, **values}])
-
-    def observe(self, name: str, index: int, values: Mapping[str, Any]) -> None:
-        """What `shl.love` calls: each finished stage goes to disk before the next begins."""
-        if name == "stage":
-            stage: Stage = values["stage"]
-            if stage.name == "base":
-                self.base = stage.evaluation
-            assert self.base is not None
-            extra = {key: values[key] for key in ("kappa", "dose") if key in values}
-            numbers = stage_numbers(stage, self.config)
-            numbers |= shift_numbers(stage.evaluation, self.base, self.config)
-            # The steered stage's texts are those of the probe and the batches.
-            own = () if stage.name == "steered" else stage.samples
-            self.event("stage", index, numbers | extra, text_lines(stage.name, index, own))
-        elif name == "reading":
-            reading = dict(values["reading"])
-            instrument, stage_name = values["instrument"], values["stage"]
-            first = self.find(f"{instrument}:base", -1)
-            base = reading["nats"] if first is None else first["nats"]
-            reading["shift"] = {key: value - base[key] for key, value in reading["nats"].items()}
-            told = {"instrument": instrument, "stage": stage_name}
-            self.event("reading", index, told | reading)
-        elif name == "vector":
-            vector: SteeringVector = values["vector"]
-            self._save(vector, index, "vector")
-            self.event("vector", index, {"norms": vector.norms(), "contexts": vector.contexts})
-        elif name in ("probe", "batch"):
-            extra = {"batch": values["batch"]} if name == "batch" else {}
-            texts = text_lines(name, index, values["verdicts"])
-            self.event(name, index, walk_numbers(values["walk"]) | extra, texts)
-        elif name == "step":
-            if time.monotonic() - self._saved >= SAVE_EVERY:
-                self._save(values["state"](), index, "training")
-                self._saved = time.monotonic()
-        elif name == "healed":
-            self._save(values["healing"].adapter, index, "adapter")
-            self.event("healing", index, healing_numbers(values["healing"]))
-            self.place(index, "training").unlink(missing_ok=True)
-
-    def _save(self, tensors: Any, index: int, name: str) -> None:
-        path = self.place(index, name)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise failed(path, error) from error
-        tensors.save(path)
-
-    def round(self, finished: Round, first: SteeringVector) -> None:
-        """The round's own line, once all of it is done."""
-        self.event(
-            "round",
-            finished.index,
-            {
-                "kappa": finished.kappa,
-                "dose": finished.dose,
-                "kept": len(finished.kept),
-                "generated": len(finished.probes) + len(finished.dreams),
-                "at_floor": finished.walk.at_floor,
-                "cosine_to_first": finished.vector.cosine(first),
-            },
-        )
+def _finite(value: float) -> float | None:
+    """None for infinity (an empty completion's perplexity), which JSON cannot hold."""
+    return value if math.isfinite(value) else None
 
 
 def token_curves(
     model: HookedTransformer, finished: Round, before: Sequence[Adapter]
 ) -> list[dict[str, Any]]:
     """Per-token KL to base of one kept, one dropped and one healed completion, each under the
-    adapters and the steering that made it: the middle one of its group by tail perplexity."""
-    everything = (*finished.probes, *finished.dreams)
+    hooks with which it was generated: the median of its group by tail perplexity."""
+    verdicts = (*finished.probes, *finished.dreams)
     groups = {
-        "kept": [v for v in everything if v.kept],
+        "kept": [v for v in verdicts if v.kept],
         "dropped": [
-            v for v in everything if "incoherent" in v.reasons and len(v.completion.tokens) > 20
+            v for v in verdicts if "incoherent" in v.reasons and len(v.completion.tokens) > 20
         ],
         "healed": [v for v in finished.healed.samples if v.completion.tokens],
     }
@@ -293,23 +381,3 @@ def token_curves(
             }
         )
     return curves
-
-
-def text_lines(stage: str, index: int, verdicts: Iterable[Verdict]) -> list[Line]:
-    """Judged completions as lines of texts.jsonl."""
-    return [
-        {
-            "round": index,
-            "stage": stage,
-            "prompt": v.completion.prompt.text,
-            "persona": v.completion.prompt.persona,
-            "dose": v.completion.dose,
-            "text": v.completion.text,
-            "ended": v.completion.ended,
-            "tokens": list(v.completion.tokens),
-            "reasons": list(v.reasons),
-            "perplexity": finite(v.perplexity),
-            "tail_perplexity": finite(v.tail_perplexity),
-        }
-        for v in verdicts
-    ]

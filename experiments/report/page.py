@@ -20,7 +20,7 @@ from experiments.questions.thresholds import COHERENT, KEEPS, RISES
 from experiments.record.journal import read_lines, write
 from experiments.record.reader import Event, axis_of, of_round, read, read_json
 from experiments.record.schema import name_of
-from experiments.record.status import remains
+from experiments.record.status import remaining
 from experiments.report import page_charts, page_doses, page_inside
 from experiments.report.escape import clean
 from experiments.report.page_charts import Figure
@@ -193,7 +193,7 @@ def banner(events: Sequence[Event], rounds: int) -> str:
     where = f" of round {last['round']}" if last["round"] >= 0 else ""
     return (
         f"This run is unfinished: its record ends after {name}{where}; what remains: "
-        f"{remains(name, last['round'], rounds)}. The page shows what there is."
+        f"{remaining(name, last['round'], rounds)}. The page shows what there is."
     )
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +25,15 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor
 from transformer_lens import HookedTransformerConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import logging
 
 from shl.utils.errors import ShlError, require
 
@@ -165,6 +172,11 @@ def _assemble(pieces: list[Path], target: Path, source: Embedded) -> Path:
 
 def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     """Write a GGUF's de-quantised fp32 weights, config and tokenizer as a Hugging Face folder."""
+    with _no_progress_bars():
+        return _convert(gguf, folder)
+
+
+def _convert(gguf: Path, folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
@@ -177,6 +189,20 @@ def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Disable the progress bars of transformers; its GGUF reader uses a plain tqdm."""
+    enabled, tqdm = logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
+    logging.disable_progress_bar()
+    modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = tqdm
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def hub_folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The arms: settings that differ as they say, stages lent bit for bit, and matched coherence."""
+"""The arms: settings that differ as they say, shared stages bit for bit, and matched coherence."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ from experiments.arms.__main__ import ArmsConfig, run_arms
 from experiments.arms.catalogue import ARMS, CORE, chosen
 from experiments.arms.compare import Point, against, points, reach, spread
 from experiments.arms.doses import read_doses
-from experiments.arms.stage_cache import alike
+from experiments.arms.stage_cache import same_result
 from experiments.arms.tables import sentence
 from experiments.arms.text_kl import read_kinds, summary
 from experiments.record.reader import read
@@ -56,7 +56,7 @@ def events_of(folder):
     return kept, texts
 
 
-def test_an_arm_that_was_lent_stages_is_the_run_that_computed_them_all(folder, tmp_path):
+def test_an_arm_with_shared_stages_is_the_run_that_computed_them_all(folder, tmp_path):
     for name in ("none", "prompted"):
         config = RunConfig(model="tiny", out=tmp_path / name, loop=ARMS[name].change(LOOP))
         with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +65,7 @@ def test_an_arm_that_was_lent_stages_is_the_run_that_computed_them_all(folder, t
         assert events_of(folder / name / "seed42") == events_of(tmp_path / name)
 
 
-def test_lent_stages_are_not_computed_again(folder, tmp_path, monkeypatch):
+def test_shared_stages_are_not_computed_again(folder, tmp_path, monkeypatch):
     import shl.method.loop
 
     seen = []
@@ -82,9 +82,10 @@ def test_lent_stages_are_not_computed_again(folder, tmp_path, monkeypatch):
     run_arms(config, quiet())
     _, events, _ = read(folder / "mean" / "seed42")
     judged = [e for e in events if e["round"] == 1 and e["event"] in ("probe", "batch")]
-    # Round 0 is lent up to the training: heal and measure; all of round 1 is its own.
-    first, second = ["train_adapter", "measure"], ["extract_vector", *["judge"] * len(judged)]
-    assert seen == [*first, *second, "train_adapter", "measure"]
+    # Round 0 is copied up to the training; its end and all of round 1 are computed. Measuring
+    # judges free samples.
+    last = ["train_adapter", "measure", "judge"]
+    assert seen == [*last, "extract_vector", *["judge"] * len(judged), *last]
     seen.clear()
     run_arms(config, quiet())
     assert seen == []
@@ -166,19 +167,21 @@ def test_the_catalogue_changes_what_it_says_and_nothing_else():
     assert "there is no arm 'rsme'" in one_sentence(error)
 
 
-def test_what_is_lent_rests_on_nothing_that_differs():
+def test_shared_stages_depend_on_no_setting_that_differs():
     loop = LoopConfig()
     none, still, random = (ARMS[n].change(loop) for n in ("none", "unsteered", "random"))
-    first = ("vector", "probe", "batch", "stage")
-    assert all(alike(event, 0, none, loop) for event in first)
-    assert not any(alike(event, 1, none, loop) for event in (*first, "healed"))
-    assert alike("stage", -1, random, loop)
-    assert not alike("stage", -1, replace(loop, seed=1), loop)
-    assert alike("vector", 0, still, loop)
-    assert not alike("vector", 0, random, loop)
-    assert not any(alike(event, 0, still, loop) for event in first[1:])
+    first = ("vector", "probe", "batch", "steered", "tinymfv:steered")
+    after = ("healing", "healed", "tinymfv:healed", "round", "token_kl")
+    assert all(same_result(name, 0, none, loop) for name in first)
+    assert not any(same_result(name, 0, loop, loop) for name in after)
+    assert not any(same_result(name, 1, none, loop) for name in (*first, *after))
+    assert same_result("base", -1, random, loop)
+    assert not same_result("base", -1, replace(loop, seed=1), loop)
+    assert same_result("vector", 0, still, loop)
+    assert not same_result("vector", 0, random, loop)
+    assert not any(same_result(name, 0, still, loop) for name in first[1:])
     # The probe's draws and the texts are those of a seed.
-    assert not alike("probe", 0, replace(loop, seed=1), loop)
+    assert not same_result("probe", 0, replace(loop, seed=1), loop)
 
 
 def at(coherence, trait, seed=0):

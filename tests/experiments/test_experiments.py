@@ -186,7 +186,7 @@ def test_what_was_run_cannot_be_changed_afterwards(name, folder, tmp_path):
         stream.write(" ")
     with pytest.raises(ShlError) as error:
         read(copy)
-    assert "has been changed since the run began" in one_sentence(error)
+    assert "was modified after the run began" in one_sentence(error)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tomllib
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,16 +24,16 @@ from rich.console import Console
 from experiments import run as program
 from experiments.questions.answers import answer_all
 from experiments.record.journal import Journal, read_lines
+from experiments.record.progress import StageProgress
 from experiments.record.reader import FILES, axis_of, read
-from experiments.record.resume import Recall
 from experiments.record.settings import RunConfig, settings_of
 from experiments.record.status import status
-from experiments.record.writer import Record
+from experiments.record.writer import Recorder, RecordWriter
 from experiments.report.diary import diary
 from experiments.report.page import write_page
 from experiments.report.report import report
 from experiments.report.tables import rows
-from experiments.run import study
+from experiments.run import nothing_shared, study
 from shl.config import EvalConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.fingerprint import weights_hash
@@ -280,19 +281,17 @@ def test_sealed_but_hostile_records(name, run_folder, tmp_path, model):
 
 def known(folder, model):
     """Everything that a next process would take from the record."""
-    record = Record(folder, settings_of(CONFIG, AXIS), weights=weights_hash(model))
-    try:
-        recall = Recall(record, model, CONFIG.loop)
+    with closing(RecordWriter(folder, settings_of(CONFIG, AXIS), weights_hash(model))) as record:
+        quiet = StageProgress(CONFIG.loop, Console(quiet=True))
+        recorder = Recorder(record, model, CONFIG.loop, quiet, nothing_shared)
         for name in ("base", "prompted+", "prompted-"):
-            recall("stage", -1, name)
-        recall("batch", 0, "0")
-        for event, part in (
-            *(("vector", ""), ("probe", ""), ("stage", "steered")),
-            *(("healed", ""), ("stage", "healed")),
-        ):
-            recall(event, 0, part)
-    finally:
-        record.lock.release()
+            recorder.load_stage(-1, name)
+        recorder.load_vector(0)
+        recorder.load_probe(0)
+        recorder.load_batch(0, 0)
+        recorder.load_stage(0, "steered")
+        recorder.load_healed(0)
+        recorder.load_stage(0, "healed")
 
 
 @pytest.mark.parametrize("name", ["config.json", "axis.json"])

@@ -1,4 +1,4 @@
-"""Journals: sealed lines, torn ends, full disks, folders that cannot be written or are gone."""
+"""Journals: checksums, torn ends, full disks, folders that cannot be written or are gone."""
 
 import json
 import resource
@@ -12,8 +12,8 @@ from helpers import one_sentence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.record.journal import Journal, Lock, read_lines, write
-from experiments.record.writer import Record
+from experiments.record.journal import Journal, lock, read_lines, write
+from experiments.record.writer import RecordWriter
 from shl.utils.errors import ShlError
 from shl.utils.files import write_safetensors
 
@@ -84,7 +84,7 @@ def test_lines_cannot_be_left_out_or_swapped(path):
     first, second, third, _ = path.read_bytes().split(b"\n")
     for lines in ([second, third], [first, third], [second, first, third]):
         path.write_bytes(b"\n".join([*lines, b""]))
-        with pytest.raises(ShlError, match="has been changed"):
+        with pytest.raises(ShlError, match="checksum mismatch in line"):
             read_lines(path)
 
 
@@ -100,7 +100,7 @@ def test_numbers_that_json_does_not_know_are_refused(number, path):
     with pytest.raises(ValueError, match="JSON"):
         Journal(path).append([{"x": float(number)}])
     path.write_text(f'{{"x": {number}, "check": "0123456789abcdef"}}\n')
-    with pytest.raises(ShlError, match="is no JSON number"):
+    with pytest.raises(ShlError, match="is not a JSON number"):
         read_lines(path)
 
 
@@ -134,14 +134,14 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
 def test_a_folder_that_cannot_be_written_is_a_sentence():
     # No user, root included, may make files there.
     with pytest.raises(ShlError) as error:
-        Record(Path("/proc/runs/one"), {})
+        RecordWriter(Path("/proc/runs/one"), {})
     assert "cannot be written" in one_sentence(error)
     with pytest.raises(ShlError, match="cannot be written"):
         Journal(Path("/proc/lines.jsonl")).append(LINES)
     with pytest.raises(ShlError, match="cannot be written"):
         write(Path("/proc/table.md"), "x")
     with pytest.raises(ShlError, match="cannot be written"):
-        Lock(Path("/proc"))
+        lock(Path("/proc"))
 
 
 def test_a_folder_that_vanished_is_not_made_again(path):
@@ -156,7 +156,7 @@ def test_a_folder_that_vanished_is_not_made_again(path):
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ShlError, match="holds something else"):
-        Record(tmp_path, {})
+        RecordWriter(tmp_path, {})
     with pytest.raises(ShlError, match="cannot be written"):
-        Record(tmp_path / "thesis.tex", {})
+        RecordWriter(tmp_path / "thesis.tex", {})
     assert (tmp_path / "thesis.tex").read_text() == "precious"

@@ -11,20 +11,21 @@ import traceback
 from dataclasses import replace
 
 import pytest
+import tyro
 from helpers import lenient, one_sentence, small_loop
 from rich.console import Console
 
 from experiments import run as program
 from experiments.checks.crash import differences
-from experiments.record import writer as record_room
-from experiments.record.journal import Journal, Lock
+from experiments.record import writer
+from experiments.record.journal import Journal, lock
 from experiments.record.schema import name_of
 from experiments.record.settings import RunConfig, folder_of, settings_of
 from experiments.record.status import status
+from experiments.record.writer import Recorder, RecordWriter
 from experiments.report.report import report
 from experiments.run import study
 from shl.method.axes import load_axis
-from shl.method.loop import Study
 from shl.models.tiny import tiny_gemma
 from shl.utils.errors import ShlError
 
@@ -38,7 +39,7 @@ def tiny():
     with pytest.MonkeyPatch.context() as patch:
         lenient(patch)
         patch.setattr(program, "load_model", lambda name, device=None: tiny_gemma())
-        patch.setattr(record_room, "SAVE_EVERY", 0.0)
+        patch.setattr(writer, "SAVE_EVERY", 0.0)
         yield
 
 
@@ -80,33 +81,29 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def tell_computed(log):
+def log_computed(log):
     """In a child: one line per stage that is computed and per training step that is taken."""
-    once, observe = Study.once, record_room.Record.observe
+    find, on_step = Recorder.find, Recorder.on_step
 
-    def tell(*words):
+    def write(*fields):
         with log.open("a") as stream:
-            print(*words, file=stream)
+            print(*fields, file=stream)
 
-    def telling_once(self, event, index, part, make):
-        name = part if event == "stage" else "healing" if event == "healed" else event
+    def logging_find(self, name, index, batch=None):
+        line = find(self, name, index, batch)
+        if line is None:  # so it is computed now
+            write(name, index, "-" if batch is None else batch)
+        return line
 
-        def computed():
-            tell(name, index, part if event == "batch" else "-")
-            return make()
+    def logging_step(self, index, step, total, state):
+        write("step", index, step.step)
+        on_step(self, index, step, total, state)
 
-        return once(self, event, index, part, computed)
-
-    def telling_observe(self, name, index, values):
-        if name == "step":
-            tell("step", index, values["step"].step)
-        observe(self, name, index, values)
-
-    Study.once, record_room.Record.observe = telling_once, telling_observe
+    Recorder.find, Recorder.on_step = logging_find, logging_step
 
 
 def on_record(folder):
-    """The finished stages, in the words of `tell_computed`."""
+    """The finished stages, as `log_computed` writes them."""
     events = Journal(folder / "events.jsonl").lines if folder.exists() else []
     return {f"{name_of(e)} {e['round']} {e.get('batch', '-')}" for e in events}
 
@@ -179,7 +176,7 @@ def test_killed_between_any_two_writes_and_in_the_middle_of_them(tmp_path):
         operation, torn = rng.randint(4, 9), n % 3 == 2
 
         def work():
-            tell_computed(log)
+            log_computed(log)
             die(operation // 2 if torn else operation, torn)
             go(folder, config)
 
@@ -194,14 +191,14 @@ def test_killed_at_every_stage_boundary(alone, tmp_path):
 
     def kill(n, log):
         def work():
-            tell_computed(log)
-            event = record_room.Record.event
+            log_computed(log)
+            event = RecordWriter.event
 
             def last_event(self, *args, **kwargs):
                 event(self, *args, **kwargs)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-            record_room.Record.event = last_event
+            RecordWriter.event = last_event
             go(folder)
 
         return ended(fork(work))
@@ -216,7 +213,7 @@ def test_killed_at_random_moments(seed, alone, tmp_path):
     folder, rng = tmp_path / "run", random.Random(seed)
 
     def kill(n, log):
-        pid = fork(lambda: (tell_computed(log), go(folder)))
+        pid = fork(lambda: (log_computed(log), go(folder)))
         if n < 7:
             time.sleep(rng.uniform(0.02, 0.4))
             os.kill(pid, signal.SIGKILL)
@@ -233,15 +230,15 @@ def test_training_goes_on_from_its_last_saved_step(alone, tmp_path):
         logs.append(log)
 
         def work():
-            tell_computed(log)
-            save = record_room.Record._save
+            log_computed(log)
+            save = RecordWriter.save
 
             def saved(self, tensors, index, name):
                 save(self, tensors, index, name)
                 if name == "training":
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            record_room.Record._save = saved
+            RecordWriter.save = saved
             go(folder)
 
         return ended(fork(work))
@@ -257,7 +254,7 @@ def test_training_goes_on_from_its_last_saved_step(alone, tmp_path):
 def test_a_finished_run_is_not_run_again(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run")
     log = tmp_path / "log"
-    assert ended(fork(lambda: (tell_computed(log), go(folder)))) == 0
+    assert ended(fork(lambda: (log_computed(log), go(folder)))) == 0
     assert not log.exists()
     assert differences(alone, folder) == []
 
@@ -268,7 +265,7 @@ def test_a_second_process_is_refused_and_a_dead_ones_lock_is_not_in_the_way(alon
     ready, release = os.pipe()
 
     def hold():
-        Lock(folder)
+        held = lock(folder)  # noqa: F841, released when it is collected
         os.write(release, b"x")
         time.sleep(60)
 
@@ -277,11 +274,11 @@ def test_a_second_process_is_refused_and_a_dead_ones_lock_is_not_in_the_way(alon
     with pytest.raises(ShlError) as error:
         go(folder)
     assert f"is in use by process {pid}" in one_sentence(error)
-    assert "a process is at work on it" in status(folder)
+    assert "process    running" in status(folder)
     os.kill(pid, signal.SIGKILL)
     ended(pid)
     go(folder)
-    assert "no process is at work on it" in status(folder)
+    assert "process    none" in status(folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -290,7 +287,7 @@ def test_a_signal_ends_it_soon_with_the_record_complete(number, alone, tmp_path)
 
     def main():
         sys.argv = ["run", "--out", str(folder)]
-        program.tyro.cli = lambda *_, **__: replace(CONFIG, out=folder)
+        tyro.cli = lambda *_, **__: replace(CONFIG, out=folder)
         with (tmp_path / "said").open("w") as sys.stdout:
             try:
                 program.main()
@@ -307,7 +304,7 @@ def test_a_signal_ends_it_soon_with_the_record_complete(number, alone, tmp_path)
     assert ended(pid) == 128 + number
     assert time.monotonic() - asked < 5
     said = (tmp_path / "said").read_text()
-    assert "the same command goes on from there" in " ".join(said.split())
+    assert f"stopped; {folder} holds" in " ".join(said.split())
     assert "remains" in status(folder)
     go(folder)
     finished_alike(folder, alone)
@@ -345,7 +342,7 @@ def test_other_weights_do_not_go_on_with_a_run(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(record_room.Record, "observe", stop)
+        patch.setattr(Recorder, "save_stage", stop)
         with pytest.raises(KeyboardInterrupt):
             go(folder)
     monkeypatch.setattr(program, "load_model", lambda name, device=None: tiny_gemma(seed=1))
@@ -356,9 +353,9 @@ def test_other_weights_do_not_go_on_with_a_run(tmp_path, monkeypatch):
 
 def test_status_tells_what_is_done_and_what_remains(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run")
-    assert "done     base, prompted+, prompted-; round 0; round 1" in status(folder)
+    assert "finished   base, prompted+, prompted-; round 0; round 1" in status(folder)
     # start, three baselines, the probe's validity, vector, probe
     unfinish(folder, 7)
     told = status(folder)
     assert "round 0: vector, probe" in told
-    assert "remains  round 0: batch, steered, healing, healed; 1 more rounds" in told
+    assert "remains    round 0: batch, steered, healing, healed; 1 more round" in told

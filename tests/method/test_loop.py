@@ -15,6 +15,7 @@ from shl.method.extract import extract_vector
 from shl.method.filters import Verdict
 from shl.method.heal import train_adapter
 from shl.method.loop import StarvedError, baselines, love
+from shl.method.stages import Observer
 from shl.models.tiny import tiny_gemma
 from shl.utils.seeds import seed_for
 
@@ -23,19 +24,50 @@ CONFIG = small_loop()
 BAND = (1, 2, 3)
 
 
+STAGES = ("stage", "vector", "probe", "batch", "healed", "reading")
+
+
+class Log(Observer):
+    """Keeps the calls of every `save` method and of `on_step`: method, index, other arguments."""
+
+    def __init__(self):
+        self.calls = []
+        for name in (*(f"save_{stage}" for stage in STAGES), "on_step"):
+            setattr(self, name, lambda *args, name=name: self.calls.append((name, *args)))
+
+    def names(self):
+        return [(name, index) for name, index, *_ in self.calls if name != "on_step"]
+
+
+class Replay(Observer):
+    """Returns what a log received."""
+
+    def __init__(self, calls):
+        self.calls = list(calls)
+        for stage in STAGES:
+            setattr(
+                self, f"load_{stage}", lambda index, *key, n=f"save_{stage}": self.next(n, index)
+            )
+
+    def next(self, name, index):
+        if not self.calls or self.calls[0][:2] != (name, index):
+            return None
+        return self.calls.pop(0)[-1]
+
+
 @pytest.fixture(scope="module")
 def run():
-    """Model, rounds, and what was observed, of one run."""
-    seen = []
+    """Model, rounds, and the observer's log of one run."""
+    log = Log()
     model = tiny_gemma()
     with pytest.MonkeyPatch.context() as patch:
         lenient(patch)
         rounds = []
-        for r in love(model, AXIS, CONFIG, observe=lambda *event: seen.append(event)):
+        for r in love(model, AXIS, CONFIG, observer=log):
             assert hook_count(model) == 0
             assert handles_on(model) == ()
             rounds.append(r)
-    return model, rounds, seen
+    return model, rounds, log
 
 
 @pytest.fixture
@@ -71,15 +103,31 @@ def test_rounds_come_in_order_with_everything_in_them(run):
         assert r.steered.nats != r.healed.nats
 
 
-def test_finished_stages_are_observed_in_order(run):
-    _, _, seen = run
-    names = [(event, index) for event, index, _ in seen if event != "step"]
-    one = ["vector", "probe", "batch", "stage", "healed", "stage"]
-    assert names == [(event, index) for index in (0, 1) for event in one]
-    stages = [values["stage"].name for event, _, values in seen if event == "stage"]
-    assert stages == ["steered", "healed"] * 2
+def test_finished_stages_are_saved_in_order(run):
+    _, rounds, log = run
+    one = [f"save_{name}" for name in ("vector", "probe", "batch", "stage", "healed", "stage")]
+    assert log.names() == [(name, index) for index in (0, 1) for name in one]
+    stages = [call[-1] for call in log.calls if call[0] == "save_stage"]
+    assert stages == [stage for r in rounds for stage in (r.steered, r.healed)]
+    assert [(s.kappa, s.dose) for s in stages] == [(1.0, 1.5), (None, None)] * 2
     # 6 texts in batches of 4 and 2, twice over.
-    assert [v["step"].step for e, i, v in seen if (e, i) == ("step", 1)] == [0, 1, 2, 3]
+    steps = [(step.step, total) for name, index, step, total, _ in
+             (c for c in log.calls if c[0] == "on_step") if index == 1]  # fmt: skip
+    assert steps == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+def test_loaded_stages_are_not_computed(run, monkeypatch):
+    _, rounds, log = run
+    loop = import_module("shl.method.loop")
+    for name in ("extract_vector", "generate", "judge", "evaluate", "train_adapter"):
+        monkeypatch.setattr(loop, name, lambda *_, n=name, **__: pytest.fail(f"{n} was called"))
+    saved = [call for call in log.calls if call[0] != "on_step"]
+    again = list(love(tiny_gemma(), AXIS, CONFIG, observer=Replay(saved)))
+    assert [r.kept for r in again] == [r.kept for r in rounds]
+    assert [r.healing for r in again] == [r.healing for r in rounds]
+    # Without the last stage only that one is computed.
+    with pytest.raises(pytest.fail.Exception, match="evaluate was called"):
+        list(love(tiny_gemma(), AXIS, CONFIG, observer=Replay(saved[:-1])))
 
 
 def test_the_first_vector_is_bases_and_the_second_that_of_the_student(run):
@@ -116,12 +164,12 @@ def test_an_exception_in_the_consumer_leaves_no_hook(gemma, monkeypatch):
         consume()
     assert hook_count(gemma) == 0
 
-    def fail(event, index, values):
-        if event == "probe":
+    class Fail(Observer):
+        def save_probe(self, index, probe):
             raise KeyError
 
     with pytest.raises(KeyError):
-        next(love(gemma, AXIS, CONFIG, observe=fail))
+        next(love(gemma, AXIS, CONFIG, observer=Fail()))
     assert hook_count(gemma) == 0
 
 
@@ -157,11 +205,11 @@ def test_the_walk_settles_where_the_text_survives(gemma, monkeypatch):
 
 def test_without_the_walk_kappa_is_one_and_nothing_is_probed(gemma, monkeypatch):
     lenient(monkeypatch)
-    seen = []
+    log = Log()
     config = replace(CONFIG, dose=replace(CONFIG.dose, walk=False))
-    r = next(love(gemma, AXIS, config, observe=lambda e, *_: seen.append(e)))
+    r = next(love(gemma, AXIS, config, observer=log))
     assert (r.kappa, r.probes) == (1.0, ())
-    assert "probe" not in seen
+    assert ("save_probe", 0) not in log.names()
     # Batches of 4 until 6 are there.
     assert (len(r.dreams), len(r.kept)) == (8, 8)
     assert {c.dose for c in r.kept} == {1.5}
@@ -189,10 +237,10 @@ def test_batches_end_as_soon_as_enough_survive(gemma, monkeypatch):
 
 def test_baselines_are_base_and_both_personas(gemma, monkeypatch):
     lenient(monkeypatch)
-    seen = []
-    found = baselines(gemma, AXIS, CONFIG, lambda *event: seen.append(event))
+    log = Log()
+    found = baselines(gemma, AXIS, CONFIG, observer=log)
     assert list(found) == ["base", "prompted+", "prompted-"]
-    assert [(event, index) for event, index, _ in seen] == [("stage", -1)] * 3
+    assert log.calls == [("save_stage", -1, stage) for stage in found.values()]
     personas = [stage.samples[0].completion.prompt.persona for stage in found.values()]
     assert personas == [None, AXIS.positive, AXIS.negative]
     assert found["base"].coherence == 1.0
