@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from records import GOOD_PROBES, healing, on, probes, run, scores, stage, texts
+from records import GOOD_PROBES, healing, on, run, scores, stage, texts
 
 from experiments.questions import thresholds
 from experiments.questions.answers import answer_all, as_json
@@ -78,6 +78,7 @@ CASES = {
     "Q0 falls?": (run(ladder=((0.3, 8, 8.0), (1.5, 6, 40.0))), "Q0", "undecided"),
     "Q0 perplexity falls": (run(ladder=((0.3, 8, 40.0), (1.5, 1, 8.0))), "Q0", "no"),
     "Q0 off-trait": (run(steered=scores(on(-0.5), mass=0.5)), "Q0", "no"),
+    "Q0 negative alpha": (run(ladder=tuple((-d, k, x) for d, k, x in GOOD_PROBES)), "Q0", "yes"),
     # 0.2 of 0.5 are kept; less than half of it
     "Q1 keeps little": (run(healed=(on(0.2), on(0.4))), "Q1", "no"),
     "Q1 not coherent": (run(mass=0.9), "Q1", "no"),
@@ -95,6 +96,9 @@ CASES = {
     "Q2 half survives": (run(kept=8, base_kept=16, total=16), "Q2", "no"),
     # 4 of 4: Wilson's 4 / (4 + 3.84) = 0.51 does not rule out a collapse below 2/3
     "Q2 few samples": (run(kept=4, total=4), "Q2", "undecided"),
+    "Q2 base without survivors": (run(base_kept=0), "Q2", "undecided"),
+    "Q3 collapse?": (run(kept=4, total=4), "Q3", "undecided"),
+    "Q3 one collapsed round": (run(healed=(scores(on(0.3), mass=0.6), on(0.4))), "Q3", "no"),
     "Q3 falls back": (run(healed=(on(0.4), on(0.3))), "Q3", "no"),
     "Q3 grows?": (run(healed=(on(0.3), WIDE)), "Q3", "undecided"),
     "Q3 turns": (run(cosines=({"6": 1.0}, {"6": -0.1, "7": -0.2})), "Q3", "no"),
@@ -105,6 +109,18 @@ CASES = {
     "prompting unmatched": (run(mass=0.85), "prompting", "no"),
     "prompting unmatched?": (run(kept=12, base_kept=16, total=16), "prompting", "undecided"),
     "prompting alike?": (run(healed=(scores(on(0.1), wobble=0.55),)), "prompting", "undecided"),
+    # prompted -0.1 and -0.7: half the contrast is 0.3, healed only 0.2 and 0.25
+    "prompting half contrast": (
+        run(plus=on(-0.1), minus=on(-0.7), healed=(on(0.2), on(0.25))),
+        "prompting",
+        "no",
+    ),
+    # prompted -0.3 and -0.1, half the contrast -0.1: no shift at all is the rival of -0.05
+    "prompting no shift": (
+        run(plus=on(-0.3), minus=on(-0.1), healed=(on(-0.05),)),
+        "prompting",
+        "no",
+    ),
     # the prompted mass of 2 counts as base's 1
     "prompting primed": (run(plus=scores(on(0.1), mass=2.0)), "prompting", "yes"),
     # off-axis: liberty by -0.6 against 0.4
@@ -180,37 +196,16 @@ def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
     [{"mass": 0.6}, {"kept": 80, "base_kept": 160}],  # 0.6 and 0.5 of base, below 2/3
     ids=["mass", "survival"],
 )
-def test_a_collapsed_run_is_green_nowhere_however_far_its_trait_moved(how):
+def test_a_collapsed_run_is_a_no_however_far_its_trait_moved(how):
     found = ask(run(healed=(on(0.4), on(0.6)), **how))
     assert found["Q2"].figures["collapsed"] == "yes"
     assert "Collapsed (below 0.67 of base's)" in found["Q2"].sentence
     for key in ("Q2", "Q3", "prompting", "selective", "worked"):
         assert found[key].verdict == "no", key
-    # What is measured of Q3 itself is all on the side of yes.
-    own = [f for f in found["Q3"].figures["decided"] if "collapse" not in f["what"]]
-    assert {f["verdict"] for f in own} == {"yes"}
+    # Q3's other estimates all hold.
+    others = [f for f in found["Q3"].figures["decided"] if "collapse" not in f["what"]]
+    assert {f["verdict"] for f in others} == {"yes"}
     assert found["Q3"].sentence.startswith("No. No collapse: ")
-
-
-def test_one_collapsed_round_is_enough_and_collapse_that_is_not_ruled_out_leaves_it_open():
-    found = verdicts(run(healed=(scores(on(0.3), mass=0.6), on(0.4))))
-    assert (found["Q3"], found["selective"], found["worked"]) == ("no", "no", "no")
-    # 4 of 4: Wilson's 4 / (4 + 3.84) = 0.51 is below 2/3.
-    found = ask(run(kept=4, total=4))
-    assert (found["Q3"].verdict, found["selective"].verdict) == ("undecided", "undecided")
-    assert "is not ruled out" in found["Q2"].sentence
-
-
-def test_half_the_contrast_counts_where_it_is_the_harder():
-    # Prompted -0.1 and -0.7: half the contrast is 0.3, healed only 0.2 and 0.25.
-    record = run(plus=on(-0.1), minus=on(-0.7), healed=(on(0.2), on(0.25)))
-    found = ask(record)["prompting"]
-    assert found.verdict == "no"
-    assert figure(found, "on-axis", 1)["value"] == pytest.approx(0.25 - 0.3)
-    assert found.figures["half_contrast"] == pytest.approx(0.3)
-    # Prompted -0.3 and -0.1, half the contrast -0.1: no shift at all is the rival of -0.05.
-    record = run(plus=on(-0.3), minus=on(-0.1), healed=(on(-0.05),))
-    assert verdicts(record)["prompting"] == "no"
 
 
 def test_only_a_round_that_is_coherent_enough_can_beat_prompting():
@@ -302,7 +297,7 @@ def test_every_unfinished_run_is_answered_as_far_as_it_goes():
     assert verdicts((events[:4], found))["Q0"] == "yes"
 
 
-def test_a_walk_that_was_off_and_texts_without_perplexity_are_said():
+def test_a_walk_that_was_off_and_texts_without_perplexity():
     found = ask(run(ladder=()))["Q0"]
     assert found.verdict == "undecided"
     assert "the walk was off" in found.sentence
@@ -318,19 +313,8 @@ def test_a_walk_that_was_off_and_texts_without_perplexity_are_said():
     assert ask((events, []))["Q2"].verdict == "undecided"
 
 
-def test_a_negative_alpha_is_ordered_by_size():
-    ladder = tuple((-dose, kept, ppl) for dose, kept, ppl in GOOD_PROBES)
-    assert verdicts(run(ladder=ladder))["Q0"] == "yes"
-
-
-def test_a_base_without_survivors_leaves_survival_open():
-    found = ask(run(base_kept=0))
-    assert found["Q2"].verdict == "undecided"
-    assert "none of 160 samples of base survive" in found["Q2"].sentence
-
-
 def an_axis(expected):
-    return Axis("own", "", "Up.", "Down.", ("c",), ("p",), expected)
+    return Axis("test", "", "Up.", "Down.", ("c",), ("p",), expected)
 
 
 def test_axes_with_one_foundation_or_all():
@@ -361,16 +345,14 @@ def test_the_barriers_tokens_are_named_with_their_kl():
         in answers.sentence
     )
     # Of two steps one fired.
-    assert "round 0: bound (fired in 1 of 2 steps, last epoch D 0.48 at tau 0.5" in (
-        answers.sentence.lower().replace(" d ", " D ")
-    )
+    assert "Round 0: bound (fired in 1 of 2 steps, last epoch D 0.48" in answers.sentence
     assert answers.figures["texts"][1]["tokens"][0] == {"piece": "\n", "count": 1, "kl": 4.0}
     # Curves of a round that has not been healed have no tau to lie above.
     answers = ask(([*events[:-1], events[-1] | {"round": 7}], found))["barrier"]
     assert answers.figures["texts"] == []
 
 
-def test_floor_still_adapters_and_an_early_end_are_told():
+def test_lowest_dose_still_adapters_and_an_early_end():
     events, found = run(end=False)
     events = [e if e["event"] != "healing" else healing(e["round"], moved=False) for e in events]
     events.append({"event": "starved", "round": 2, "sentence": "round 2: 3 completions survived."})
@@ -449,4 +431,3 @@ def test_texts_of_a_steered_stage_are_those_at_its_dose():
     assert broken["note"] == "8 of 40, base 160 of 160"
     assert broken["value"] == pytest.approx(1 - 8 / 40)
     assert broken["verdict"] == "yes"
-    assert len(probes(*GOOD_PROBES)) == 24

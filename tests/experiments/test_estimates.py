@@ -11,16 +11,11 @@ def column(kept, total):
     return [i < kept for i in range(total)]
 
 
-def test_wilson_by_its_own_equation():
-    # The limits are where |share - p| = z sqrt(p (1 - p) / n).
-    for kept, total in ((0, 9), (3, 16), (8, 16), (16, 16)):
-        for limit in wilson(kept, total):
-            if 0 < limit < 1:
-                off = abs(kept / total - limit) / (limit * (1 - limit) / total) ** 0.5
-                assert off == pytest.approx(1.959964, rel=1e-5)
-    # 16 / (16 + 3.8415): all kept is no certainty.
-    assert wilson(16, 16)[0] == pytest.approx(16 / 19.8415, abs=1e-5)
-    assert wilson(0, 9)[0] == 0.0
+def test_wilson():
+    # 16 / (16 + 1.96^2): all kept is no certainty.
+    assert wilson(16, 16) == pytest.approx((16 / 19.8415, 1.0), abs=1e-5)
+    # At 80 % z is 1.28155: 16 / (16 + 1.6424).
+    assert wilson(16, 16, 0.8)[0] == pytest.approx(16 / 17.6424, abs=1e-5)
 
 
 def test_a_difference_is_newcombes():
