@@ -1,7 +1,6 @@
-"""The speed of a HookedTransformer on a CPU, behind one switch.
+"""Faster classes for a HookedTransformer on a CPU.
 
-`load_model(..., fast=False)` leaves TransformerLens's own classes in place; results are the same up
-to rounding.
+`load_model(..., fast=False)` keeps TransformerLens's own classes; results agree up to rounding.
 """
 
 from shl.fast.attention import explicit_positions

@@ -1,12 +1,12 @@
 """TransformerLens's attention at transformers' speed, with every HookPoint.
 
-Stock TransformerLens caches keys before their rotation and rotates all of them at every step,
-builds mask and rotary table anew in each layer, copies the whole cache to append one token and
-repeats the key heads. Here keys are cached rotated, in storage that grows in place; mask and table
-are made once per forward; and torch's fused scaled dot product replaces scores and pattern, except
-where `hook_attn_scores` or `hook_pattern` have hooks: there both are formed as in stock. With
-TransformerLens's own cache, or arguments that Gemma-3 and Llama have no use for, the stock code
-runs. With a `KVCache`, `hook_rot_k` sees the new positions only.
+TransformerLens caches keys before rotation and rotates all of them at every step, builds the mask
+and the rotary table again in each layer, copies the whole cache to append one token and repeats the
+key heads. Here keys are cached after rotation in storage that grows in place; mask and table are
+built once per forward; and torch's fused scaled dot product replaces scores and pattern, unless
+`hook_attn_scores` or `hook_pattern` have hooks. With TransformerLens's own cache, or with arguments
+that Gemma-3 and Llama do not use, TransformerLens's code runs. With a `KVCache`, `hook_rot_k` gets
+the new positions only.
 """
 
 from collections.abc import Iterator
@@ -29,9 +29,9 @@ from shl.utils.shapes import Int
 
 @dataclass
 class PerForward:
-    """Masks and rotary tables that all layers of one forward share, kept for the last forward.
+    """Masks and rotary tables of the latest forward, shared by all layers.
 
-    `at` `[batch, pos]` and `visible` `[batch, key]` are set by `explicit_positions`.
+    `explicit_positions` sets `at` `[batch, pos]` and `visible` `[batch, key]`.
     """
 
     at: Tensor | None = None
@@ -42,9 +42,9 @@ class PerForward:
     made: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def start(self, attention_mask: Tensor | None, offset: int, new: int, like: Tensor) -> None:
-        """Drop all tables unless this is the same forward as the last one, on the same device."""
+        """Drop all tables unless mask, positions, device and dtype are those of the last call."""
         mask = attention_mask
-        # torch counts no edits of inference tensors, so their content is compared.
+        # Inference tensors have no version counter, so their content is compared.
         content = mask.clone() if mask is not None and mask.is_inference() else None
         version = None if mask is None or content is not None else mask._version
         # Inference tensors cannot be saved for a later backward.
@@ -56,7 +56,7 @@ class PerForward:
             and not torch.equal(content, self.content)
         )
         if key != self.key or edited:
-            # Holding the mask keeps its id from being given to another tensor.
+            # A reference to the mask, so that no other tensor can get its id.
             self.key, self.held, self.content, self.made = key, mask, content, {}
 
 
@@ -66,8 +66,8 @@ def explicit_positions(
     at: Int[Tensor, "batch pos"],
     visible: Int[Tensor, "batch key"] | None = None,
 ) -> Iterator[None]:
-    """Set the positions of the new tokens of one cached forward, and which keys are visible, where
-    they do not follow from the attention mask. The model must be a fast one."""
+    """Set the positions of the new tokens of one cached forward, and which keys are visible, if
+    they do not follow from the attention mask. Needs a fast model."""
     first: Any = model.blocks[0].attn
     per_forward: PerForward = first.per_forward
     per_forward.at, per_forward.visible, per_forward.key = at, visible, ()
@@ -83,7 +83,7 @@ class FastAttention(GroupedQueryAttention):
 
     Attributes:
         per_forward: shared by the layers of a model.
-        inv_freq: `[d_head / 2]`, transformers' own inverse frequencies of the rotation.
+        inv_freq: `[d_head / 2]`, transformers' inverse frequencies of the rotation.
     """
 
     per_forward: PerForward
@@ -96,8 +96,8 @@ class FastAttention(GroupedQueryAttention):
         base: float = 10000,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
-        """sin and cos `[n_ctx, d_head]` in transformers' arithmetic: position times inverse
-        frequency in fp32. TransformerLens divides by the frequency, which moves the angle of
+        """sin and cos `[n_ctx, d_head]`, computed as in transformers: position times inverse
+        frequency in fp32. TransformerLens divides by the frequency, which changes the angle at
         position 700 by 6e-5."""
         inv_freq = self.inv_freq.float()
         angles = torch.arange(n_ctx, device=inv_freq.device).float()[:, None] * inv_freq
@@ -121,8 +121,8 @@ class FastAttention(GroupedQueryAttention):
             or is_hooked(self.hook_attn_scores)
             or is_hooked(self.hook_pattern)
         )
-        ours = isinstance(entry, LayerCache) or (entry is None and not explicit)
-        if not ours or additive_attention_mask is not None or position_bias is not None:
+        supported = isinstance(entry, LayerCache) or (entry is None and not explicit)
+        if not supported or additive_attention_mask is not None or position_bias is not None:
             return super().forward(
                 query_input,
                 key_input,
@@ -138,8 +138,8 @@ class FastAttention(GroupedQueryAttention):
         cos, sin = self._rotary(attention_mask, offset, q.shape[1], q.device)
         q = self.hook_rot_q(_rotated(q, cos, sin)).transpose(1, 2)
         k = self.hook_rot_k(_rotated(k, cos, sin))
-        # torch's fused kernels turn a row of NaN scores into zeros, and so does TransformerLens;
-        # 0 times NaN or infinity keeps it visible.
+        # torch's fused kernels turn a row of NaN scores into zeros, and so does TransformerLens.
+        # Adding 0 * NaN makes the NaN visible in the output.
         nan = 0 * (q.detach().sum(dtype=torch.float32) + k.detach().sum(dtype=torch.float32))
         if entry is not None:
             k, v = entry.append(k, v)
@@ -165,15 +165,15 @@ class FastAttention(GroupedQueryAttention):
     def _rotary(
         self, attention_mask: Tensor | None, offset: int, new: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin of the new positions, `[batch or 1, pos, 1, d_head]`; a row's positions
-        count its own unmasked tokens, as TransformerLens does."""
+        """cos and sin of the new positions, `[batch or 1, pos, 1, d_head]`. As in TransformerLens,
+        positions count a row's unmasked tokens."""
         key = ("rotary", self.attn_type)
         if key not in self.per_forward.made:
             at = self.per_forward.at
             end = offset + new if at is None else int(at.max()) + 1
             if end > self.rotary_cos.shape[0]:
-                room = max(end, 2 * self.rotary_cos.shape[0])
-                self._extend_rotary_embeddings(min(self.cfg.n_ctx, room))
+                capacity = max(end, 2 * self.rotary_cos.shape[0])
+                self._extend_rotary_embeddings(min(self.cfg.n_ctx, capacity))
             if at is None and attention_mask is None:
                 at = torch.arange(offset, offset + new, device=device)[None]
             elif at is None:
@@ -188,7 +188,8 @@ class FastAttention(GroupedQueryAttention):
     def _allowed(
         self, attention_mask: Tensor | None, offset: int, new: int, device: torch.device
     ) -> Tensor | None:
-        """Which keys a query sees, `[batch or 1, 1, query, key]`; None: all that came before."""
+        """Which keys a query attends to, `[batch or 1, 1, query, key]`; None for plain causal
+        attention."""
         key = ("allowed", self.attn_type)
         if key not in self.per_forward.made:
             total = offset + new
@@ -215,7 +216,7 @@ class FastAttention(GroupedQueryAttention):
         """z `[batch, pos, head, d_head]`, without scores or pattern."""
         heads, kv_heads, new = q.shape[1], k.shape[1], q.shape[2]
         if new == 1:
-            # Heads that share keys become queries of one head: no key is repeated.
+            # Heads that share keys become queries of one head, so no key is repeated.
             q = q.reshape(len(q), kv_heads, -1, q.shape[-1])  # [batch, kv, group, d_head]
         elif heads != kv_heads:
             k, v = (
@@ -234,7 +235,7 @@ class FastAttention(GroupedQueryAttention):
         return z.transpose(1, 2)
 
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-        """z with scores and pattern formed and hooked, in TransformerLens's own steps."""
+        """z from hooked scores and pattern, in the same steps as TransformerLens."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         scores = self.calculate_attention_scores(q, k)
         if allowed is None:
@@ -254,9 +255,9 @@ class FastAttention(GroupedQueryAttention):
         return linear(rows, w, self.b_O)
 
     def _by_head(self, x: Tensor, weight: str, bias: str) -> Tensor:
-        """q, k or v `[batch, pos, head, d_head]`, from the parameters of these names."""
+        """q, k or v `[batch, pos, head, d_head]`, from the named parameters."""
         w, b = getattr(self, weight), getattr(self, bias)
-        # Plain views: einops takes ten times as long, which decoding pays in every layer.
+        # Plain views: einops takes ten times as long, at every layer and step.
         rows = w.mT.flatten(0, 1)  # [(head d_head), d_model]
         return linear(x, rows, b.flatten()).unflatten(-1, (-1, self.cfg.d_head))
 

@@ -1,4 +1,4 @@
-"""TransformerLens's blocks, norms, MLPs and unembedding in fewer calls, with every HookPoint."""
+"""TransformerLens's blocks, norms, MLPs and unembedding in fewer calls, with all HookPoints."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +15,9 @@ from shl.fast.linear import linear
 
 
 class FastBlock(TransformerBlock):
-    """A pre-norm block that norms its input once, where TransformerLens does so for q, k and v
-    each. Hooks on that norm, or pre-hooks that may change one of the three, get the stock path."""
+    """A pre-norm block that applies the input norm once; TransformerLens applies it for each of q,
+    k and v. With hooks on that norm, or pre-hooks that may change one of the three inputs,
+    TransformerLens's own forward runs."""
 
     def forward(
         self,
@@ -54,10 +55,10 @@ class FastBlock(TransformerBlock):
 
 
 class FastRMSNorm(RMSNorm):
-    """`x w / sqrt(mean(x^2) + eps)`, in one call where its steps have no hooks."""
+    """`x w / sqrt(mean(x^2) + eps)`, as one operation if its steps have no hooks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., d_model]` to the same."""
+        """`[..., d_model]` to `[..., d_model]`."""
         if (
             not x.dtype == self.w.dtype == torch.float32
             or is_hooked(self.hook_scale)
@@ -71,7 +72,7 @@ class FastGatedMLP(GatedMLP):
     """`(act(x W_gate) * (x W_in) + b_in) W_out + b_out`, with TransformerLens's HookPoints."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, pos, d_model]` to the same."""
+        """`[batch, pos, d_model]` to `[batch, pos, d_model]`."""
         if self.cfg.is_layer_norm_activation():
             return super().forward(x)
         gate = self.hook_pre(linear(x, self.W_gate.T))
@@ -97,7 +98,7 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def speed_up(model: HookedTransformer, inv_freq: Mapping[str, Tensor]) -> None:
-    """Turn the components of a Gemma-3 or Llama model into the fast classes, in place.
+    """Change the components of a Gemma-3 or Llama model to the fast classes, in place.
 
     Args:
         inv_freq: transformers' inverse frequencies of the rotation by attention type ("global",

@@ -1,4 +1,4 @@
-"""Whether hooks are on a module: the fast classes take the stock path where they are."""
+"""Checks for hooks on a module: the fast classes run TransformerLens's code where there are any."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether any torch hook is on a module; TransformerLens's hooks are torch hooks too.
+    """Whether a module has any torch hook; TransformerLens's hooks are torch hooks too.
 
     Example:
         >>> is_hooked(nn.Identity())
@@ -22,13 +22,13 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def read_only(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a pre-hook that changes none of the arguments it is given."""
+    """Mark a pre-hook as not changing its arguments."""
     hook.read_only = True  # type: ignore[attr-defined]
     return hook
 
 
 def inputs_are_read_only(module: nn.Module) -> bool:
-    """Whether no pre-hook on a module may change its arguments: all are marked `read_only`.
+    """Whether all pre-hooks on a module are marked `read_only`.
 
     Example:
         >>> module = nn.Identity()

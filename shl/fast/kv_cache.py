@@ -1,7 +1,6 @@
 """A key-value cache for TransformerLens whose storage grows in place.
 
-Stock attention puts unrotated keys into it, as into TransformerLens's own cache; the fast attention
-puts rotated ones, and never rotates them again.
+TransformerLens's attention stores keys before rotation, the fast attention after it.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,9 +12,9 @@ from transformer_lens import HookedTransformer
 
 
 class LayerCache:
-    """One layer's keys and values, held as `[batch, kv_head, capacity, d_head]` each.
+    """One layer's keys and values, stored as `[batch, kv_head, capacity, d_head]` each.
 
-    Speaks TransformerLens's protocol of a cache entry, `[batch, pos, kv_head, d_head]`.
+    Implements TransformerLens's interface of a cache entry, `[batch, pos, kv_head, d_head]`.
     """
 
     def __init__(self, batch: int, heads: int, d_head: int, like: Tensor, capacity: int) -> None:
@@ -26,11 +25,11 @@ class LayerCache:
 
     @property
     def past_keys(self) -> Tensor:
-        """`[batch, pos, kv_head, d_head]`, by whose shape TransformerLens counts positions."""
+        """`[batch, pos, kv_head, d_head]`; TransformerLens reads the past length off its shape."""
         return self.keys[:, :, : self.length].transpose(1, 2)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values of new positions, and return views of all positions'."""
+        """Store the keys and values of new positions and return views of all positions."""
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         end = self.length + k.shape[2]
         if end > self.keys.shape[2]:
@@ -49,7 +48,7 @@ class LayerCache:
         return grown
 
     def rows(self, index: Tensor, capacity: int) -> "LayerCache":
-        """A copy that holds the rows `index`, with room for `capacity` positions."""
+        """A copy with the rows `index` that can hold `capacity` positions."""
         copy = LayerCache(0, 0, 0, self.keys, max(capacity, self.length))
         copy.length = self.length
         copy.keys = copy._grown(self.keys[index, :, : self.length], self.keys[index, :, :0])
@@ -57,10 +56,10 @@ class LayerCache:
         return copy
 
     def drop(self, moves: Sequence[tuple[int, int]], left: int) -> None:
-        """Copy rows onto others, (from, to) each, and forget all but the first `left`."""
+        """Copy rows, (from, to) each, and keep the first `left` rows."""
         for source, target in moves:
-            for held in (self.keys, self.values):
-                held[target, :, : self.length] = held[source, :, : self.length]
+            for stored in (self.keys, self.values):
+                stored[target, :, : self.length] = stored[source, :, : self.length]
         self.keys, self.values = self.keys[:left], self.values[:left]
 
 
@@ -68,8 +67,8 @@ class LayerCache:
 class KVCache:
     """A key-value cache for `model(tokens, attention_mask=…, past_kv_cache=…)`.
 
-    The mask passed along has the shape of the new tokens. `capacity` is a hint: positions to
-    make room for at first.
+    The attention mask has the shape of the new tokens. `capacity` is the number of positions to
+    allocate initially.
 
     Example:
         >>> import torch
@@ -88,7 +87,7 @@ class KVCache:
 
     @classmethod
     def empty(cls, model: HookedTransformer, batch: int, capacity: int = 0) -> "KVCache":
-        """A cache without positions."""
+        """An empty cache."""
         cfg = model.cfg
         heads = cfg.n_key_value_heads or cfg.n_heads
         entries = [
@@ -98,28 +97,28 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Positions held, padding included."""
+        """Cached positions, padding included."""
         return self.mask.shape[1]
 
     def __getitem__(self, layer: int) -> LayerCache:
         return self.entries[layer]
 
     def append_attention_mask(self, attention_mask: Tensor) -> Tensor:
-        """What TransformerLens calls at the start of each forward."""
+        """Append the mask of new tokens; TransformerLens calls it at the start of each forward."""
         self.mask = torch.cat([self.mask, attention_mask.to(self.mask)], 1)
         return self.mask
 
     def rows(self, index: Tensor, capacity: int = 0) -> "KVCache":
-        """A copy with the rows `index` (any order, repeats allowed)."""
+        """A copy with the rows `index`, in any order and with repeats."""
         entries = [entry.rows(index, capacity or entry.capacity) for entry in self.entries]
         return KVCache(entries, self.mask[index])
 
     def drop(self, gone: Collection[int]) -> list[int]:
-        """Forget the rows `gone` in place: the last rows move into their places, so that as many
-        rows are copied as are dropped.
+        """Remove the rows `gone` in place. The last rows are moved into their places, so no more
+        rows are copied than are removed.
 
         Returns:
-            Which row now stands where, by its number before.
+            For each remaining row its former index.
 
         Example:
             >>> from shl.models.tiny import tiny_gemma
@@ -139,7 +138,7 @@ class KVCache:
         return order
 
     def cut(self, length: int) -> None:
-        """Forget the positions from `length` on."""
+        """Remove the positions from `length` on."""
         for entry in self.entries:
             entry.length = min(entry.length, length)
         self.mask = self.mask[:, :length]

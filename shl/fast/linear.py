@@ -1,12 +1,13 @@
 """Matrix products on a CPU, in fp32.
 
-`linear` is `torch.nn.functional.linear` to the digit. Where only a few rows meet a large W, as in
-decoding, each thread multiplies its own rows of W: MKL shares a single such product badly.
+`linear` is `torch.nn.functional.linear` with the same precision. For few rows of x and a large W,
+as in decoding, each thread multiplies its own part of W, because MKL splits a single such product
+poorly.
 
-`onednn_linear` hands a large product to oneDNN, which torch ships and uses for other dtypes only.
-On AMD processors MKL reaches half to nine tenths of oneDNN's speed. oneDNN adds all terms of a dot
-product in one chain, where MKL adds in blocks, so its rounding error is up to 3.7 times MKL's. It
-is meant for sums over the vocabulary, not for a model's forward pass.
+`onednn_linear` computes a large product by oneDNN, which torch ships but uses for other dtypes
+only. On AMD processors MKL reaches 50 to 90 % of oneDNN's speed. oneDNN adds all terms of a dot
+product in sequence, where MKL adds in blocks, so its rounding error is up to 3.7 times MKL's. It is
+meant for sums over the vocabulary, not for a model's forward pass.
 """
 
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 FEW_ROWS = 128
-"""From more rows than these MKL's own threading is faster."""
+"""With more rows MKL's own threading is faster."""
 LARGE_WEIGHT = 1 << 15
-"""Weights with fewer numbers than this are not worth a thread to each part."""
+"""For weights with fewer elements, splitting costs more than it saves."""
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-"""Whether torch has oneDNN's fp32 product: the operator to which torch.compile lowers a linear."""
+"""Whether torch has oneDNN's fp32 product, the operator that torch.compile uses for a linear."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,8 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` without a derivative, x `[rows, d_in]`, weight `[d_out, d_in]`, by oneDNN
-    where it applies: fp32 on a CPU, W or its transpose contiguous, `torch.backends.mkldnn.enabled`.
+    """`x @ weight.T`, x `[rows, d_in]`, weight `[d_out, d_in]`, by oneDNN if no gradient is needed,
+    both are fp32 on a CPU, W or its transpose is contiguous and `torch.backends.mkldnn.enabled`.
 
     Example:
         >>> onednn_linear(torch.ones(1, 2), torch.eye(3, 2))
@@ -65,7 +66,7 @@ def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
         or not x.device.type == weight.device.type == "cpu"
         or not x.dtype == weight.dtype == torch.float32
         or x.numel() == 0
-        # Other layouts take a loop that is a hundred times slower.
+        # For other layouts oneDNN is a hundred times slower.
         or not (weight.is_contiguous() or weight.T.is_contiguous())
         or torch.is_autocast_enabled("cpu")
     ):

@@ -1,6 +1,6 @@
-"""The low-level toolkit: what acts on a model, and where.
+"""Hooks on a HookedTransformer: steering, adapters, recording, and where they act.
 
-`Handle` is the base of every hook; `add_hook` and `add_pre_hook` put your own on a model.
+`Handle` is the base class; its `add_hook` and `add_pre_hook` add a user's hooks to a model.
 """
 
 from shl.hooks.handle import (

@@ -1,6 +1,7 @@
-"""Finished adapters as frozen hooks: one stacked (A, B) per site, however many rounds there were.
+"""Trained adapters as frozen hooks, stacked to one pair (A, B) per site over all rounds.
 
-By default nothing is merged into the weights; either way base is one `suspended(model)` away.
+By default nothing is merged into the weights. `suspended(model)` restores the base model in both
+cases.
 """
 
 from collections import Counter
@@ -23,14 +24,14 @@ from shl.utils.shapes import Bool, Float
 
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:
-    """One adapter that acts like `adapters` applied one after the other; scales go into B.
+    """One adapter equivalent to `adapters` applied in sequence; scales are folded into B.
 
-    At a linear site updates add: A and B are concatenated. At the residual site they compose,
-    (I + B2 A2)(I + B1 A1) = I + B1 A1 + B2 A2 (I + B1 A1), so A2 becomes A2 + A2 B1 A1 first.
-    What the adapters say of their weights and axis is kept where they agree.
+    At a linear site updates add, so A and B are concatenated. At the residual site they compose,
+    (I + B2 A2)(I + B1 A1) = I + B1 A1 + B2 A2 (I + B1 A1), so A2 is replaced by A2 + A2 B1 A1.
+    Metadata is kept where the adapters agree.
 
     Raises:
-        ShlError: no adapter, or adapters of different models.
+        ShlError: there is no adapter, or they were made for different models.
 
     Example:
         >>> from shl.config import HealConfig
@@ -50,11 +51,11 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     down: dict[str, Tensor] = {}
     up: dict[str, Tensor] = {}
     for name, site in sites.items():
-        own = [adapter for adapter in adapters if name in adapter.down]
-        a_of = [adapter.down[name].detach() for adapter in own]
-        b_of = [adapter.up[name].detach() * adapter.scale for adapter in own]
+        parts = [adapter for adapter in adapters if name in adapter.down]
+        a_of = [adapter.down[name].detach() for adapter in parts]
+        b_of = [adapter.up[name].detach() * adapter.scale for adapter in parts]
         if site.kind == "resid":
-            for i in range(1, len(own)):
+            for i in range(1, len(parts)):
                 below = torch.cat(a_of[:i])
                 a_of[i] = a_of[i] + (a_of[i] @ torch.cat(b_of[:i], dim=1)) @ below
         down[name] = torch.cat(a_of)
@@ -64,12 +65,13 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
 
 
 class Baked(LoRA):
-    """A frozen stack of adapters on a model: a context manager with `.remove()`, which
-    `model.reset_hooks()` leaves on.
+    """A frozen stack of adapters on a model: a context manager with `.remove()`.
+
+    `model.reset_hooks()` does not remove it.
 
     Attributes:
-        stacked: all adapters as one, None without any.
-        fused: whether `fused_decoding` may put the stack into the weights.
+        stacked: all adapters as one, None if there are none.
+        fused: whether `fused_decoding` may merge the stack into the weights.
     """
 
     def __init__(
@@ -86,36 +88,38 @@ class Baked(LoRA):
         repeated = [name for name, times in count.items() if times > 1]
         require(
             scope is None or scope.whole or not repeated,
-            f"adapters follow each other at {', '.join(repeated)}, where a dose of their product "
-            "is not the product of their doses; attach them one by one.",
+            f"several adapters act at {', '.join(repeated)}, where a dose of their composition "
+            "is not the composition of their doses; attach them one by one.",
         )
         self.fused = fused
         self.stacked = stack(adapters) if adapters else None
-        own = self.stacked or Adapter((), {}, {}, 1.0, "")
-        super().__init__(model, own.sites, own.down, own.up, own.scale, scope)
+        merged = self.stacked or Adapter((), {}, {}, 1.0, "")
+        super().__init__(model, merged.sites, merged.down, merged.up, merged.scale, scope)
         if self.stacked is not None:
-            self.stacked.down.update(self.down)  # the hooks' tensors, in place of a copy of each
+            self.stacked.down.update(self.down)  # share the hooks' tensors to save memory
 
 
 class Materialised(Handle):
-    """The stack inside the weights: effective tensors, computed once in fp32, stand where base's
-    stood; base's own tensors wait untouched and come back by reference. `model.reset_hooks()`
-    leaves it on."""
+    """A stack of adapters merged into the weights, computed once in fp32.
+
+    Base's tensors are kept and put back by reference on removal. `model.reset_hooks()` does not
+    remove it.
+    """
 
     def __init__(self, model: HookedTransformer, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
             check_fits(model, adapter)
         require(
             not any(isinstance(h, Materialised) for h in handles_on(model)),
-            "the model carries a materialised stack already, remove it first.",
+            "the model already has a materialised stack, remove it first.",
         )
         stacked = stack(adapters) if adapters else None
         self.swaps: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         for site in stacked.sites if stacked else ():
             require(
                 site.kind != "resid",
-                f"{site.name} sits on the residual stream, where no weight can take it in; bake it "
-                "as hooks.",
+                f"{site.name} is on the residual stream, which has no weight to merge it into; "
+                "bake it as hooks.",
             )
             assert stacked is not None
             parameter, out_in, sizes = as_linear(model, site)

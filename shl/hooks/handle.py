@@ -1,11 +1,11 @@
-"""Handles: sets of hooks on one model that are sure to come off.
+"""Handles: sets of hooks on one model that are removed together.
 
-Every hook of this package is a plain torch hook owned by a `Handle`. TransformerLens keeps its
-own list of hooks, so `model.reset_hooks()` and `model.hooks(...)` neither remove ours nor are
-disturbed by them; ours go when their handle is removed or its `with` body ends, however it ends.
+Every hook of this package is a torch hook owned by a `Handle`. TransformerLens keeps a separate
+list of hooks, so `model.reset_hooks()` and `model.hooks(...)` do not affect those of a handle. They
+are removed by `remove()` or at the end of the `with` body, exceptions included.
 
-Code that runs the model on a part of the caller's rows says so through `running`, so that what
-differs by row (a dose, a mask, where the answer begins) stays with its row.
+Code that runs the model on some of the caller's rows declares them with `running`, so that per-row
+values (a dose, a mask, the length of the prompt) are applied to the right rows.
 """
 
 from collections import OrderedDict
@@ -25,10 +25,10 @@ from shl.fast import read_only
 from shl.utils.errors import require
 
 ROWS: ContextVar[Tensor | None] = ContextVar("shl_rows", default=None)
-"""Which rows of the caller's list the current batch holds; `generate` sets it, so that per-row
-doses follow their rows when batches are cut, reordered or shrink."""
+"""Indices of the current batch's rows in the caller's list, for per-row values. `generate` sets it
+whenever it splits, reorders or shrinks batches."""
 PROMPTS: ContextVar[Tensor | None] = ContextVar("shl_prompts", default=None)
-"""How many prompt tokens each row of the current batch begins with; None: nothing but prompts."""
+"""Number of prompt tokens of each row of the current batch; None if all tokens are prompt."""
 
 _HANDLES: "WeakKeyDictionary[HookedTransformer, list[Handle]]" = WeakKeyDictionary()
 H = TypeVar("H", bound="Handle")
@@ -38,13 +38,13 @@ _SUSPENDED: ContextVar[frozenset[int]] = ContextVar("shl_suspended", default=fro
 class Handle:
     """A set of hooks on one model: a context manager, and a handle with `remove()`.
 
-    Subclasses add hooks in `__init__` through `add_hook` and `add_pre_hook`. Entering returns the
-    handle itself; the hooks are already on, so a handle works without `with` too.
-    `model.reset_hooks()` (with `including_permanent=True` as well) leaves a handle on: only
-    `remove()` and the end of its `with` body take it off, and only `suspended` pauses it.
+    Subclasses add hooks in `__init__` with `add_hook` and `add_pre_hook`. Hooks are active from
+    then on, so a handle works without `with` too; entering returns the handle.
+    `model.reset_hooks()` does not remove a handle, even with `including_permanent=True`: only
+    `remove()` and the end of its `with` body do, and only `suspended` pauses it.
 
     Attributes:
-        model: the model that the hooks are on.
+        model: the hooked model.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -63,12 +63,12 @@ class Handle:
 
     @property
     def per_row(self) -> bool:
-        """Whether rows of a batch are treated differently, so that none may stand for all."""
+        """Whether the hooks may treat rows of a batch differently, so that each must be run."""
         return False
 
     @property
     def rows(self) -> int | None:
-        """How many rows it has values for; None where every row is treated alike."""
+        """Number of rows with per-row values; None if all rows are treated alike."""
         return None
 
     @property
@@ -77,7 +77,7 @@ class Handle:
         return bool(self._torch_handles) and id(self) not in _SUSPENDED.get()
 
     def add_hook(self, module: nn.Module, hook: Callable[[Tensor], Tensor | None]) -> None:
-        """Run `hook` on a module's output, which its return value replaces unless it is None."""
+        """Call `hook` on a module's output; a return value other than None replaces the output."""
 
         def after(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
             return hook(output) if id(self) not in _SUSPENDED.get() else None
@@ -87,7 +87,7 @@ class Handle:
     def add_pre_hook(
         self, module: nn.Module, hook: Callable[[tuple[Any, ...], dict[str, Any]], object]
     ) -> None:
-        """Call `hook(args, kwargs)` before a module runs; it must not change them."""
+        """Call `hook(args, kwargs)` before a module runs; it must not modify them."""
 
         @read_only
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,15 +97,16 @@ class Handle:
         self._torch_handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
     def owns_all_hooks(self, module: nn.Module) -> bool:
-        """Whether every forward hook on a module is one of this handle's."""
-        own = {handle.id for handle in self._torch_handles}
-        return module._forward_hooks.keys() | module._forward_pre_hooks.keys() <= own
+        """Whether all forward hooks on a module belong to this handle."""
+        ids = {handle.id for handle in self._torch_handles}
+        return module._forward_hooks.keys() | module._forward_pre_hooks.keys() <= ids
 
     def _pause(self, paused: bool) -> None:
-        """Called where `suspended` begins (True) and ends, for what is more than hooks."""
+        """Called when `suspended` begins (True) and ends (False); for subclasses that change more
+        than hooks."""
 
     def remove(self) -> None:
-        """Take the hooks off; a second call does nothing."""
+        """Remove the hooks; a second call does nothing."""
         for handle in self._torch_handles:
             handle.remove()
         self._torch_handles.clear()
@@ -126,16 +127,16 @@ class Handle:
 
 
 def handles_on(model: HookedTransformer) -> tuple[Handle, ...]:
-    """This package's handles that are on `model` now, oldest first."""
+    """The active handles on `model`, oldest first."""
     return tuple(h for h in _HANDLES.get(model, []) if h.on)
 
 
 @contextmanager
 def suspended(model: HookedTransformer, *handles: Handle) -> Iterator[None]:
-    """Pause `handles` (all of this package's handles on `model`, if none are named) for the body:
-    the model is base again, without a second copy.
+    """Pause `handles`, by default all handles on `model`, inside the body.
 
-    Hooks that the caller placed through TransformerLens stay on.
+    With all of them paused the model is the base model. Hooks added through TransformerLens stay
+    active.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -158,8 +159,10 @@ def suspended(model: HookedTransformer, *handles: Handle) -> Iterator[None]:
 
 @contextmanager
 def unhooked(model: HookedTransformer) -> Iterator[None]:
-    """Run the body on base without any hook: this package's handles are paused, and all other
-    forward hooks, TransformerLens's included, are off and come back.
+    """Run the body on the base model without any hook.
+
+    Handles are paused, and all other forward hooks, TransformerLens's included, are removed and put
+    back.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -169,14 +172,14 @@ def unhooked(model: HookedTransformer) -> Iterator[None]:
         True
     """
     with suspended(model):
-        kept = [(m, m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
-        for module, after, before in kept:
+        saved = [(m, m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
+        for module, after, before in saved:
             if after or before:
                 module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
         try:
             yield
         finally:
-            for module, after, before in kept:
+            for module, after, before in saved:
                 module._forward_hooks, module._forward_pre_hooks = after, before
 
 
@@ -184,15 +187,15 @@ def unhooked(model: HookedTransformer) -> Iterator[None]:
 def running(
     *, rows: Sequence[int] | None = None, prompts: Sequence[int] | None = None
 ) -> Iterator[None]:
-    """Declare for the body which of the caller's rows the batch holds, and how many prompt tokens
-    each of them begins with.
+    """Declare the rows of the caller's list in the current batch, and their numbers of prompt
+    tokens.
 
     Example:
         >>> with running(rows=[2, 0], prompts=[13, 9]):
         ...     row_values(torch.tensor([0.1, 0.2, 0.3]), 2)
         tensor([0.3000, 0.1000])
     """
-    held = [
+    tokens = [
         (variable, variable.set(torch.tensor(list(values))))
         for variable, values in ((ROWS, rows), (PROMPTS, prompts))
         if values is not None
@@ -200,15 +203,15 @@ def running(
     try:
         yield
     finally:
-        for variable, token in held:
+        for variable, token in tokens:
             variable.reset(token)
 
 
 def row_values(values: Tensor, batch: int, what: str = "per-row doses") -> Tensor:
-    """Per-row `values` of the rows that the current batch holds.
+    """The per-row `values` of the current batch's rows.
 
     Raises:
-        ShlError: there are not as many values as rows.
+        ShlError: the number of values differs from the number of rows.
     """
     rows, n = ROWS.get(), len(values)
     if rows is not None:

@@ -1,7 +1,7 @@
-"""LoRA as hooks: y = W x + s B A x, for trainable and for frozen factors alike.
+"""LoRA as hooks: y = W x + s B A x, with trainable or frozen factors.
 
-Hu et al. 2021, arXiv:2106.09685. B A is never formed and W is not touched. At the residual site the
-update is h + s B A h after the layer.
+Hu et al. 2021, arXiv:2106.09685. B A is never formed and W is not changed. At the residual site h
+becomes h + s B A h after the layer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ from shl.utils.shapes import Down, Up
 
 
 class LoRA(Handle):
-    """Adds s B A x to the output of each site, where x is that site's own input.
+    """Adds s B A x to the output of each site, where x is the site's input.
 
-    Sites that read the same x (q, k and v; gate and up) share one product with their stacked A.
-    Computed in the factors' dtype, returned in that of the output. `model.reset_hooks()` leaves it
-    on.
+    Sites with the same input (q, k and v; gate and up) share one product with their stacked A. The
+    update is computed in the factors' dtype and added in the output's. `model.reset_hooks()` does
+    not remove it.
 
     Args:
         down: A `[rank, d_in]` by site name.
         up: B `[d_out, rank]` by site name.
         scale: s = lora_alpha / rank.
-        scope: dose, mask and positions of the update; None is 1 for every token.
+        scope: dose, mask and positions of the update; None is a dose of 1 for every token.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class LoRA(Handle):
         super().__init__(model)
         self.sites, self.down, self.up, self.scale = tuple(sites), dict(down), dict(up), scale
         self.scope = scope or Scope(model)
-        self._inner: dict[str, Tensor] = {}  # A x, from the hook that sees x to those that add
+        self._inner: dict[str, Tensor] = {}  # A x by site, from the input hook to the output hook
         self._factors: dict[int, Tensor] = {}  # `[tokens, 1]` by layer
         if not self.scope.plain:
             track_positions(self, [site.layer for site in sites], self._set_factors)
         readers: dict[tuple[int, bool], list[Site]] = {}
         for site in self.sites:
             module, argument = linear_input(model, site)
-            # Two sites may read one module, as its argument and as its output.
+            # One module may be read both at its argument and at its output.
             readers.setdefault((id(module), argument is None), []).append(site)
         for group in readers.values():
             module, argument = linear_input(model, group[0])
@@ -60,27 +60,27 @@ class LoRA(Handle):
             if argument is None:
                 self.add_hook(module, read)
             else:
-                self.add_pre_hook(module, partial(_show, argument, read))
+                self.add_pre_hook(module, partial(_read_argument, argument, read))
             for site in group:
                 self.add_hook(linear_output(model, site), partial(self._add, site))
 
     @property
     def per_row(self) -> bool:
-        """Whether rows of a batch have a dose or mask of their own."""
+        """Whether dose or mask may differ by row."""
         return self.scope.per_row
 
     @property
     def rows(self) -> int | None:
-        """How many rows have one; None where all are treated alike."""
+        """Number of rows with a per-row dose or mask; None if all rows are treated alike."""
         return self.scope.rows
 
     def _stack(self, group: Sequence[Site]) -> Tensor | None:
-        """The A of a group in one tensor, where they are frozen; trainable ones change."""
+        """The concatenated A of a group if frozen; None if trainable, because they change."""
         factors = [self.down[site.name] for site in group]
         if any(a.requires_grad for a in factors):
             return None
         stacked = torch.cat(factors)
-        views = stacked.split([len(a) for a in factors])  # in place of a second copy
+        views = stacked.split([len(a) for a in factors])  # views, to store each A only once
         self.down.update((site.name, a) for site, a in zip(group, views, strict=True))
         return stacked
 
@@ -93,8 +93,8 @@ class LoRA(Handle):
         d_in = stacked.shape[1]
         if x.shape[-1] != d_in and x.shape[2:].numel() != d_in:
             raise ShlError(
-                f"{group[0].name} sees an input of shape {tuple(x.shape)}, an adapter needs "
-                f"[batch, pos, {d_in}]; are attention's inputs split by head?"
+                f"the input of {group[0].name} has shape {tuple(x.shape)}, an adapter needs "
+                f"[batch, pos, {d_in}]; attention's inputs must not be split by head."
             )
         inner = x.reshape(-1, d_in).to(stacked.dtype) @ stacked.T
         parts = inner.split([len(a) for a in factors], 1)
@@ -113,7 +113,7 @@ class LoRA(Handle):
         return (rows + (inner @ up.T * scale).to(y.dtype)).view(y.shape)
 
 
-def _show(
+def _read_argument(
     argument: str, read: partial[None], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     read(kwargs.get(argument, *args[:1]))

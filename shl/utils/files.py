@@ -1,4 +1,4 @@
-"""Safetensors files with a metadata schema and a checksum of their content."""
+"""Safetensors files with a metadata schema and a checksum of the content."""
 
 import contextlib
 import hashlib
@@ -19,11 +19,11 @@ from torch import Tensor
 from shl.utils.errors import ShlError, require
 
 DATA = resources.files("shl") / "data"
-"""Axes, contexts, vignettes and probe, as TOML."""
+"""Folder of the axes, contexts, vignettes and the probe (TOML)."""
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-"""What numbers may be stored as, by safetensors's names."""
+"""The dtypes that may be stored, by safetensors's names."""
 Schema = Mapping[str, tuple[type, ...]]
-"""The types that each key of a file's metadata may have; no key may be missing or unknown."""
+"""The allowed types of each key of a file's metadata; no key may be missing or unknown."""
 NONE = type(None)
 MADE_ON: Schema = {
     "model": (str,),
@@ -31,12 +31,12 @@ MADE_ON: Schema = {
     "dtype": (str, NONE),
     "round": (int, NONE),
 }
-"""What vectors and adapters store of the base that they were made on: its name, `weights_hash` and
-dtype, and the round of a loop."""
+"""The provenance of a vector or adapter: name, `weights_hash` and dtype of its base model, and the
+round of the loop."""
 
 
 def identity(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
-    """SHA-256 of content alone: names, dtypes, shapes, numbers and metadata; no path, no time.
+    """SHA-256 of names, dtypes, shapes, numbers and metadata, independent of path and time.
 
     Example:
         >>> import torch
@@ -53,9 +53,9 @@ def identity(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
 
 
 def require_metadata(what: object, meta: Mapping[str, Any], schema: Schema) -> None:
-    """Raise unless metadata has exactly the keys of `schema`, with values of their types.
+    """Raise unless metadata has exactly the keys of `schema`, with values of the right types.
 
-    Numbers must be finite, whole ones from 0 to 2**31 - 1, strings printable.
+    Floats must be finite, integers between 0 and 2**31 - 1, strings printable.
 
     Example:
         >>> require_metadata("it", {"layer": -1}, {"layer": (int,)})
@@ -71,7 +71,7 @@ def require_metadata(what: object, meta: Mapping[str, Any], schema: Schema) -> N
         value = meta[key]
         names = " or ".join("none" if t is NONE else t.__name__ for t in allowed)
         require(
-            type(value) in allowed,  # a bool is no int here
+            type(value) in allowed,  # not isinstance: a bool is an int
             f"{key} in {what} is {short(value)}, it must be {names}.",
         )
         if isinstance(value, int):
@@ -88,28 +88,27 @@ def require_metadata(what: object, meta: Mapping[str, Any], schema: Schema) -> N
 def write_safetensors(
     path: str | Path, file_format: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    """Write tensors with metadata and their identity, in one piece.
+    """Write tensors, metadata and their checksum to one file.
 
     Raises:
-        ShlError: numbers that are not finite, a dtype that is not a float, or a path that cannot be
-            written.
+        ShlError: a number is not finite, a dtype is not a float, or the path cannot be written.
     """
-    kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    for key, value in kept.items():
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    for key, value in tensors.items():
         require(
             value.dtype in DTYPES.values(), f"{key} has dtype {value.dtype}, it must be a float."
         )
-        require(bool(torch.isfinite(value).all()), f"{key} holds numbers that are not finite.")
+        require(bool(torch.isfinite(value).all()), f"{key} has numbers that are not finite.")
     meta = {"format": file_format, **meta}
-    meta["identity"] = identity(kept, meta)
-    write_whole(Path(path), save(kept, metadata={"shl": json.dumps(meta)}))
+    meta["identity"] = identity(tensors, meta)
+    write_whole(Path(path), save(tensors, metadata={"shl": json.dumps(meta)}))
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write beside the place and rename, so that a reader never sees half a file.
+    """Write a file atomically: to a temporary file in the same folder, then rename it.
 
     Raises:
-        ShlError: the disk is full, or the folder is read-only or gone; what was there stays.
+        ShlError: the file cannot be written; an existing file is unchanged.
     """
     scratch = path.with_name(f".{path.name}.tmp")
     try:
@@ -127,12 +126,12 @@ def write_whole(path: Path, data: bytes) -> None:
 def read_safetensors(
     path: str | Path, file_format: str, schema: Schema
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata (of `schema`, `format` and `identity` aside) and tensors of a file that this
-    package wrote.
+    """Metadata (as in `schema`, without `format` and `identity`) and tensors of a file written by
+    `write_safetensors`.
 
     Raises:
-        ShlError: missing, damaged, of another format, changed since it was written, with other
-            metadata, or with numbers that are not finite.
+        ShlError: the file is missing, damaged, modified or of another format, its metadata does not
+            match `schema`, or a number is not finite.
     """
     try:
         with safe_open(str(path), "pt") as file:
@@ -145,7 +144,7 @@ def read_safetensors(
                 )
             tensors = {key: file.get_tensor(key) for key in names}
         stored = meta.pop("identity", None) if isinstance(meta, dict) else None
-        found = identity(tensors, meta) if isinstance(meta, dict) else ""
+        computed = identity(tensors, meta) if isinstance(meta, dict) else ""
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         if isinstance(error, ShlError):
             raise
@@ -157,11 +156,13 @@ def read_safetensors(
         f"{path} has format {short(stated)}, it must be {file_format!r}.",
     )
     require(
-        stored == found,
-        f"checksum mismatch: {path} was modified (its content has the identity {found[:12]}, its "
-        f"metadata has {str(stored)[:12]}).",
+        stored == computed,
+        f"checksum mismatch: {path} was modified (its content has the identity {computed[:12]}, "
+        f"its metadata has {str(stored)[:12]}).",
     )
     require_metadata(path, meta, schema)
     for key, value in tensors.items():
-        require(bool(torch.isfinite(value).all()), f"{key!r} in {path} holds numbers not finite.")
+        require(
+            bool(torch.isfinite(value).all()), f"{key!r} in {path} has numbers that are not finite."
+        )
     return meta, tensors
