@@ -4,6 +4,7 @@ The defaults are the recommended method. Each field's docstring is also its `--h
 """
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,9 +17,8 @@ FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty"
 
 def _between(name: str, value: float, low: float, high: float = math.inf) -> None:
     allowed = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
-    require(
-        math.isfinite(value) and low <= value <= high, f"{name} is {value!r}, it must be {allowed}."
-    )
+    largest = min(high, sys.float_info.max)  # neither infinity nor an integer beyond floats
+    require(low <= value <= largest, f"{name} is {value!r}, it must be {allowed}.")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

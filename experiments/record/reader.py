@@ -93,7 +93,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Line], list[Line]]:
     )
     events, texts = read_lines(folder / "events.jsonl"), read_lines(folder / "texts.jsonl")
     check_lines(events, texts, str(folder))
-    require(bool(events), f"the run in {folder} has not begun.")
+    require(bool(events), f"the run in {folder} had not begun.")
     require_unmodified(folder, events[0])
     config = settings_in(read_json(folder / "config.json"), str(folder / "config.json"))
     return config, events, texts[: events[-1]["texts"]]
