@@ -220,7 +220,7 @@ def finite(panel: Axes, along: Literal["x", "y"], values: Iterable[float]) -> No
     """Raise `ShlError` for a value that an axis cannot show."""
     log = (panel.get_xscale() if along == "x" else panel.get_yscale()) == "log"
     label = panel.get_xlabel() if along == "x" else panel.get_title(loc="left")
-    for value in values:
+    for value in map(float, values):
         require(
             math.isfinite(value) and abs(value) <= LARGEST and (value >= 1 / LARGEST or not log),
             f"{value:g} cannot be drawn on the {'log ' if log else ''}axis {label!r}.",
