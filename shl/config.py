@@ -1,4 +1,4 @@
-"""Frozen settings, one dataclass per stage, checked when they are made.
+"""Frozen settings, one dataclass per stage, validated on construction.
 
 The defaults are the recommended method. Each field's docstring is also its `--help` text.
 """
@@ -27,7 +27,7 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 
 def quantile_of(aggregate: str) -> float | None:
-    """The quantile that `pNN` names, as a share, or None for another aggregate.
+    """The quantile that `pNN` names, between 0 and 1, or None for another aggregate.
 
     Example:
         >>> quantile_of("p95"), quantile_of("p99.9"), quantile_of("rmse")
@@ -44,10 +44,10 @@ def quantile_of(aggregate: str) -> float | None:
 
 @dataclass(frozen=True)
 class VectorConfig:
-    """How the steering vector is read: mean difference at the assistant tag.
+    """Extraction of the steering vector: mean difference at the assistant tag.
 
     Raises:
-        ShlError: a value out of its range; the sentence names it and what is allowed.
+        ShlError: a value is out of range.
 
     Example:
         >>> VectorConfig(contexts=32).layers is None  # the middle third
@@ -55,16 +55,16 @@ class VectorConfig:
     """
 
     contexts: int = 64
-    """Everyday questions that both personas are asked [count, from the axis file]."""
+    """Everyday questions put to both personas [count, from the axis file]."""
     layers: tuple[int, ...] | None = None
-    """Layers of the band, or None for the middle third of the model [layer indices]."""
+    """Layers to steer, or None for the middle third of the model [layer indices]."""
     batch_size: int = 16
     """Prompts in one forward pass [count]."""
     against: Literal["opposite", "no_persona"] = "opposite"
-    """What the positive persona is contrasted with: its opposite, or the question alone."""
+    """What the positive persona is contrasted with: the opposite persona, or the question alone."""
     direction: Literal["contrast", "random"] = "contrast"
-    """contrast = the axis; random = the control: one normal direction per layer, the same in every
-    round, scaled until it takes the student as far (mean KL per token) as the axis's vector."""
+    """contrast = the axis; random = a control: one Gaussian direction per layer, the same in every
+    round, scaled to the same mean KL per token as the axis's vector."""
 
     def __post_init__(self) -> None:
         _between("contexts", self.contexts, 1)
@@ -76,10 +76,10 @@ class VectorConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How completions are sampled. No repetition penalty: loops must stay visible.
+    """Sampling of completions. There is no repetition penalty, because loops must stay visible.
 
     Raises:
-        ShlError: a value out of its range; the sentence names it and what is allowed.
+        ShlError: a value is out of range.
 
     Example:
         >>> GenerateConfig(temperature=0).max_new_tokens
@@ -89,13 +89,13 @@ class GenerateConfig:
     max_new_tokens: int = 64
     """Longest completion [tokens]."""
     min_new_tokens: int = 0
-    """No turn end is accepted before this many tokens [tokens]."""
+    """The turn cannot end before this many tokens [tokens]."""
     temperature: float = 1.0
     """Softmax temperature; 0 is greedy."""
     top_k: int = 64
-    """Sample among this many most likely tokens; 0 is all of them [tokens]."""
+    """Sample from this many most likely tokens; 0 is the whole vocabulary [tokens]."""
     top_p: float = 0.95
-    """Sample within this probability mass, after top_k [share]."""
+    """Sample from the most likely tokens with this total probability, after top_k [share]."""
     batch_size: int = 48
     """Rows decoded together [count]."""
 
@@ -111,10 +111,10 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """When a completion is dropped. Every rule that fires is recorded.
+    """Thresholds of the coherence filter. Every rule that fires is recorded.
 
     Raises:
-        ShlError: a value out of its range; the sentence names it and what is allowed.
+        ShlError: a value is out of range.
 
     Example:
         >>> FilterConfig(min_words=4).max_tail_perplexity
@@ -122,28 +122,29 @@ class FilterConfig:
     """
 
     min_words: int = 8
-    """Fewer words than this are too short to judge [words]."""
+    """Completions with fewer words are dropped [words]."""
     max_tail_perplexity: float = 30.0
-    """Above this base perplexity of the last quarter a text is incoherent [exp nats per token]."""
-    min_perplexity: float = 1.6
-    """Below this base perplexity of the whole or of the last quarter it is too predictable
+    """A completion is incoherent if base's perplexity on its last quarter is above this
     [exp nats per token]."""
+    min_perplexity: float = 1.6
+    """A completion is too predictable if base's perplexity on it or on its last quarter is below
+    this [exp nats per token]."""
     max_word_share: float = 0.2
     """Largest share of words that the most frequent word 2-, 3- or 4-gram may cover [share]."""
     max_char_share: float = 0.25
     """Largest share of characters that the most frequent 3- to 12-character n-gram may cover
     [share]."""
     max_run: int = 3
-    """Longest run of one and the same word [count]."""
+    """Longest run of the same word [count]."""
     min_compression: float = 0.42
-    """Below this ratio of zlib-compressed to raw bytes a text is too compressible [ratio]."""
+    """Smallest ratio of zlib-compressed to raw bytes of a completion [ratio]."""
     min_real_words: float = 0.8
-    """Smallest share of words that look like words: alphabetic, with a vowel, of sane length,
-    not in capitals [share]."""
+    """Smallest share of words that look like real ones: alphabetic, with a vowel, at most 18
+    characters, no capitals inside [share]."""
     min_distinct_words: float = 0.35
-    """Smallest ratio of distinct to all words [share]."""
+    """Smallest ratio of distinct words to all words [share]."""
     batch_size: int = 16
-    """Completions scored under base in one pass [count]."""
+    """Completions scored under base in one forward pass [count]."""
 
     def __post_init__(self) -> None:
         _between("min_words", self.min_words, 0)
@@ -163,10 +164,10 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class DoseConfig:
-    """The walk over the dose multiplier kappa (walk-C).
+    """The search over the dose multiplier kappa (walk-C).
 
     Raises:
-        ShlError: a value out of its range; the sentence names it and what is allowed.
+        ShlError: a value is out of range.
 
     Example:
         >>> DoseConfig(rungs=3).alpha
@@ -174,31 +175,31 @@ class DoseConfig:
     """
 
     alpha: float = 1.5
-    """Nominal dose: the vector is added kappa * alpha times [multiples of the raw vector]; 0,
-    with the walk off, leaves the student unsteered."""
+    """Nominal dose: kappa * alpha times the vector is added [multiples of the raw vector]. With 0
+    and walk off the student is not steered."""
     walk: bool = True
-    """Probe a ladder of doses each round; off: every round uses kappa = 1."""
+    """Probe a ladder of doses in each round. If off, every round uses kappa = 1."""
     kappa_min: float = 0.2
-    """Lowest kappa that is tried [multiplier]."""
+    """Lowest kappa on the ladder [multiplier]."""
     rungs: int = 5
     """Doses on the ladder, evenly spaced in log kappa from 1 down to kappa_min [count]."""
     probe_size: int = 8
     """Completions per rung; all rungs are generated as rows of the same batches [count]."""
     target_survival: float = 0.75
-    """Share of probes that must survive the filter [share]."""
+    """Share of probes that must pass the filter [share]."""
     min_train: int = 32
-    """Survivors that a round needs [count]."""
+    """Kept completions that a round needs for training [count]."""
     batch_size: int = 32
-    """Completions generated at a time at the chosen dose [count]."""
+    """Completions per batch at the chosen dose [count]."""
     max_batches: int = 6
-    """Batches after which a round with too few survivors stops [count]."""
+    """Largest number of batches that a round generates [count]."""
 
     def __post_init__(self) -> None:
         require(math.isfinite(self.alpha), f"alpha is {self.alpha!r}, it must be finite.")
         require(
             self.alpha != 0 or not self.walk,
-            "alpha is 0, where a walk over doses has nothing to walk; set walk to False, or alpha "
-            "to something else.",
+            "alpha is 0, so all doses of the walk are equal; set walk to False or alpha to a "
+            "non-zero number.",
         )
         _between("kappa_min", self.kappa_min, 0, 1)
         require(self.kappa_min > 0, f"kappa_min is {self.kappa_min!r}, it must be above 0.")
@@ -215,7 +216,7 @@ class HealConfig:
     """One round of training: loss = NLL + lam * relu(D - tau), per completion.
 
     Raises:
-        ShlError: a value out of its range; the sentence names it and what is allowed.
+        ShlError: a value is out of range.
 
     Example:
         >>> HealConfig(rank=4, sites=("o", "down")).tau
@@ -223,13 +224,13 @@ class HealConfig:
     """
 
     rank: int = 16
-    """Inner width r of each adapter matrix pair [count]."""
+    """Rank r of each adapter [count]."""
     lora_alpha: float = 16.0
     """The adapter's update is scaled by lora_alpha / rank."""
     sites: tuple[str, ...] = LINEAR_SITES
-    """Where the adapter sits: any of q, k, v, o, gate, up, down, resid."""
+    """Sites of the adapter: any of q, k, v, o, gate, up, down, resid."""
     layers: tuple[int, ...] | None = None
-    """Layers that carry the adapter, or None for all but the first and last sixth."""
+    """Layers of the adapter, or None for all but the first and last sixth."""
     epochs: int = 2
     """Passes over the kept completions [count]."""
     lr: float = 4e-4
@@ -237,32 +238,31 @@ class HealConfig:
     batch_size: int = 4
     """Completions per optimiser step [count]."""
     rows: int | None = None
-    """Of these, completions that go through the model at a time, None for all: fewer take less
-    memory and give the same gradient but for the last bits [count]."""
+    """Completions per forward pass within a step, None for all of them. Fewer take less memory and
+    give the same gradient up to rounding [count]."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this 2-norm."""
+    """Gradients are clipped to this 2-norm."""
     divergence: Literal["kl_rev", "kl_fwd", "none"] = "kl_rev"
     """kl_rev = KL(student || reference), kl_fwd = KL(reference || student), none = plain NLL."""
     aggregate: str = "rmse"
     """How a completion's per-token divergences become D: mean, rmse, max or pNN (p95)."""
     reference: Literal["base", "prev"] = "base"
-    """base = the untouched model (a leash), prev = the student entering the round (a trust
-    region)."""
+    """base = the original model, prev = the student at the start of the round (a trust region)."""
     tau: float = 0.5
-    """D up to here is free [nats]."""
+    """Threshold of the barrier: D up to tau has no penalty [nats]."""
     lam: float = 1.0
     """Weight of the barrier at the start of round 0 [1]."""
     lam_final: float | None = None
-    """Weight at the last round, None for no change over rounds [1]."""
+    """Weight at the last round, None for the same weight in all rounds [1]."""
     lam_schedule: Literal["linear", "power"] = "linear"
     """linear = from lam to lam_final; power = lam * (round + 1) ** lam_power."""
     lam_power: float = -0.5
     """Exponent of the power schedule."""
     calibrate: bool = True
-    """Raise lam while D stays above tau (and let it fall back to the schedule's value), so that
-    the barrier binds."""
+    """Raise lam by dual ascent while D is above tau, and lower it to no less than the schedule's
+    value while D is below."""
     calibrate_rate: float = 0.15
-    """Step of that dual ascent: log lam moves by at most this per optimiser step."""
+    """Step size of the dual ascent: the largest change of log lam per optimiser step."""
     lam_max: float = 64.0
     """Ceiling of the calibrated weight [1]."""
     weight_decay: float = 0.0
@@ -292,13 +292,13 @@ class HealConfig:
             _between("lam_final", self.lam_final, 0)
             require(
                 self.lam_schedule == "linear",
-                "lam_final is set but lam_schedule is 'power', which ends where lam_power says.",
+                "lam_final is set but lam_schedule is 'power', whose last weight follows from "
+                "lam_power.",
             )
         _between("lam_max", self.lam_max, max(self.lam, self.lam_final or 0.0))
         require(
             self.lam > 0 or not self.calibrate or self.divergence == "none",
-            "lam is 0, from where calibration cannot raise it; give lam above 0 or calibrate "
-            "False.",
+            "lam is 0, which calibration cannot raise; set lam above 0 or calibrate to False.",
         )
         if self.aggregate not in ("mean", "rmse", "max") and quantile_of(self.aggregate) is None:
             raise ShlError(
@@ -307,7 +307,7 @@ class HealConfig:
             )
 
     def lam_at(self, index: int, rounds: int) -> float:
-        """The schedule's barrier weight in round `index` of `rounds`.
+        """The scheduled barrier weight in round `index` of `rounds`.
 
         Example:
             >>> HealConfig(lam=1.0, lam_final=0.3).lam_at(2, 3)
@@ -323,10 +323,10 @@ class HealConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How a model is measured on the vignettes, and on free samples.
+    """Measurement of a model on the vignettes and on free samples.
 
     Raises:
-        ShlError: a value out of its range; the sentence names it and what is allowed.
+        ShlError: a value is out of range.
 
     Example:
         >>> EvalConfig(samples=4).confidence
@@ -334,13 +334,13 @@ class EvalConfig:
     """
 
     bootstrap: int = 1000
-    """Resamples of the vignettes behind each interval [count]."""
+    """Bootstrap resamples of the vignettes per interval [count]."""
     confidence: float = 0.95
     """Coverage of the intervals [share]."""
     samples: int = 16
-    """Free, unsteered answers to the axis's prompts per stage [count]."""
+    """Unsteered answers to the axis's prompts, sampled at each stage [count]."""
     batch_size: int = 16
-    """Vignettes scored in one pass [count]."""
+    """Vignettes scored in one forward pass [count]."""
 
     def __post_init__(self) -> None:
         _between("bootstrap", self.bootstrap, 10)
@@ -351,10 +351,10 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The whole study: rounds, seed, and the settings of each stage.
+    """Settings of the whole study: rounds, seed, and one config per stage.
 
     Raises:
-        ShlError: a value out of its range; the sentence names it and what is allowed.
+        ShlError: a value is out of range.
 
     Example:
         >>> LoopConfig(rounds=2, heal=HealConfig(rank=4)).heal.rank
@@ -364,22 +364,22 @@ class LoopConfig:
     rounds: int = 3
     """Rounds of steer, filter, heal [count]."""
     seed: int = 42
-    """All randomness follows from it."""
+    """Seed of all random numbers."""
     prompted: bool = False
-    """The positive persona is in the prompt while the completions are made; what is learnt from
-    them is the answer to the question alone. With dose.alpha 0: distilled from prompting."""
+    """Put the positive persona into the prompt when completions are generated, and train on the
+    question without it. With dose.alpha 0 this is distillation from prompting."""
     vector: VectorConfig = field(default_factory=VectorConfig)
     """The steering vector."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     """Sampling."""
     filter: FilterConfig = field(default_factory=FilterConfig)
-    """What is dropped."""
+    """The coherence filter."""
     dose: DoseConfig = field(default_factory=DoseConfig)
-    """The dose walk."""
+    """The search for the dose."""
     heal: HealConfig = field(default_factory=HealConfig)
     """Training."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Measuring."""
+    """Measurement."""
 
     def __post_init__(self) -> None:
         _between("rounds", self.rounds, 1)

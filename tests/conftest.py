@@ -28,16 +28,34 @@ def llama():
     return helpers.tiny_llama()
 
 
-@pytest.fixture(params=["gemma", "llama"])
+@pytest.fixture(scope="session")
+def stock_gemma():
+    """The same Gemma with TransformerLens's own classes."""
+    return tiny_gemma(fast=False)
+
+
+@pytest.fixture(params=["gemma", "llama", "stock_gemma"])
 def model(request):
-    """Both, one after the other."""
+    """One tiny model after the other."""
     return request.getfixturevalue(request.param)
+
+
+def pytest_collection_modifyitems(items):
+    """Only hooks and models are tested on the stock classes as well."""
+    items[:] = [
+        item
+        for item in items
+        if "stock_gemma" not in getattr(item, "callspec", item).__dict__.get("params", {}).values()
+        or item.path.parent.name in ("hooks", "models")
+    ]
 
 
 @pytest.fixture(autouse=True)
 def no_hook_is_left(request):
     """Every test takes its hooks off again."""
-    names = [name for name in ("gemma", "llama", "model") if name in request.fixturenames]
+    names = [
+        name for name in ("gemma", "llama", "stock_gemma", "model") if name in request.fixturenames
+    ]
     models = [request.getfixturevalue(name) for name in names]
     yield
     assert [helpers.hook_count(model) for model in models] == [0] * len(models)

@@ -1,4 +1,4 @@
-"""Every arm is the same study with a few settings changed."""
+"""The arms of the study: the same run with a few settings changed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ Change = Callable[[LoopConfig], LoopConfig]
 
 @dataclass(frozen=True)
 class Arm:
-    """A name, what it asks, and how its settings differ from the method's."""
+    """A name, the question that the arm answers, and how its settings differ from the method's."""
 
     name: str
     asks: str
@@ -24,8 +24,8 @@ def _heal(**changes: Any) -> Change:
     return lambda loop: replace(loop, heal=replace(loop.heal, **changes))
 
 
-def _still(**changes: Any) -> Change:
-    """No vector: all completions come from the student at dose 0."""
+def _unsteered(**changes: Any) -> Change:
+    """No vector: the student writes all completions at dose 0."""
 
     def change(loop: LoopConfig) -> LoopConfig:
         return replace(loop, dose=replace(loop.dose, alpha=0.0, walk=False), **changes)
@@ -51,11 +51,15 @@ _ALL = (
     Arm("none", "NLL only: is the barrier needed?", _heal(divergence="none")),
     Arm(
         "prompted",
-        "distilled from prompted completions, no vector: the rival",
-        _still(prompted=True),
+        "distilled from prompted completions, no vector: is steering needed?",
+        _unsteered(prompted=True),
     ),
-    Arm("unsteered", "distilled from its own samples: nothing to learn", _still()),
-    Arm("random", "a random vector at matched KL: does any push do?", _vector(direction="random")),
+    Arm("unsteered", "distilled from its own samples: a control without a trait", _unsteered()),
+    Arm(
+        "random",
+        "a random vector at matched KL: does any direction do?",
+        _vector(direction="random"),
+    ),
     Arm("max", "maximum of the per-token KL", _heal(aggregate="max"), core=False),
     Arm("forward", "forward KL, reference to student", _heal(divergence="kl_fwd"), core=False),
     Arm(
@@ -75,7 +79,7 @@ _ALL = (
     ),
     Arm(
         "no-walk",
-        "the nominal dose in every round: does it starve?",
+        "the nominal dose in every round: do too few completions survive?",
         lambda loop: replace(loop, dose=replace(loop.dose, walk=False)),
         core=False,
     ),
@@ -88,7 +92,7 @@ _ALL = (
     *(_sweep(how, tau) for tau in (0.25, 1.0) for how in ("rmse", "mean", "p95")),
 )
 ARMS = {arm.name: arm for arm in _ALL}
-"""By name, in the order in which they are run: the first lends its stages to the others."""
+"""By name, in the order in which they are run: later arms reuse stages of the first."""
 CORE = tuple(arm.name for arm in _ALL if arm.core)
 
 
@@ -98,12 +102,12 @@ def chosen(names: tuple[str, ...]) -> tuple[Arm, ...]:
     Raises:
         ShlError: an unknown name.
     """
-    wanted: set[str] = set()
+    selected: set[str] = set()
     for name in names:
         known = {"core": CORE, "all": tuple(ARMS)} | {arm: (arm,) for arm in ARMS}
         require(
             name in known,
             f"there is no arm {name!r}; allowed: core, all, {', '.join(ARMS)}.",
         )
-        wanted |= set(known[name])
-    return tuple(arm for arm in _ALL if arm.name in wanted)
+        selected |= set(known[name])
+    return tuple(arm for arm in _ALL if arm.name in selected)

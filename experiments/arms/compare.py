@@ -1,29 +1,29 @@
-"""Arms at matched coherence, from their records alone."""
+"""Comparison of arms at matched coherence, from their records alone."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from experiments.arms.catalogue import ARMS
 from experiments.arms.doses import FILE as DOSES
 from experiments.arms.doses import read_doses
-from experiments.record.journal import Line, read_lines
-from experiments.record.reader import RecordReader, axis_of
+from experiments.record.journal import read_lines
+from experiments.record.reader import Event, RecordReader, axis_of, stages
 from experiments.record.resume import scores
-from shl.config import FOUNDATIONS
-from shl.measure.evaluation import nats_of
+from shl.config import EvalConfig
+from shl.measure.evaluation import nats_of, on_axis
 from shl.measure.stats import bootstrap
 from shl.measure.vignettes import reading
 from shl.method.axes import Axis
 
 LEVELS = (0.97, 0.9, 0.75, 0.5)
-"""Shares of base's coherence at which arms are compared: Q2's "a whisker", and three below it."""
-# Two-sided 95 % points of Student's t for 1 to 9 degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Shares of base's coherence at which arms are compared: Q2's threshold, and three below it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Point:
     """One model on the plane of trait against coherence.
 
     `trait` is the mean shift of the axis's foundations from base in the expected direction, nats,
-    with its interval over vignettes; `mass` and `survival` are shares of base's.
+    with its interval over vignettes of that `confidence`; `mass` and `survival` are shares of
+    base's.
     """
 
     arm: str
@@ -41,6 +42,7 @@ class Point:
     interval: tuple[float, float]
     mass: float
     survival: float
+    confidence: float = 0.95
 
     @property
     def coherence(self) -> float:
@@ -73,9 +75,9 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
         past = RecordReader(donor)
         base, axis = past.find("base", -1), axis_of(donor)
         assert base is not None
+        point = partial(_point, "steered", seed, base=base, axis=axis, config=_config(past))
         found.setdefault("steered", {})[seed] = [
-            _point("steered", seed, f"{line['dose']:.2f}", line, base, axis)
-            for line in read_doses(path)
+            point(f"{line['dose']:.2f}", line) for line in read_doses(path)
         ]
     order = ("persona", "steered", *ARMS)
     return {name: found[name] for name in order if name in found}
@@ -84,8 +86,8 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
 def _healed(past: RecordReader, axis: Axis, name: str, seed: int) -> list[Point]:
     base = past.find("base", -1)
     assert base is not None
-    lines = [e for e in past.events if e["event"] == "stage" and e["stage"] == "healed"]
-    return [_point(name, seed, str(e["round"]), e, base, axis) for e in lines]
+    point = partial(_point, name, seed, base=base, axis=axis, config=_config(past))
+    return [point(str(e["round"]), e) for e in stages(past.events, "healed")]
 
 
 def _prompted(past: RecordReader, axis: Axis, seed: int) -> list[Point]:
@@ -95,37 +97,41 @@ def _prompted(past: RecordReader, axis: Axis, seed: int) -> list[Point]:
     assert base is not None
     assert plus is not None
     assert minus is not None
-    whole = _point("persona", seed, "raw", plus, base, axis)
-    trait, interval = _shift(plus, minus, base, axis)
-    half = (trait / 2, (interval[0] / 2, interval[1] / 2))
-    return [
-        whole,
-        Point("persona", seed, "half", *half, whole.mass, whole.survival),
-    ]
+    config = _config(past)
+    whole = _point("persona", seed, "raw", plus, base=base, axis=axis, config=config)
+    trait, (low, high) = _shift(plus, minus, base, axis, config)
+    return [whole, replace(whole, label="half", trait=trait / 2, interval=(low / 2, high / 2))]
 
 
-def _point(arm: str, seed: int, label: str, line: Line, base: Line, axis: Axis) -> Point:
+def _config(past: RecordReader) -> EvalConfig:
+    return EvalConfig(**past.settings["loop"]["eval"])
+
+
+def _point(
+    arm: str, seed: int, label: str, line: Event, *, base: Event, axis: Axis, config: EvalConfig
+) -> Point:
     survival = line["survival"] / base["survival"] if base["survival"] else 0.0
-    trait, interval = _shift(line, base, base, axis)
-    return Point(arm, seed, label, trait, interval, line["coherence"], survival)
+    trait = _shift(line, base, base, axis, config)
+    return Point(arm, seed, label, *trait, line["coherence"], survival, config.confidence)
 
 
-def _shift(one: Line, other: Line, base: Line, axis: Axis) -> tuple[float, tuple[float, float]]:
-    """Mean on-axis shift of one stage against another, and its interval paired by vignette."""
-    a, b = (reading(x["style"], scores(x), scores(base)) for x in (one, other))
-    names = [FOUNDATIONS.index(name) for name in axis.expected]
-    signs = np.array(list(axis.expected.values()))
-    pairs = np.stack([a.log_p[:, names], b.log_p[:, names]], 1)
+def _shift(
+    one: Event, other: Event, base: Event, axis: Axis, config: EvalConfig
+) -> tuple[float, tuple[float, float]]:
+    """On-axis shift of one stage against another, and its interval paired by vignette."""
+    a, b = (reading(x["style"], scores(dict(x)), scores(dict(base))) for x in (one, other))
+    pairs = np.stack([a.log_p, b.log_p], 1)
 
     def shift(x: np.ndarray) -> float:
-        return float((signs * (nats_of(x[:, 0]) - nats_of(x[:, 1]))).mean())
+        return float(on_axis(nats_of(x[:, 0]) - nats_of(x[:, 1]), axis.expected))
 
-    return shift(pairs), bootstrap(pairs, shift)
+    interval = bootstrap(pairs, shift, resamples=config.bootstrap, confidence=config.confidence)
+    return shift(pairs), interval
 
 
 @dataclass(frozen=True)
 class Spot:
-    """Where an arm stands after a round or at a dose, over its seeds."""
+    """An arm's mean over seeds after a round or at a dose."""
 
     label: str
     x: float
@@ -135,9 +141,11 @@ class Spot:
 
 
 def spots(paths: Sequence[Sequence[Point]], key: str) -> list[Spot]:
-    """Means over seeds with the least and the greatest; of one seed, the trait's interval over
-    vignettes. `key` is the coordinate beside the trait: mass, survival or coherence. A path that
-    ended early ends all."""
+    """Means over seeds with the least and the greatest; for one seed, the trait's interval over
+    vignettes.
+
+    `key` is the coordinate beside the trait: mass, survival or coherence. The shortest path sets
+    the number of points."""
     found = []
     for step in zip(*paths, strict=False):
         xs, ys = [getattr(point, key) for point in step], [point.trait for point in step]
@@ -176,8 +184,8 @@ def reach(path: Sequence[Point], level: float) -> float:
     return best
 
 
-def spread(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean over seeds (Student's t); None with fewer than two.
+def spread(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Interval of the mean over seeds (Student's t); None with fewer than two.
 
     Example:
         >>> [round(x, 2) for x in spread([1.0, 2.0, 3.0])]  # 2 -+ 4.303 / sqrt(3)
@@ -185,40 +193,46 @@ def spread(values: Sequence[float]) -> tuple[float, float] | None:
     """
     if len(values) < 2:
         return None
-    half = _T95[min(len(values) - 2, len(_T95) - 1)] * stdev(values) / len(values) ** 0.5
+    quantile = stats.t.ppf((1 + confidence) / 2, len(values) - 1)
+    half = float(quantile) * stdev(values) / len(values) ** 0.5
     return fmean(values) - half, fmean(values) + half
 
 
+def _confidence(points: Iterable[Point]) -> float:
+    return next((point.confidence for point in points), 0.95)
+
+
+def _mean(values: Sequence[float], confidence: float) -> dict[str, Any]:
+    return {"mean": fmean(values), "interval": spread(values, confidence), "each": list(values)}
+
+
 def table(found: Found) -> list[dict[str, Any]]:
-    """One row per arm: where it ends, and how far it gets at each level of coherence; means over
-    seeds, with every seed's own numbers beside them."""
+    """One row per arm: its last point, and its largest shift at each level of coherence; means
+    over seeds, and the number of every seed."""
     rows = []
     for name, by_seed in found.items():
         paths = {seed: path for seed, path in by_seed.items() if path}
         if not paths:
             continue
         last = [path[-1] for path in paths.values()]
+        confidence = _confidence(last)
         row: dict[str, Any] = {"arm": name, "seeds": sorted(paths)}
         if name != "persona":
-            reached = {
-                f"{level:g}": [reach(path, level) for path in paths.values()] for level in LEVELS
-            }
             row["reach"] = {
-                key: {"mean": fmean(v), "interval": spread(v), "each": v}
-                for key, v in reached.items()
+                f"{level:g}": _mean([reach(path, level) for path in paths.values()], confidence)
+                for level in LEVELS
             }
         for key in ("trait", "mass", "survival", "coherence"):
-            each = [getattr(point, key) for point in last]
-            row[key] = {"mean": fmean(each), "interval": spread(each), "each": each}
+            row[key] = _mean([getattr(point, key) for point in last], confidence)
         rows.append(row)
     return rows
 
 
 def against(found: Found, arm: str, rival: str, level: float) -> dict[str, Any]:
-    """Whether an arm gets further than another at the same coherence: yes, no or undecided.
+    """Whether an arm shifts further than another at the same coherence: yes, no or undecided.
 
-    Differences are paired by seed. The rival "persona" is one point and not a path: it is met at
-    its own coherence or `level`, whichever is lower, and on the larger of its two readings.
+    Differences are paired by seed. The rival "persona" is one point and not a path: it is compared
+    at its own coherence or `level`, whichever is lower, by the larger of its two shifts.
     """
     each = []
     for seed in sorted(set(found.get(arm, {})) & set(found.get(rival, {}))):
@@ -229,7 +243,8 @@ def against(found: Found, arm: str, rival: str, level: float) -> dict[str, Any]:
         else:
             at, bar = level, reach(theirs, level)
         each.append(reach(found[arm][seed], at) - bar)
-    interval = spread(each)
+    confidence = _confidence(point for path in found.get(arm, {}).values() for point in path)
+    interval = spread(each, confidence)
     verdict = "undecided"
     if interval is not None:
         verdict = "yes" if interval[0] > 0 else "no" if interval[1] <= 0 else "undecided"
@@ -241,4 +256,5 @@ def against(found: Found, arm: str, rival: str, level: float) -> dict[str, Any]:
         "each": each,
         "mean": fmean(each) if each else None,
         "interval": interval,
+        "confidence": confidence,
     }

@@ -1,21 +1,18 @@
-"""Table, verdicts, pictures and page of the arms, from their records alone."""
+"""Files and printed summary of the arms, from their records alone."""
 
 import json
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from experiments.arms.compare import points, table
-from experiments.arms.page import write_page
 from experiments.arms.tables import (
     columns,
-    kinds_words,
     legend,
-    markdown,
     question,
     sentence,
+    text_kl_sentences,
     verdicts,
 )
 from experiments.arms.text_kl import FILE as TEXTS
@@ -24,42 +21,37 @@ from experiments.record.command import command, say, wide_console
 from experiments.record.journal import write
 from experiments.record.status import RunFolder
 from experiments.report.report import report
+from experiments.report.tables import markdown
 from shl.utils.errors import require
-from shl.utils.files import write_whole
 
 
 def compare(folder: Path, console: Console) -> None:
-    """Table, verdicts, pictures and page, from the records alone.
+    """Print table and verdicts; write arms.md, arms.json, report.html and the PNGs.
 
     Raises:
-        ShlError: the folder holds no arm that has measured base, or a record was changed.
+        ShlError: the folder has no arm that has measured base, or a record is damaged.
     """
     # matplotlib is slow to import and only needed at the end.
-    from matplotlib import pyplot as plt
-
-    from experiments.arms.plots import kinds, plane
+    from experiments.arms.page import write_page
+    from experiments.arms.plots import charts
+    from experiments.report.figures import write_pngs
 
     found = points(folder)
     require(bool(found), f"{folder} holds no arm that has measured base.")
-    rows, told = columns(found), verdicts(found)
-    words = "".join(f"- {question(v)} {sentence(v)}\n" for v in told)
+    rows, answers = columns(found), verdicts(found)
+    listed = "".join(f"- {question(v)} {sentence(v)}\n" for v in answers)
     texts = [t for path in sorted(folder.glob(f"steered/seed*/{TEXTS}")) for t in read_kinds(path)]
-    values: dict[str, Any] = {"arms": table(found), "verdicts": told}
-    pictures = {"arms": plane(found)}
+    values: dict[str, Any] = {"arms": table(found), "verdicts": answers}
     if texts:
         values["texts"] = summary(texts)
-        pictures["kinds"] = kinds(texts, kinds_tau(folder))
-        words += "".join(f"- {line}\n" for line in kinds_words(values["texts"]))
-    for text in (markdown(rows), words):
+        listed += "".join(f"- {line}\n" for line in text_kl_sentences(values["texts"]))
+    for text in (markdown(rows), listed):
         console.print(text, markup=False, highlight=False)
-    write(folder / "arms.md", f"{markdown(rows)}\n{words}\n{legend()}")
+    write(folder / "arms.md", f"{markdown(rows)}\n{listed}\n{legend()}")
     write(folder / "arms.json", json.dumps(values, indent=2) + "\n")
-    for name, figure in pictures.items():
-        picture = BytesIO()
-        figure.savefig(picture, format="png", dpi=130)
-        write_whole(folder / f"{name}.png", picture.getvalue())
-        plt.close(figure)
-    write_page(folder, found, texts)
+    figures = charts(found, texts, kinds_tau(folder) if texts else None)
+    write_pngs(folder, figures.values())
+    write_page(folder, found, texts, figures)
 
 
 def show(config: RunFolder) -> None:

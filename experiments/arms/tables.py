@@ -1,14 +1,15 @@
-"""What the arms came to, in a table and in sentences."""
+"""Results of the arms, as a table and in sentences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.arms.catalogue import ARMS
 from experiments.arms.compare import LEVELS, Found, against, table
 from experiments.arms.text_kl import HOWS, KINDS
+from shl.config import EvalConfig
 
 RIVALS = ("persona", "prompted", "steered", "none", "mean", "p95", "random", "unsteered")
-"""What the method is held against, the one that matters most first."""
+"""What the method is compared with, the most important first."""
 
 
 def verdicts(found: Found) -> list[dict[str, Any]]:
@@ -22,7 +23,7 @@ def verdicts(found: Found) -> list[dict[str, Any]]:
 
 
 def question(verdict: Mapping[str, Any]) -> str:
-    """What is asked of the method and a rival.
+    """The question that compares the method with a rival.
 
     Example:
         >>> question(dict(rival="none", level=0.9))
@@ -34,20 +35,21 @@ def question(verdict: Mapping[str, Any]) -> str:
 
 
 def sentence(verdict: Mapping[str, Any]) -> str:
-    """A verdict with what decides it.
+    """A verdict with the difference that decides it.
 
     Example:
         >>> sentence(dict(verdict="undecided", each=[0.5], mean=0.5, interval=None))
         'undecided; +0.50 nats (one seed, no interval).'
     """
     if not verdict["each"]:
-        return "not asked: no seed has both."
+        return "not compared: no seed has both."
     if verdict["interval"] is None:
         return f"{verdict['verdict']}; {verdict['mean']:+.2f} nats (one seed, no interval)."
     low, high = verdict["interval"]
+    level = 100 * verdict.get("confidence", EvalConfig().confidence)
     return (
-        f"{verdict['verdict']}; {verdict['mean']:+.2f} nats (95 % {low:+.2f} to {high:+.2f}, "
-        f"{len(verdict['each'])} seeds)."
+        f"{verdict['verdict']}; {verdict['mean']:+.2f} nats ({level:g} % {low:+.2f} to "
+        f"{high:+.2f}, {len(verdict['each'])} seeds)."
     )
 
 
@@ -79,33 +81,25 @@ def _cell(number: Mapping[str, Any], form: str) -> str:
     return text
 
 
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """A table of dicts, in the order in which their keys come up."""
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(row.get(name, "") for name in names) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def kinds_words(summary: Mapping[str, Any]) -> list[str]:
-    """The three kinds of text in sentences."""
+def text_kl_sentences(summary: Mapping[str, Any]) -> list[str]:
+    """The per-token KL of each group of text, and how well it separates the groups."""
     lines = []
-    for kind in KINDS:
-        if not summary["texts"][kind]:
-            lines.append(f"{kind}: no text of this kind.")
+    for group in KINDS:
+        if not summary["texts"][group]:
+            lines.append(f"{group}: no text of this group.")
             continue
-        middle = ", ".join(f"{how} {summary['medians'][kind][how]:.2f}" for how in HOWS)
+        middle = ", ".join(f"{how} {summary['medians'][group][how]:.2f}" for how in HOWS)
         lines.append(
-            f"{kind}: {summary['texts'][kind]} texts, median per-token KL {middle} nats, rmse over "
-            f"mean {summary['spiky'][kind]:.2f}."
+            f"{group}: {summary['texts'][group]} texts, median per-token KL {middle} nats, rmse "
+            f"over mean {summary['spiky'][group]:.2f}."
         )
     for pair, by_how in summary["auc"].items():
         if None not in by_how.values():
-            told = ", ".join(f"{how} {value:.2f}" for how, value in by_how.items())
-            lines.append(f"chance that {pair}: {told}.")
+            values = ", ".join(f"{how} {value:.2f}" for how, value in by_how.items())
+            lines.append(f"chance that {pair}: {values}.")
     return lines
 
 
 def legend() -> str:
-    """What each arm asks, a line each."""
+    """The question of each arm, one per line."""
     return "".join(f"- **{arm.name}**: {arm.asks}\n" for arm in ARMS.values())

@@ -1,15 +1,17 @@
-"""Per-token KL of three kinds of text: can a barrier tell trait from incoherence at all?
+"""Per-token KL of three groups of text: does a barrier separate trait from incoherence?
 
-On-trait text is what base says under the persona, and the divergence is that of base with the
-persona to base without; kept and incoherent text are what the steered model said, and the
-divergence is that of the steered model to base. All are nats per token of the text itself.
+On-trait text is base's answer under the persona, and its divergence is that of base with the
+persona from base without; kept and incoherent text was written by the steered model, and its
+divergence is that of the steered model from base. All are nats per token of the text itself.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from scipy import stats
 from transformer_lens import HookedTransformer
 
 from experiments.arms.doses import begun
@@ -28,13 +30,13 @@ FILE = "kinds.jsonl"
 KINDS = ("prompted", "kept", "incoherent")
 HOWS = ("mean", "rmse", "p95", "max")
 SHORTEST = 20
-"""Texts with fewer tokens have no tail to speak of [tokens]."""
+"""Texts with fewer tokens are left out: their upper quantiles mean little [tokens]."""
 
 
 def measure_kinds(
     path: Path, past: RecordReader, model: HookedTransformer, loop: LoopConfig, stop: Stop
 ) -> None:
-    """One line per text: its kind, dose and per-token KL.
+    """Write one line per text: its group, dose and per-token KL.
 
     Args:
         path: the journal; texts that it holds are not measured again.
@@ -84,20 +86,20 @@ def read_kinds(path: Path) -> list[Line]:
 
 
 def kinds_tau(folder: Path) -> float:
-    """Where the barrier of the method's arm starts, nats."""
+    """tau of the method's arm, nats."""
     return float(RecordReader(next(folder.glob("rmse/seed*"))).settings["loop"]["heal"]["tau"])
 
 
 def sizes(lines: Sequence[Line], kind: str, how: str) -> list[float]:
-    """An aggregate of the per-token KL of every text of a kind, nats."""
+    """An aggregate of the per-token KL of every text of a group, nats."""
     return [float(aggregate(torch.tensor(t["kl"]), how)) for t in lines if t["kind"] == kind]
 
 
 def summary(lines: Sequence[Line]) -> dict[str, Any]:
-    """Per kind the medians of each aggregate, and per aggregate how well it tells kinds apart.
+    """Medians of each aggregate per group, and how well each aggregate separates two groups.
 
-    `auc` is the chance that a text of the second kind has the larger value (0.5: none); `spiky` is
-    the median of rmse over mean, 1 where all tokens drift alike.
+    `auc` is the probability that a text of the second group has the larger value (0.5: no
+    separation); `spiky` is the median of rmse over mean, 1 where all tokens diverge alike.
     """
     values = {kind: {how: sizes(lines, kind, how) for how in HOWS} for kind in KINDS}
     medians = {
@@ -121,7 +123,7 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def auc(low: Sequence[float], high: Sequence[float]) -> float | None:
-    """Chance that a draw of `high` exceeds one of `low`, ties counted half (Mann-Whitney).
+    """Probability that a draw of `high` exceeds one of `low`, ties counted half (Mann-Whitney).
 
     Example:
         >>> auc([1, 2], [2, 3])
@@ -129,9 +131,8 @@ def auc(low: Sequence[float], high: Sequence[float]) -> float | None:
     """
     if not low or not high:
         return None
-    wins = sum((b > a) + 0.5 * (b == a) for a in low for b in high)
-    return float(wins / (len(low) * len(high)))
+    return float(stats.mannwhitneyu(high, low).statistic / (len(low) * len(high)))
 
 
 def _median(values: Sequence[float]) -> float | None:
-    return float(torch.tensor(values).quantile(0.5)) if values else None
+    return median(values) if values else None

@@ -28,9 +28,9 @@ def main() -> None:
     console.print(on, highlight=False)
     given.out.mkdir(parents=True, exist_ok=True)
     for part in given.parts or PARTS:
-        room = importlib.import_module(f"experiments.bench.{part}")
+        module = importlib.import_module(f"experiments.bench.{part}")
         started = time.perf_counter()
-        rows = room.bench()
+        rows = module.bench()
         seconds = time.perf_counter() - started
         table = Table(title=f"{part} ({seconds:.0f} s)")
         for column in ("what", "ratio", "target", "ours", "theirs", "note"):

@@ -27,11 +27,12 @@ COSTS = {
     STEERED: "<= 1.02",
     "steered at all layers": "<= 1.10",
     "8 rounds of rank 8": "<= 1.12",
+    "8 rounds of rank 8, as hooks": "",
     "8 rounds of rank 32": "<= 1.30",
     "8 rounds of rank 8 in the weights": "1",
 }
 """What a step with these hooks may take, over one without."""
-SHAPES = {"short": (20, 16), "350 tokens": (350, 8)}  # words asked for, new tokens
+SHAPES = {"short": (20, 16), "350 tokens": (350, 8)}  # words of the prompt, new tokens
 
 
 def prompts(batch: int, words: int) -> list[Prompt]:
@@ -92,6 +93,9 @@ def hook_costs() -> list[Row]:
                 model, range(model.cfg.n_layers)
             ).steering(model, 0.5),
             "8 rounds of rank 8": lambda model: baked(model, adapters(model, 8, 8)),
+            "8 rounds of rank 8, as hooks": lambda model: baked(
+                model, adapters(model, 8, 8), fused=False
+            ),
             "8 rounds of rank 32": lambda model: baked(model, adapters(model, 8, 32)),
             "1 round of rank 64": lambda model: baked(model, adapters(model, 1, 64)),
             "8 rounds of rank 8 in the weights": lambda model: baked(

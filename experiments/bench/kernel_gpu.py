@@ -74,19 +74,19 @@ def cases(tokens: int, d_model: int, vocab: int, device: str, dtype: torch.dtype
 def liger(student: Tensor, reference: Tensor, unembed: Tensor) -> Cases:
     """Liger's fused linear JSD at beta 1, the mean reverse KL: no NLL, nothing per token. Its
     chunks grow with a constant that it raises on the newest GPUs only."""
-    from liger_kernel.ops import fused_linear_jsd as room
+    from liger_kernel.ops import fused_linear_jsd as liger_jsd
 
     def run(capability: int | None) -> Tensor:
         h = student.detach().requires_grad_(True)
-        before = room._max_capability
+        before = liger_jsd._max_capability
         if capability is not None:
-            room._max_capability = lambda device=None: capability
+            liger_jsd._max_capability = lambda device=None: capability
         try:
-            loss = room.LigerFusedLinearJSDFunction.apply(
+            loss = liger_jsd.LigerFusedLinearJSDFunction.apply(
                 h, unembed.T, reference, unembed.T, None, 1.0
             )
         finally:
-            room._max_capability = before
+            liger_jsd._max_capability = before
         loss.backward()
         assert h.grad is not None
         return h.grad
@@ -98,7 +98,7 @@ def rows(repeats: int = 5) -> list[Row]:
     """Ratios of wall times; without a GPU every line says that it was not measured."""
     if not torch.cuda.is_available():
         return unmeasured("no CUDA device here")
-    return told(interleave(cases(TOKENS, D_MODEL, VOCAB, "cuda", torch.bfloat16), repeats))
+    return rows_of(interleave(cases(TOKENS, D_MODEL, VOCAB, "cuda", torch.bfloat16), repeats))
 
 
 def unmeasured(why: str) -> list[Row]:
@@ -107,7 +107,7 @@ def unmeasured(why: str) -> list[Row]:
     return [*out, Row("GPU: extra memory, fused", None, "<= 512 MB", note=why)]
 
 
-def told(t: Mapping[str, Timing]) -> list[Row]:
+def rows_of(t: Mapping[str, Timing]) -> list[Row]:
     """The lines of what was timed; a peer that is not installed was not measured."""
     out = []
     for what, target in TARGETS.items():

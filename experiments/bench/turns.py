@@ -10,7 +10,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from experiments.bench.measure import Row, Timing
-from shl.hooks.handle import decoding
+from shl.hooks.bake import fused_decoding
 from shl.models.generate import next_logits, prefill, run
 from shl.models.load import load_model
 from shl.models.tokens import Prompt, encode
@@ -42,7 +42,7 @@ def steps(models: Mapping[str, HookedTransformer], prompts: list[Prompt]) -> dic
     for case, model in models.items():
         rows = [encode(model, p)[:CONTEXT] for p in prompts]
         caches[case] = prefill(model, rows, room=2 * TURNS)[1]
-        stack.enter_context(decoding(model, len(rows)))
+        stack.enter_context(fused_decoding(model))
     tokens = torch.full((len(prompts), 1), 1000, device=next(iter(models.values())).W_U.device)
     walls: dict[str, list[float]] = {case: [] for case in models}
     cpus: dict[str, list[float]] = {case: [] for case in models}

@@ -1,15 +1,17 @@
-"""Whether the other instruments of a run agree with our vignettes."""
+"""Validity of every instrument of a run, and whether valid ones agree with the vignettes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
+from scipy.special import log_softmax
 
-from experiments.questions.estimates import Answer
-from experiments.questions.measurements import Measured
+from experiments.questions.estimates import Answer, paragraph, spearman
+from experiments.questions.measurements import Measurements
 from experiments.record.reader import Event
 from shl.config import EvalConfig
-from shl.measure.evaluation import log_softmax, nats_of
+from shl.measure.evaluation import nats_of
 from shl.measure.validity import Validity, validity
 from shl.method.axes import Axis
 from shl.utils.errors import require
@@ -17,31 +19,22 @@ from shl.utils.seeds import seed_for
 
 
 def validities(events: Sequence[Event], axis: Axis, config: EvalConfig) -> list[Validity]:
-    """One verdict per instrument that read base and both personas; our vignettes first."""
+    """The validity of each instrument that measured base and both personas; the vignettes first."""
     found = []
-    for instrument in instruments(events):
-        base, plus, minus = (
-            line_of(events, instrument, stage) for stage in ("base", "prompted+", "prompted-")
-        )
-        if base is None or plus is None or minus is None:
+    for name in instruments(events):
+        lines = [line_of(events, name, stage) for stage in ("base", "prompted+", "prompted-")]
+        present = [line for line in lines if line is not None]
+        if len(present) < 3:
             continue
-        found.append(
-            validity(
-                instrument,
-                scores(base),
-                scores(plus),
-                scores(minus),
-                base["labels"],
-                axis.expected,
-                calibrated=calibrated(base),
-                config=config,
-            )
-        )
+        base, plus, minus = map(scores, present)
+        style, labels = present[0].get("style"), present[0]["labels"]
+        check = partial(validity, name, calibrated=style == "completion", config=config)
+        found.append(check(base, plus, minus, labels, axis.expected))
     return found
 
 
 def instruments(events: Sequence[Event]) -> list[str]:
-    """Those that a record has readings of."""
+    """The instruments of a record; the vignettes, which every run has, come first."""
     others = [e["instrument"] for e in events if e["event"] == "reading"]
     return list(dict.fromkeys(["vignettes", *others]))
 
@@ -49,21 +42,16 @@ def instruments(events: Sequence[Event]) -> list[str]:
 def line_of(events: Sequence[Event], instrument: str, stage: str, index: int = -1) -> Event | None:
     """An instrument's line of one stage."""
     for e in events:
-        own = "vignettes" if e["event"] == "stage" else e.get("instrument")
-        reads = e["event"] in ("stage", "reading")
-        if reads and (own, e["stage"], e["round"]) == (instrument, stage, index):
-            return e
+        if e["event"] in ("stage", "reading"):
+            name = "vignettes" if e["event"] == "stage" else e["instrument"]
+            if (name, e["stage"], e["round"]) == (instrument, stage, index):
+                return e
     return None
 
 
 def scores(line: Event) -> np.ndarray:
     """`[item, paraphrase, foundation]` of a line, NaN where there was no answer."""
     return np.array(line["log_probs"], dtype=np.float64)
-
-
-def calibrated(line: Event) -> bool:
-    """Whether base's mean over vignettes has to come off: completions have a prior of their own."""
-    return bool(line.get("style") == "completion")
 
 
 READOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -75,152 +63,109 @@ READOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One instrument on a run: `[item, foundation]` log-probabilities of base and of each stage."""
-
-    base: np.ndarray
-    stages: Mapping[str, np.ndarray]
-
-    @classmethod
-    def of(
-        cls, base: np.ndarray, stages: Mapping[str, np.ndarray], *, calibrated: bool
-    ) -> "Reading":
-        """From raw scores `[item, paraphrase, foundation]`."""
-        prior = base.mean(0, keepdims=True) if calibrated else 0.0
-        read = {name: log_softmax((x - prior).mean(1)) for name, x in stages.items()}
-        return cls(log_softmax((base - prior).mean(1)), read)
-
-    def shifts(self, readout: str, items: np.ndarray) -> np.ndarray:
-        """Shift from base per stage and foundation, on some items, in one row."""
-        of = READOUTS[readout]
-        return np.concatenate([of(x[items]) - of(self.base[items]) for x in self.stages.values()])
-
-
-@dataclass(frozen=True)
-class Concord:
-    """Spearman's rank correlation of two instruments' shifts on items that chose nothing."""
+class Agreement:
+    """Spearman's rank correlation of two instruments' shifts, on items held out from the choice of
+    the readout."""
 
     spearman: float
     interval: tuple[float, float]
     readout: str
     shifts: int
+    confidence: float
 
     def __str__(self) -> str:
         low, high = self.interval
         return (
-            f"Spearman {self.spearman:.2f} (95 % {low:+.2f} to {high:+.2f}) over {self.shifts} "
-            f"shifts, {self.readout}, on the half of the items that did not choose it"
+            f"Spearman {self.spearman:.2f} ({100 * self.confidence:g} % {low:+.2f} to {high:+.2f}) "
+            f"over {self.shifts} shifts, {self.readout}, on held-out items"
         )
 
 
-def concord(
-    one: Reading,
-    other: Reading,
-    validities: tuple[Validity, Validity],
+def agree(
+    one: Sequence[np.ndarray],
+    other: Sequence[np.ndarray],
     *,
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Concord | str:
-    """How far two instruments agree on the shifts of the same stages, or why nothing is claimed.
+) -> Agreement:
+    """How far two valid instruments agree on the shifts of the same stages.
 
-    The readout is chosen on one half of either's items, where it agrees best, and reported on the
-    other half, with a bootstrap interval over that half's items.
+    The readout is the one that agrees best on one half of either's items; the correlation is that
+    of the other half, with a bootstrap interval over that half's items.
+
+    Args:
+        one, other: log-probabilities `[item, foundation]` of base and of each stage.
 
     Raises:
-        ShlError: other stages in the one than in the other, or fewer than four items.
+        ShlError: another number of stages in the one than in the other, or fewer than four items.
     """
-    invalid = [f"{v.instrument} is not valid here: {v.reason}" for v in validities if not v.valid]
-    if invalid:
-        return "no agreement is claimed; " + " ".join(invalid)
     require(
-        list(one.stages) == list(other.stages),
-        f"the stages are {list(one.stages)} and {list(other.stages)}, they must be the same.",
+        len(one) == len(other),
+        f"the instruments have {len(one) - 1} and {len(other) - 1} stages, they must be the same.",
     )
     rng = np.random.default_rng(seed_for(seed, "concord"))
     halves = []
-    for reading in (one, other):
-        require(len(reading.base) >= 4, f"{len(reading.base)} items cannot be split in halves.")
-        order = rng.permutation(len(reading.base))
-        halves.append((order[: len(order) // 2], order[len(order) // 2 :]))
-    (tune_a, tell_a), (tune_b, tell_b) = halves
+    for base, *_ in (one, other):
+        count = len(base)
+        require(count >= 4, f"{count} items cannot be split in halves, at least 4 are needed.")
+        order = rng.permutation(count)
+        halves.append((order[: count // 2], order[count // 2 :]))
+    (choose_a, test_a), (choose_b, test_b) = halves
 
     def rho(readout: str, a: np.ndarray, b: np.ndarray) -> float:
-        return spearman(one.shifts(readout, a), other.shifts(readout, b))
+        return spearman(shifts(one, readout, a), shifts(other, readout, b))
 
-    best = max(READOUTS, key=lambda name: rho(name, tune_a, tune_b))
+    best = max(READOUTS, key=lambda name: rho(name, choose_a, choose_b))
     draws = [
-        rho(best, rng.choice(tell_a, len(tell_a)), rng.choice(tell_b, len(tell_b)))
+        rho(best, rng.choice(test_a, len(test_a)), rng.choice(test_b, len(test_b)))
         for _ in range(resamples)
     ]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    count = len(one.shifts(best, tell_a))
-    return Concord(rho(best, tell_a, tell_b), (float(low), float(high)), best, count)
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    count, interval = len(shifts(one, best, test_a)), (float(low), float(high))
+    return Agreement(rho(best, test_a, test_b), interval, best, count, confidence)
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation of ranks, ties sharing their mean rank (Spearman 1904); 0 where one side
-    is constant.
-
-    Example:
-        >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([1.0, 4.0, 9.0]))
-        1.0
-    """
-    one, other = _ranks(a), _ranks(b)
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
-        return 0.0
-    return float(np.clip(np.corrcoef(one, other)[0, 1], -1, 1))
+def shifts(readings: Sequence[np.ndarray], readout: str, items: np.ndarray) -> np.ndarray:
+    """Shift from base per stage and foundation, on some items, in one row."""
+    base, *rest = (READOUTS[readout](x[items]) for x in readings)
+    return np.concatenate([x - base for x in rest])
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return ((last - counts + 1 + last) / 2)[place]
-
-
-def agreement(m: Measured) -> Answer | None:
-    """Spearman of the shifts that two instruments read, where both are valid; None where our
+def agreement(m: Measurements) -> Answer | None:
+    """Agreement of each other instrument with the vignettes, where both are valid; None where the
     vignettes are the only one."""
-    others = [name for name in instruments(m.events) if name != "vignettes"]
-    if not others:
-        return None
     valid = {v.instrument: v for v in validities(m.events, m.axis, m.config)}
+    measured = [(e["stage"], e["round"]) for e in m.events if e["event"] == "stage"]
+    compare = partial(agree, resamples=m.config.bootstrap, confidence=m.config.confidence)
     parts, figures = [], {}
-    for name in others:
-        stages = _both(m.events, name)
+    for name in instruments(m.events)[1:]:
+        stages = [s for s in measured if s[0] != "base" and line_of(m.events, name, *s)]
+        invalid = [v for v in (valid.get("vignettes"), valid.get(name)) if v and not v.valid]
         if name not in valid or not stages:
-            said: Concord | str = "no stage beside base has been read by both yet"
+            reason = "no stage beside base has been measured by both yet"
+        elif invalid:
+            reasons = [f"{v.instrument} is not valid here: {v.reason}" for v in invalid]
+            reason = f"no agreement is claimed; {' '.join(reasons)}"
         else:
-            said = concord(
-                _reading(m.events, "vignettes", stages),
-                _reading(m.events, name, stages),
-                (valid["vignettes"], valid[name]),
-                resamples=m.config.bootstrap,
-                confidence=m.config.confidence,
-            )
-        parts.append(f"{name}: {str(said).rstrip('.')}.")
-        figures[name] = vars(said) if isinstance(said, Concord) else {"reason": said}
-    return Answer("agreement", "do the instruments agree?", "told", " ".join(parts), figures)
+            found = compare(*(_readings(m.events, n, stages) for n in ("vignettes", name)))
+            reason, figures[name] = str(found), asdict(found)
+        figures.setdefault(name, {"reason": reason})
+        parts.append(f"{name}: {reason}")
+    text, question = paragraph(parts), "do the instruments agree?"
+    return Answer("agreement", question, "info", text, figures) if parts else None
 
 
-def _both(events: Sequence[Event], name: str) -> list[tuple[str, int]]:
-    """Stages beside base that our vignettes and another instrument have read."""
-    found = [(e["stage"], e["round"]) for e in events if e["event"] == "stage"]
-    return [
-        (stage, index)
-        for stage, index in found
-        if stage != "base" and line_of(events, name, stage, index) is not None
-    ]
-
-
-def _reading(events: Sequence[Event], name: str, stages: Sequence[tuple[str, int]]) -> Reading:
-    """An instrument on base and on these stages, items without an answer in any left out."""
-    base = line_of(events, name, "base")
-    assert base is not None
-    lines = [line_of(events, name, stage, index) for stage, index in stages]
-    every = [scores(line) for line in (base, *lines) if line is not None]
-    answered = np.all([~np.isnan(x).any((1, 2)) for x in every], axis=0)
-    first, *rest = (x[answered] for x in every)
-    named = {f"{stage} {index}": x for (stage, index), x in zip(stages, rest, strict=True)}
-    return Reading.of(first, named, calibrated=calibrated(base))
+def _readings(
+    events: Sequence[Event], name: str, stages: Sequence[tuple[str, int]]
+) -> list[np.ndarray]:
+    """An instrument's log-probabilities of base and of stages, `[item, foundation]`, without the
+    items that lack an answer in any."""
+    found = (line_of(events, name, *stage) for stage in (("base", -1), *stages))
+    lines = [line for line in found if line is not None]
+    raw = [scores(line) for line in lines]
+    answered = np.all([~np.isnan(x).any((1, 2)) for x in raw], axis=0)
+    raw = [x[answered] for x in raw]
+    # Completions have a prior of their own, base's mean over vignettes.
+    prior = raw[0].mean(0) if lines[0].get("style") == "completion" else 0.0
+    return [log_softmax((x - prior).mean(1), axis=-1) for x in raw]

@@ -7,16 +7,17 @@ from typing import Any
 from experiments.questions.agreement import agreement
 from experiments.questions.beyond import prompting, readable, selective
 from experiments.questions.diagnostics import barrier, dose, ended, moved
-from experiments.questions.estimates import Answer, all_of
+from experiments.questions.estimates import Answer, all_of, paragraph
 from experiments.questions.filtering import filters
 from experiments.questions.healing import coherent, direction, heals
-from experiments.questions.measurements import Measured
+from experiments.questions.measurements import Measurements
 from experiments.record.reader import Event
 from shl.config import EvalConfig
 from shl.method.axes import Axis
 
-NEEDED = (filters, heals, coherent, direction, prompting, selective)
-"""What must all be a yes for the method to have worked."""
+CLAIMS = (filters, heals, coherent, direction, prompting, selective)
+"""The questions that must all be a yes for the method to have worked."""
+DIAGNOSTICS = (readable, barrier, dose, moved, ended, agreement)
 
 
 def answer_all(
@@ -25,8 +26,8 @@ def answer_all(
     axis: Axis,
     config: EvalConfig | None = None,
 ) -> tuple[Answer, ...]:
-    """Every question, in the order of reading, the whole at the end; an unfinished run is answered
-    as far as it goes.
+    """Every question in order, the overall answer last; an unfinished run is answered as far as it
+    goes.
 
     Args:
         config: resamples and confidence of the intervals; the seed is fixed.
@@ -34,33 +35,32 @@ def answer_all(
     Raises:
         ShlError: more resamples than can be held, or scores that do not belong together.
     """
-    m = Measured(events, texts, axis, config or EvalConfig())
-    claims = [ask(m) for ask in NEEDED]
-    told = [ask(m) for ask in (readable, barrier, dose, moved, ended)]
-    between = agreement(m)
-    told += [] if between is None else [between]
-    return (*claims, *told, worked(claims, done=any(e["event"] == "end" for e in events)))
+    m = Measurements(events, texts, axis, config or EvalConfig())
+    claims = [question(m) for question in CLAIMS]
+    rest = [question(m) for question in DIAGNOSTICS]
+    done = any(e["event"] == "end" for e in events)
+    return (*claims, *(a for a in rest if a is not None), worked(claims, done=done))
 
 
 def worked(claims: Sequence[Answer], *, done: bool) -> Answer:
-    """Yes if every claim is one and the run is `done`; the first that is not is named."""
-    asked = [a for a in claims if a.verdict != "told"]
-    verdict = all_of(a.verdict for a in asked)
-    first = next((a for a in asked if a.verdict == verdict), None)
+    """Yes if every claim is a yes and the run is `done`; names the first that is not."""
+    claims = [a for a in claims if a.verdict != "info"]
+    verdict = all_of(a.verdict for a in claims)
+    first = next((a for a in claims if a.verdict == verdict != "yes"), None)
     if verdict == "yes" and not done:
         verdict = "undecided"
-    parts = [verdict.capitalize()]
-    if not done:
-        parts.append("The run did not reach its last round, which allows no yes")
-    if first is not None and verdict == first.verdict and verdict != "yes":
-        parts.append(f"The first {verdict} is {first.key} {first.question.rstrip('?')}")
-    for kind in ("yes", "no", "undecided"):
-        names = [a.key for a in asked if a.verdict == kind]
-        parts += [f"{kind.capitalize()}: {', '.join(names)}"] if names else []
+    parts = [
+        verdict,
+        "" if done else "the run did not reach its last round, which allows no yes",
+        f"first {verdict}: {first.key}, {first.question.rstrip('?')}" if first else "",
+    ]
+    for outcome in ("yes", "no", "undecided"):
+        names = [a.key for a in claims if a.verdict == outcome]
+        parts += [f"{outcome}: {', '.join(names)}"] if names else []
     figures = {a.key: a.verdict for a in claims} | {"done": done}
-    return Answer("worked", "did it work?", verdict, ". ".join(parts) + ".", figures)
+    return Answer("worked", "did it work?", verdict, paragraph(parts), figures)
 
 
-def as_json(found: Sequence[Answer]) -> dict[str, Any]:
-    """By key, in order: what answers.json holds."""
-    return {a.key: dataclasses.asdict(a) for a in found}
+def as_json(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Answers by key, in order: the content of answers.json."""
+    return {a.key: dataclasses.asdict(a) for a in answers}

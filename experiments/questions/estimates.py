@@ -1,4 +1,4 @@
-"""A number with its interval and the side of its threshold that it lies on, and what follows.
+"""Estimates with intervals, their outcome against a threshold, and the answers built from them.
 
 Yes where the interval lies wholly above the threshold, no where it lies wholly below or on it,
 otherwise undecided. Where several must hold: no if any is a no, yes if all are.
@@ -7,12 +7,20 @@ otherwise undecided. Where several must hold: no if any is a no, yes if all are.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
+from scipy import stats
 
 Interval = tuple[float, float]
+Outcome = Literal["yes", "no", "undecided", "info"]
+"""`info` is an answer that gives figures and decides nothing."""
+
+VIGNETTES = "bootstrap over vignettes, paired"
+TEXTS = "bootstrap over texts"
+WILSON = "Wilson"
+SHARES = "Newcombe, from Wilson limits"
+EXACT = "a count or a sum without sampling error"
 
 
 def wilson(kept: int, total: int, confidence: float = 0.95) -> Interval:
@@ -23,11 +31,8 @@ def wilson(kept: int, total: int, confidence: float = 0.95) -> Interval:
         >>> round(low, 3), high
         (0.806, 1.0)
     """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, scale = kept / total, 1 + z * z / total
-    middle = share + z * z / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    found = stats.binomtest(kept, total).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def difference(
@@ -38,81 +43,51 @@ def difference(
     paired: bool = False,
     confidence: float = 0.95,
 ) -> tuple[float, float, float]:
-    """Share of `kept` less `factor` times the share of `other`, with an interval.
+    """Share of `kept` less `factor` times the share of `other`, with its interval.
 
     The distances of both shares to their Wilson limits are added in squares (Newcombe 1998, with a
     factor Zou and Donner 2008); pairs count with the phi correlation of the two columns.
     """
     a, b = sum(kept) / len(kept), sum(other) / len(other)
     (la, ha), (lb, hb) = (wilson(sum(x), len(x), confidence) for x in (kept, other))
-    phi = _phi(kept, other) if paired else 0.0
+    varies = 0 < a < 1 and 0 < b < 1
+    phi = float(np.corrcoef(kept, other)[0, 1]) if paired and varies else 0.0
     value = a - factor * b
 
-    def half(mine: float, theirs: float) -> float:
-        square = mine**2 + (factor * theirs) ** 2 - 2 * phi * factor * mine * theirs
+    def half(first: float, second: float) -> float:
+        square = first**2 + (factor * second) ** 2 - 2 * phi * factor * first * second
         return math.sqrt(max(0.0, square))
 
     return value, value - half(a - la, hb - b), value + half(ha - a, b - lb)
 
 
-def needed(factor: float, confidence: float) -> int:
-    """How many samples, all of them kept in both, show a share above `factor` times the other's.
-
-    Wilson's lower limit of n of n is n / (n + z^2), so n (1 / factor - 1) > z^2.
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation, ties sharing their mean rank; 0 where one side is constant.
 
     Example:
-        >>> needed(0.5, 0.95)
-        4
+        >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([1.0, 4.0, 9.0]))
+        1.0
     """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    return math.floor(z * z * factor / (1 - factor)) + 1
-
-
-def rank_correlation(pairs: np.ndarray) -> float:
-    """Spearman's correlation of two columns, ties sharing their mean rank; 0 where one is flat."""
-    ranks = np.stack([_ranks(column) for column in pairs.T])
-    spread = ranks.std(1)
-    if not spread.all():
+    if (a == a[0]).all() or (b == b[0]).all():
         return 0.0
-    return float(np.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return np.asarray((last - (counts - 1) / 2)[place])
-
-
-def _phi(kept: Sequence[bool], other: Sequence[bool]) -> float:
-    x, y = np.array(kept, dtype=float), np.array(other, dtype=float)
-    spread = x.std() * y.std()
-    return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else 0.0
-
-
-Verdict = Literal["yes", "no", "undecided", "told"]
-
-VIGNETTES = "bootstrap over vignettes, paired"
-TEXTS = "bootstrap over texts"
-WILSON = "Wilson"
-SHARES = "Wilson limits, added in squares"
-EXACT = "a count or a sum without sampling error"
+    return float(stats.spearmanr(a, b).statistic)
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A number that decides; yes is above `needs`.
+class Estimate:
+    """A number with its interval and the threshold that it must exceed.
 
-    `value` is None where the record cannot give it, and `note` says why or from what. `trait`
-    marks what rests on the probe's reading of the trait, which counts as undecided where the probe
-    is in `doubt`. `soft` cannot say no; `quiet` is named without its number, where it says no yes.
+    `value` is None where the record cannot give it, and `note` says why. `trait` marks what rests
+    on the vignettes' reading of the trait, which counts as undecided where that is in `doubt`.
+    `soft` cannot be a no; `quiet` is not listed in a sentence where it is a yes.
     """
 
     what: str
     value: float | None
     low: float | None
     high: float | None
-    needs: float
-    by: str
+    threshold: float
+    method: str
     round: int | None = None
     note: str = ""
     unit: str = ""
@@ -122,99 +97,96 @@ class Figure:
     doubt: bool = False
 
     @property
-    def verdict(self) -> Verdict:
-        """Which side of `needs` the interval lies on."""
+    def outcome(self) -> Outcome:
+        """The side of the threshold on which the interval lies."""
         if self.doubt or self.low is None or self.high is None:
             return "undecided"
-        if self.low > self.needs:
+        if self.low > self.threshold:
             return "yes"
-        return "no" if self.high <= self.needs and not self.soft else "undecided"
+        return "no" if self.high <= self.threshold and not self.soft else "undecided"
 
-    @property
-    def text(self) -> str:
-        """The number with its interval."""
-        inner = [] if self.by == EXACT else [f"{number(self.low)} to {number(self.high)}"]
-        if self.value is None or not _all_finite(self):
-            return self.note or "not known"
+    def __str__(self) -> str:
+        where = "" if self.round is None else f" (round {self.round})"
+        if any(_finite(x) is None for x in (self.value, self.low, self.high)):
+            return f"{self.what}{where}: {self.note or 'not known'}"
+        inner = [] if self.method == EXACT else [f"{number(self.low)} to {number(self.high)}"]
         inner += [self.note] if self.note else []
-        return f"{number(self.value)}{self.unit}" + (f" ({'; '.join(inner)})" if inner else "")
+        limits = f" ({'; '.join(inner)})" if inner else ""
+        return (
+            f"{self.what}{where} {number(self.value)}{self.unit}{limits}, must be above "
+            f"{number(self.threshold)}"
+        )
 
-    def told(self) -> dict[str, Any]:
-        """As JSON, which knows no infinity."""
+    def as_json(self) -> dict[str, Any]:
+        """The estimate in answers.json; null in place of infinity."""
         return {
             "what": self.what,
             "round": self.round,
-            **{key: _finite(getattr(self, key)) for key in ("value", "low", "high", "needs")},
+            **{key: _finite(getattr(self, key)) for key in ("value", "low", "high")},
+            "needs": self.threshold,
             "unit": self.unit.strip(),
-            "verdict": self.verdict,
-            "by": self.by,
+            "verdict": self.outcome,
+            "by": self.method,
             "note": self.note,
         }
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with what was found; `figures` and `thresholds` hold all that decided."""
+    """The answer to a question; `figures` and `thresholds` hold everything that decided it."""
 
     key: str
     question: str
-    verdict: Verdict
+    verdict: Outcome
     sentence: str
     figures: Mapping[str, Any]
     thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
-def all_of(verdicts: Iterable[Verdict]) -> Verdict:
-    """No if any is, yes if all are, otherwise (nothing to go by included) undecided.
+def all_of(outcomes: Iterable[Outcome]) -> Outcome:
+    """No if any is, yes if all are, otherwise (and for none at all) undecided.
 
     Example:
         >>> all_of(["yes", "undecided", "no"]), all_of(["yes", "undecided"]), all_of(["yes"])
         ('no', 'undecided', 'yes')
     """
-    found = list(verdicts)
-    if "no" in found:
-        return "no"
-    return "yes" if found and all(v == "yes" for v in found) else "undecided"
+    found = set(outcomes)
+    return "no" if "no" in found else "yes" if found == {"yes"} else "undecided"
 
 
-def any_of(verdicts: Iterable[Verdict]) -> Verdict:
+def any_of(outcomes: Iterable[Outcome]) -> Outcome:
     """Yes if any is, no if all are, otherwise undecided.
 
     Example:
         >>> any_of(["no", "undecided", "yes"]), any_of(["no", "undecided"]), any_of(["no"])
         ('yes', 'undecided', 'no')
     """
-    found = list(verdicts)
-    if "yes" in found:
-        return "yes"
-    return "no" if found and all(v == "no" for v in found) else "undecided"
+    found = set(outcomes)
+    return "yes" if "yes" in found else "no" if found == {"no"} else "undecided"
 
 
-SIDES: dict[Verdict, str] = {"no": "fails", "undecided": "open", "yes": "holds"}
+def sentence(outcome: Outcome, estimates: Sequence[Estimate], *notes: str) -> str:
+    """The outcome; the first estimate that decides it; the names of the others; the notes."""
+    deciding = next((e for e in estimates if e.outcome == outcome), None)
+    parts = ["" if outcome == "info" else outcome, str(deciding or "")]
+    for side, label in (("no", "fails"), ("undecided", "open"), ("yes", "holds")):
+        rounds: dict[str, list[str]] = {}
+        for e in estimates:
+            if e is not deciding and e.outcome == side and not (e.quiet and side == "yes"):
+                rounds.setdefault(e.what, []).extend([] if e.round is None else [str(e.round)])
+        names = [f"{what} (round {', '.join(k)})" if k else what for what, k in rounds.items()]
+        parts += [f"{label}: {'; '.join(names)}"] if names else []
+    return paragraph(parts + list(notes))
 
 
-def sentence(verdict: Verdict, figures: Sequence[Figure], *more: str) -> str:
-    """The verdict; the numbers that fail, that are open, and that hold; and what else is told."""
-    parts = []
-    for side, word in SIDES.items():
-        group = [f for f in figures if f.verdict == side and not (f.quiet and side == "yes")]
-        if group:
-            names = dict.fromkeys(f.what for f in group)
-            listed = (_row(name, [f for f in group if f.what == name]) for name in names)
-            parts.append(f"{word}: {'; '.join(listed)}")
-    every = [verdict, *parts, *(m for m in more if m)]
-    return ". ".join(part[0].upper() + part[1:] for part in every) + "."
+def paragraph(parts: Iterable[str]) -> str:
+    """Parts as sentences, empty ones left out.
 
-
-def _row(name: str, group: Sequence[Figure]) -> str:
-    """One number, in each of its rounds, and what it takes to hold."""
-    if all(f.quiet for f in group):
-        listed = ", ".join(str(f.round) for f in group if f.round is not None)
-        return f"{name}, round {listed}"
-    values = ", ".join(f.text if f.round is None else f"round {f.round}: {f.text}" for f in group)
-    if all(f.value is None for f in group):
-        return f"{name}, {values}"
-    return f"{name} {values}, needs > {number(group[0].needs)}"
+    Example:
+        >>> paragraph(["yes", "", "all 3 hold."])
+        'Yes. All 3 hold.'
+    """
+    return " ".join(f"{part[0].upper()}{part[1:].rstrip('.')}." for part in parts if part)
 
 
 def number(value: float | None) -> str:
@@ -233,7 +205,3 @@ def number(value: float | None) -> str:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _all_finite(figure: Figure) -> bool:
-    return all(_finite(x) is not None for x in (figure.value, figure.low, figure.high))

@@ -1,78 +1,72 @@
-"""Q0: can the filter tell what the dose breaks, and does what it keeps carry the trait?"""
+"""Q0: does the filter detect what the dose breaks, and does the kept text carry the trait?"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.questions.estimates import (
-    SHARES,
-    TEXTS,
-    Answer,
-    Figure,
-    difference,
-    number,
-    rank_correlation,
+from experiments.questions.estimates import SHARES, TEXTS, Estimate, difference, number, spearman
+from experiments.questions.measurements import (
+    Finding,
+    Measurements,
+    median_perplexity,
+    missing,
+    perplexity,
+    question,
 )
-from experiments.questions.measurements import Measured, answer, median, missing, perplexity
 from experiments.questions.thresholds import FALLS, MOVES, RISES
 from experiments.record.reader import Event
 from shl.measure.stats import bootstrap
 
 
-def filters(m: Measured) -> Answer:
-    """Q0: does survival fall and perplexity rise with the dose, and is what is kept on-trait?"""
+@question("Q0", "can we filter?", "FALLS", "RISES", "MOVES", healed=False)
+def filters(m: Measurements) -> Finding:
+    """Q0: do survival fall and perplexity rise with the dose, and does the steered model, which
+    writes the texts, move along the axis? The kept texts themselves are not measured."""
     probes = [t for t in m.texts if t["stage"] == "probe" and t["round"] == 0]
     doses = sorted({t["dose"] for t in probes}, key=abs)
-    figures, rungs, listed = [], [], ""
+    estimates, rungs, listed = [], [], ""
     if len(doses) < 2:
-        why = "doses were not probed: the walk was off, or has not begun"
-        figures.append(missing("trend over the dose ladder", why))
+        why = "no doses were probed, the walk was off or has not begun"
+        estimates.append(missing("trend over the dose ladder", why))
     else:
         ladder = [[t for t in probes if t["dose"] == dose] for dose in doses]
-        figures += [_falls(m, ladder), _rises(m, probes)]
-        rungs = [_rung(dose, group) for dose, group in zip(doses, ladder, strict=True)]
-        listed = "kept and median base perplexity by dose " + ", ".join(
-            f"{r['dose']:.2f}: {r['kept']}/{r['generated']} {number(r['perplexity'])}"
-            for r in rungs
+        estimates += [_falls(m, ladder[0], ladder[-1]), _rises(m, probes)]
+        rungs = [
+            {
+                "dose": dose,
+                "kept": sum(not t["reasons"] for t in group),
+                "generated": len(group),
+                "perplexity": median_perplexity(group),
+            }
+            for dose, group in zip(doses, ladder, strict=True)
+        ]
+        listed = "kept and median base perplexity by dose: " + ", ".join(
+            f"{r['dose']:.2f} {r['kept']}/{r['generated']} {number(r['perplexity'])}" for r in rungs
         )
+    what = "on-axis shift of the steered model"
     if m.steered:
-        shift = m.vignettes(
-            "on-axis shift of the model that writes the texts",
-            m.steered[:1],
-            lambda p: float(m.on_axis(p)[0]),
-            MOVES,
-            unit=" nats",
-        )
-        figures.append(shift)
+        estimates.append(m.shift(what, m.steered[:1], lambda s: s[0], MOVES))
     else:
-        figures.append(missing("on-axis shift of the steered model", "not measured yet"))
-    thresholds = {"FALLS": FALLS, "RISES": RISES, "MOVES": MOVES}
-    honest = "the record has no reading of the kept texts themselves" if m.steered else ""
-    told = {"ladder": rungs}
-    return answer(m, "Q0", "can we filter?", figures, thresholds, listed, honest, told=told)
+        estimates.append(missing(what, "not measured yet"))
+    return Finding(estimates, [listed], {"ladder": rungs})
 
 
-def _falls(m: Measured, ladder: Sequence[Sequence[Event]]) -> Figure:
-    foot, top = ladder[0], ladder[-1]
-    value, low, high = difference(
-        [not t["reasons"] for t in foot],
-        [not t["reasons"] for t in top],
-        paired=[t["prompt"] for t in foot] == [t["prompt"] for t in top],
-        confidence=m.config.confidence,
-    )
-    return Figure("fall of survival from foot to top dose", value, low, high, FALLS, SHARES)
+def _falls(m: Measurements, lowest: Sequence[Event], highest: Sequence[Event]) -> Estimate:
+    kept, rest = ([not t["reasons"] for t in group] for group in (lowest, highest))
+    paired = [t["prompt"] for t in lowest] == [t["prompt"] for t in highest]
+    value, low, high = difference(kept, rest, paired=paired, confidence=m.config.confidence)
+    what = "fall of survival from the lowest to the highest dose"
+    return Estimate(what, value, low, high, FALLS, SHARES)
 
 
-def _rises(m: Measured, probes: Sequence[Event]) -> Figure:
+def _rises(m: Measurements, probes: Sequence[Event]) -> Estimate:
     pairs = np.array([[abs(t["dose"]), perplexity(t)] for t in probes])
+
+    def correlation(rows: np.ndarray) -> float:
+        return spearman(rows[:, 0], rows[:, 1])
+
     low, high = bootstrap(
-        pairs, rank_correlation, resamples=m.config.bootstrap, confidence=m.config.confidence
+        pairs, correlation, resamples=m.config.bootstrap, confidence=m.config.confidence
     )
     what = "rank correlation of dose and base perplexity"
-    return Figure(what, rank_correlation(pairs), low, high, RISES, TEXTS)
-
-
-def _rung(dose: float, group: Sequence[Event]) -> dict[str, float | None]:
-    middle = median(group)
-    kept = sum(not t["reasons"] for t in group)
-    return {"dose": dose, "kept": kept, "generated": len(group), "perplexity": middle}
+    return Estimate(what, correlation(pairs), low, high, RISES, TEXTS)

@@ -1,65 +1,67 @@
-"""From figures to an answer, and what several questions tell in the same words."""
+"""Estimates from the stages of a record, and the step from estimates to an answer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from experiments.questions import thresholds
 from experiments.questions.estimates import (
     EXACT,
     SHARES,
     VIGNETTES,
     WILSON,
     Answer,
-    Figure,
-    Verdict,
+    Estimate,
+    Outcome,
     all_of,
     difference,
-    needed,
+    number,
     sentence,
     wilson,
 )
-from experiments.questions.thresholds import CHANCE, COHERENT, COLLAPSED
+from experiments.questions.thresholds import CHANCE, COHERENT, COLLAPSED, survival_margin
 from experiments.record.reader import Event, stages
 from experiments.record.resume import scores
 from shl.config import FOUNDATIONS, EvalConfig
-from shl.measure.evaluation import Evaluation, logsumexp, nats_of
+from shl.measure.evaluation import Evaluation, log_mass, nats_of, on_axis
 from shl.measure.stats import bootstrap
 from shl.measure.vignettes import reading
 from shl.method.axes import Axis
 from shl.utils.errors import require
 
 Profiles = np.ndarray
-"""`[stage, 7 + asked]`: log mean probability per foundation, then log valid-answer mass per stem or
-order; base is the first stage."""
+"""`[stage, 7 + paraphrase]`: log mean probability per foundation, then log valid-answer mass per
+paraphrase; base is the first stage."""
+
+MAX_RESAMPLES = 100_000
+"""84 vignettes in so many resamples take 70 MB, and more do not narrow an interval."""
+NO_ROUND = "no round was finished"
 
 
-MOST = 100_000
-"""Resamples; 84 vignettes in so many take 70 MB, and no interval is the narrower for more."""
-
-
-class Measured:
+class Measurements:
     """The stages of a record, rebuilt without a model.
 
     Raises:
         ShlError: more resamples than can be held, or scores that do not belong together
-            (when a number rests on them).
+            (when an estimate rests on them).
     """
 
     def __init__(
         self, events: Sequence[Event], texts: Sequence[Event], axis: Axis, config: EvalConfig
     ) -> None:
         require(
-            config.bootstrap <= MOST,
-            f"the settings ask for {config.bootstrap:,} resamples, answers take at most {MOST:,}.",
+            config.bootstrap <= MAX_RESAMPLES,
+            f"eval.bootstrap is {config.bootstrap:,}, answers take at most {MAX_RESAMPLES:,} "
+            "resamples.",
         )
         self.events, self.texts, self.axis, self.config = events, texts, axis, config
-        begun = bool(stages(events, "base"))
-        self.healed = stages(events, "healed") if begun else []
-        self.steered = stages(events, "steered") if begun else []
-        self._known: dict[int, Evaluation] = {}
+        measured = bool(stages(events, "base"))
+        self.healed = stages(events, "healed") if measured else []
+        self.steered = stages(events, "steered") if measured else []
+        self._evaluations: dict[int, Evaluation] = {}
 
     @cached_property
     def base(self) -> Event:
@@ -70,91 +72,99 @@ class Measured:
         """The first stage of a name, if there is one."""
         return next(iter(stages(self.events, name)), None)
 
-    def reading(self, stage: Event) -> Evaluation:
+    def evaluation(self, stage: Event) -> Evaluation:
         """A stage's `Evaluation`."""
-        if id(stage) not in self._known:
-            base, labels = scores(dict(self.base)), self.base["labels"]
-            self._known[id(stage)] = reading(stage["style"], scores(dict(stage)), base, labels)
-        return self._known[id(stage)]
+        known, base = self._evaluations, self.base
+        if id(stage) not in known:
+            both = scores(dict(stage)), scores(dict(base))
+            known[id(stage)] = reading(stage["style"], *both, base["labels"])
+        return known[id(stage)]
 
     def vignettes(
         self,
         what: str,
         found: Sequence[Event],
-        of: Callable[[Profiles], float],
-        needs: float,
+        statistic: Callable[[Profiles], float],
+        threshold: float,
         *,
-        index: int | None = None,
-        trait: bool = True,
-        among: int = 1,
-        unit: str = "",
-    ) -> Figure:
-        """A number of the profiles of base and the stages `found`, bootstrapped over vignettes;
-        one of `among` that are tried has an interval wider by Bonferroni."""
+        comparisons: int = 1,
+        **more: Any,
+    ) -> Estimate:
+        """A statistic of the profiles of base and the stages `found`, bootstrapped over vignettes;
+        with several `comparisons` its interval is widened by Bonferroni."""
         items = self._items(found)
         low, high = bootstrap(
             items,
-            lambda x: of(nats_of(x)),
+            lambda x: statistic(nats_of(x)),
             resamples=self.config.bootstrap,
-            confidence=1 - (1 - self.config.confidence) / among,
+            confidence=1 - (1 - self.config.confidence) / comparisons,
         )
-        doubt = trait and bool(self.doubt)
-        value = of(nats_of(items))
-        return Figure(what, value, low, high, needs, VIGNETTES, index, "", unit, trait, doubt=doubt)
+        value = statistic(nats_of(items))
+        return Estimate(what, value, low, high, threshold, VIGNETTES, **more)
 
-    def profiles(self, found: Sequence[Event]) -> Profiles:
-        """The profiles of base and the stages `found`."""
-        return nats_of(self._items(found))
+    def shift(
+        self,
+        what: str,
+        found: Sequence[Event],
+        statistic: Callable[[np.ndarray], float],
+        threshold: float = 0.0,
+        *,
+        off: bool = False,
+        unit: str = " nats",
+        **more: Any,
+    ) -> Estimate:
+        """A statistic of the on-axis shifts of the stages `found`, one number per stage; with
+        `off`, the largest absolute off-axis shifts follow."""
+        doubt, expected = bool(self.doubt), self.axis.expected
+        others = [name not in expected for name in FOUNDATIONS]
+
+        def of(p: Profiles) -> float:
+            moved = p[1:, :7] - p[0, :7]
+            shifts = on_axis(moved, expected)
+            return float(statistic(np.r_[shifts, abs(moved[:, others]).max(1)] if off else shifts))
+
+        more |= {"unit": unit, "trait": True, "doubt": doubt}
+        return self.vignettes(what, found, of, threshold, **more)
+
+    def shifts(self, found: Sequence[Event]) -> list[float]:
+        """The on-axis shifts of stages, nats."""
+        p = nats_of(self._items(found))[:, :7]
+        return [float(x) for x in on_axis(p[1:] - p[0], self.axis.expected)]
 
     def _items(self, found: Sequence[Event]) -> np.ndarray:
-        readings = [self.reading(stage) for stage in (self.base, *found)]
-        each = [np.concatenate([e.log_p, logsumexp(e.log_probs)[:, :, 0]], 1) for e in readings]
-        return np.stack(each, 1)
+        every = [self.evaluation(stage) for stage in (self.base, *found)]
+        return np.stack([np.concatenate([e.log_p, log_mass(e.log_probs)], 1) for e in every], 1)
 
     @cached_property
-    def accuracy(self) -> Figure:
-        """Share of the vignettes whose foundation base names, against chance."""
-        e = self.reading(self.base)
+    def accuracy(self) -> Estimate:
+        """Share of the vignettes whose foundation base chooses, against chance."""
+        e = self.evaluation(self.base)
         hits = e.log_p.argmax(1) == e.intended
-        low, high = wilson(int(hits.sum()), len(hits), self.config.confidence)
-        what = "share of vignettes whose foundation base names"
-        return Figure(what, float(hits.mean()), low, high, CHANCE, WILSON)
+        what = "share of vignettes whose foundation base chooses"
+        return self.share(what, int(hits.sum()), len(hits), CHANCE)
 
-    @property
+    def share(self, what: str, hits: int, total: int, threshold: float) -> Estimate:
+        """A share with its Wilson interval."""
+        low, high = wilson(hits, total, self.config.confidence)
+        return Estimate(what, hits / total, low, high, threshold, WILSON)
+
+    @cached_property
     def invalid(self) -> str:
         """Why the vignettes failed their validity check on this model, if they did."""
         for e in self.events:
-            if (e["event"], e.get("instrument"), e.get("valid")) == (
-                "validity",
-                "vignettes",
-                False,
-            ):
+            if e["event"] == "validity" and e["instrument"] == "vignettes" and not e["valid"]:
                 reason = str(e.get("reason") or "no reason is on record").rstrip(".")
                 return f"the vignettes are not valid on this model: {reason}"
         return ""
 
     @cached_property
     def doubt(self) -> str:
-        """That the probe's reading of the trait is not to be trusted on this model, or nothing;
-        why is told once, where it is asked whether it can be read."""
+        """That the vignettes do not measure the trait on this model, or nothing."""
         if self.invalid:
             return "the vignettes are not valid on this model"
-        if self.accuracy.verdict == "yes":
+        if self.accuracy.outcome == "yes":
             return ""
-        return "the probe does not name the vignettes' foundations above chance"
-
-    def on_axis(self, p: Profiles) -> np.ndarray:
-        """`[stage]` without base: mean shift of the axis's foundations in the expected sense."""
-        return (p[1:, :7] - p[0, :7]) @ self._signs
-
-    def off_axis(self, p: Profiles) -> np.ndarray:
-        """`[stage]` without base: the largest absolute shift off the axis."""
-        return np.abs((p[1:, :7] - p[0, :7])[:, self._signs == 0]).max(1)
-
-    @cached_property
-    def _signs(self) -> np.ndarray:
-        expected = self.axis.expected
-        return np.array([expected.get(name, 0) for name in FOUNDATIONS]) / len(expected)
+        return "base does not choose the vignettes' foundations above chance"
 
     def samples(self, stage: Event) -> list[Event]:
         """The judged texts of a stage; a steered one's are those generated at its dose."""
@@ -166,100 +176,115 @@ class Measured:
         return [t for t in made if dose is not None and abs(t["dose"] - dose) < 1e-9]
 
     def survival(
-        self, what: str, stage: Event, other: Event, factor: float, index: int | None = None
-    ) -> Figure:
-        """How far a stage's survival lies above `factor` times another's; texts that answer the
-        same prompts in the same order are pairs."""
-        mine, theirs = self.samples(stage), self.samples(other)
-        kept, reference = ([not t["reasons"] for t in x] for x in (mine, theirs))
-        missing = Figure(what, None, None, None, 0.0, SHARES, index)
+        self,
+        what: str,
+        stage: Event,
+        other: Event,
+        share: float,
+        *,
+        scaled: bool = False,
+        round: int | None = None,
+    ) -> Estimate:
+        """Survival of a stage less another's, against the margin that `share` and the number of
+        samples give, or less `share` of the other's if `scaled`. Texts that answer the same
+        prompts in the same order are pairs."""
+        ours, theirs = self.samples(stage), self.samples(other)
+        kept, reference = ([not t["reasons"] for t in x] for x in (ours, theirs))
         if not kept or not reference:
-            return replace(missing, note="no samples on record")
+            return missing(what, "no samples on record", round)
         name = other["stage"]
         if not any(reference):
-            return replace(missing, note=f"none of {len(reference)} samples of {name} survive")
-        paired = [t["prompt"] for t in mine] == [t["prompt"] for t in theirs]
-        value, low, high = difference(
-            kept, reference, factor=factor, paired=paired, confidence=self.config.confidence
-        )
+            return missing(what, f"none of {len(reference)} samples of {name} survive", round)
+        paired = [t["prompt"] for t in ours] == [t["prompt"] for t in theirs]
+        factor, confidence = share if scaled else 1.0, self.config.confidence
+        limits = difference(kept, reference, factor=factor, paired=paired, confidence=confidence)
+        threshold = 0.0 if scaled else -survival_margin(share, len(kept), confidence)
         note = f"{sum(kept)} of {len(kept)}, {name} {sum(reference)} of {len(reference)}"
-        return Figure(what, value, low, high, 0.0, SHARES, index, note)
+        return Estimate(what, *limits, threshold, SHARES, round, note)
 
-    def coherence(
-        self, stage: Event, share: float = COHERENT, index: int | None = None
-    ) -> tuple[Figure, Figure]:
-        """Valid-answer mass and survival of a stage against `share` of base's."""
-        mass = self.vignettes(
-            "valid-answer mass over base", [stage], mass_of, share, index=index, trait=False
+    def coherence(self, h: Event, **more: Any) -> tuple[Estimate, Estimate]:
+        """Valid-answer mass and survival of a stage against base's."""
+        return (
+            self.vignettes("valid-answer mass over base's", [h], mass_of, COHERENT, **more),
+            self.survival("survival less base's", h, self.base, COHERENT, **more),
         )
-        what = f"survival less {share:.2g} x base's"
-        return mass, self.survival(what, stage, self.base, share, index)
 
     @cached_property
-    def intact(self) -> tuple[Figure, ...]:
-        """That no healed stage has collapsed: what every claim of success rests on."""
-        found = [f for h in self.healed for f in self.coherence(h, COLLAPSED, h["round"])]
-        what = ("mass", "survival")
-        return tuple(
-            replace(
-                f,
-                what=f"no collapse of {what[k % 2]} (below {COLLAPSED:.2f} of base's)",
-                quiet=True,
-            )
-            for k, f in enumerate(found)
-        )
+    def intact(self) -> tuple[Estimate, ...]:
+        """That no healed stage has collapsed, without which nothing counts as a success."""
+        found = []
+        mass = "no collapse: mass over base's"
+        survival = f"no collapse: survival less {number(COLLAPSED)} x base's"
+        for h in self.healed:
+            k, base = h["round"], self.base
+            found.append(self.vignettes(mass, [h], mass_of, COLLAPSED, round=k))
+            found.append(self.survival(survival, h, base, COLLAPSED, scaled=True, round=k))
+        return tuple(replace(e, quiet=True) for e in found)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a question finds: all estimates must hold, unless a `verdict` is given."""
+
+    estimates: Sequence[Estimate]
+    notes: Sequence[str] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    verdict: Outcome | None = None
+
+
+Question = Callable[[Measurements], Answer]
+
+
+def question(
+    key: str, text: str, *names: str, healed: bool = True
+) -> Callable[[Callable[[Measurements], Finding]], Question]:
+    """Turn a function that gives a `Finding` into a question.
+
+    Args:
+        names: the thresholds that decide, of `experiments.questions.thresholds`.
+        healed: whether it takes a finished round.
+    """
+
+    def decorate(find: Callable[[Measurements], Finding]) -> Question:
+        def ask(m: Measurements) -> Answer:
+            waits = healed and not m.healed
+            found = Finding([missing("healed stage", NO_ROUND)]) if waits else find(m)
+            limits = {name: getattr(thresholds, name) for name in names}
+            notes, estimates = [*found.notes], found.estimates
+            margin = max((-e.threshold for e in estimates if e.threshold < 0), default=0.0)
+            if margin:
+                if margin > 1 - limits.get("MATCHED", COHERENT) + 1e-6:
+                    notes.insert(0, f"survival margin {margin:.2f}, more samples a stage narrow it")
+                limits["SURVIVAL_MARGIN"] = margin
+            if any(e.trait for e in estimates):
+                notes.append(m.doubt)
+            verdict = found.verdict or all_of(e.outcome for e in estimates)
+            figures = {"decided": [e.as_json() for e in estimates], **found.figures}
+            return Answer(key, text, verdict, sentence(verdict, estimates, *notes), figures, limits)
+
+        return ask
+
+    return decorate
 
 
 def mass_of(p: Profiles, stage: int = 1) -> float:
-    """Valid-answer mass of a stage relative to base, geometric mean over stems or orders."""
-    # A base that gives valid answers nothing at all would overflow.
+    """Valid-answer mass of a stage relative to base, geometric mean over paraphrases."""
+    # A base that gives valid answers no mass at all would overflow.
     with np.errstate(over="ignore"):
         return float(np.exp((p[stage, 7:] - p[0, 7:]).mean()))
 
 
-NO_ROUND = "no round was finished"
+def missing(what: str, why: str, index: int | None = None) -> Estimate:
+    """An estimate that the record cannot give."""
+    return Estimate(what, None, None, None, 0.0, EXACT, index, note=why)
 
 
-def answer(
-    m: Measured,
-    key: str,
-    question: str,
-    figures: Sequence[Figure],
-    thresholds: Mapping[str, float],
-    *more: str,
-    told: Mapping[str, Any] | None = None,
-    verdict: Verdict | None = None,
-) -> Answer:
-    """All figures must hold, unless a `verdict` is given; a probe in doubt is said wherever the
-    trait is read."""
-    verdict = verdict or all_of(f.verdict for f in figures)
-    doubt = m.doubt if any(f.trait for f in figures) else ""
-    text = sentence(verdict, figures, *more, doubt)
-    decided = {"decided": [f.told() for f in figures]}
-    return Answer(key, question, verdict, text, decided | dict(told or {}), thresholds)
-
-
-def missing(what: str, why: str) -> Figure:
-    """A number that the record does not hold."""
-    return Figure(what, None, None, None, 0.0, EXACT, note=why)
-
-
-def too_few(m: Measured, figures: Sequence[Figure]) -> str:
-    """How many samples a yes takes, where the survival of fewer leaves it undecided."""
-    least = needed(COHERENT, m.config.confidence)
-    count = len(m.samples(m.base))
-    if count >= least or not any(f.by == SHARES and f.verdict == "undecided" for f in figures):
-        return ""
-    return f"{count} samples a stage cannot show {COHERENT:g}, it takes {least} with all kept"
-
-
-def median(texts: Sequence[Event]) -> float | None:
+def median_perplexity(texts: Sequence[Event]) -> float | None:
     """Median base perplexity, None if it is infinite or there are no texts."""
-    values = [perplexity(t) for t in texts]
-    found = float(np.median(values)) if values else np.inf
+    found = float(np.median([perplexity(t) for t in texts])) if texts else np.inf
     return found if np.isfinite(found) else None
 
 
 def perplexity(text: Event) -> float:
-    """An empty completion has none on record; it counts as the worst."""
+    """Base perplexity; an empty completion has none on record and counts as the worst."""
     return np.inf if text["perplexity"] is None else float(text["perplexity"])

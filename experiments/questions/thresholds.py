@@ -1,21 +1,24 @@
-"""Where an answer turns from yes to no: every threshold of the study, each with its reason."""
+"""Thresholds between yes and no: every threshold of the study, each with its reason."""
+
+import math
+from statistics import NormalDist
 
 COHERENT = 0.97
-"""Q1, Q2: share of base's valid-answer mass, and of base's survival of free samples, that a
-coherent student has: "within a whisker of base". Earlier work on a larger model held 0.997 over
-eight rounds, so one that stays coherent has room to pass."""
+"""Q1, Q2: share of base's valid-answer mass that a coherent student keeps, "within a whisker of
+base". Earlier work on a larger model held 0.997 over eight rounds. Survival of free samples may
+fall by as much, or by what the number of samples resolves (`survival_margin`)."""
 
 COLLAPSED = 2 / 3
-"""Everything that claims success: below this share of base's valid-answer mass or survival the
-student has collapsed. Earlier work on a larger model had token loops where the mass was 0.62 of
-base's; two thirds is the round number above it."""
+"""Every claim of success: below this share of base's valid-answer mass or survival the student has
+collapsed. Earlier work on a larger model had token loops where the mass was 0.62 of base's; two
+thirds is the round number above it."""
 
 KEEPS = 0.5
-"""Q1: share of the steered on-axis shift that healing must keep. "Most of it" is more than half."""
+"""Q1: share of the steered on-axis shift that healing must keep: more than half of it."""
 
 FALLS = 0.1
-"""Q0: how much lower survival must be at the top of the dose ladder than at its foot [share]. A
-filter that drops less than one completion in ten more tells the dose walk nothing."""
+"""Q0: how much lower survival must be at the highest dose than at the lowest [share]. A filter that
+drops less than one completion in ten more gives the dose walk no signal."""
 
 RISES = 0.1
 """Q0: rank correlation of dose and base perplexity over the ladder. Below 0.1 an effect is less
@@ -23,17 +26,35 @@ than small (Cohen 1988). Ranks, because an empty completion has no finite perple
 
 MOVES = 0.0
 """Q0, Q1, Q3: on-axis shift, its increments and their trend, nats, and the cosine of later vectors
-to the first. Any step in the expected direction counts; its interval says whether it is one."""
+to the first. Any step in the expected direction counts; its interval decides whether it is one."""
 
 MATCHED = 0.9
 """Prompting: share of the prompted persona's coherence that a healed stage needs to be compared
-with it. A tenth, since survival is counted on a few samples and a closer match cannot be shown.
-Mass above base's counts as base's: a persona that names the options raises them, which is no
-greater coherence."""
+with it (survival: within `survival_margin`). Mass above base's counts as base's: a persona that
+names the options raises them, which is no greater coherence."""
 
 SELECTIVE = 1.0
-"""Selectivity: the on-axis shift over the largest off-axis shift. At 1 or below, something that
-nobody asked for moved as far as what was asked for."""
+"""Selectivity: the on-axis shift over the largest off-axis shift. At 1 or below, a foundation off
+the axis moved as far as those on it."""
 
 CHANCE = 1 / 7
-"""Reading: share of the vignettes whose foundation one of seven options names by chance."""
+"""Readability: share of the vignettes whose foundation one of seven options names by chance."""
+
+
+def survival_margin(share: float, samples: int, confidence: float) -> float:
+    """Drop in survival that a stage may have and still count as no worse [absolute share].
+
+    A non-inferiority margin: yes if the interval of the difference to the reference lies above
+    -margin, no if it lies below. Wilson's lower limit of n of n is n / (n + z^2), z being the
+    two-sided normal quantile, and the upper limit of a reference of 1 is 1; so where both keep all
+    n samples, Newcombe's (1998) interval of the difference reaches down to -z^2 / (n + z^2). No
+    result could meet a smaller margin: the margin is that width, rounded up to the next hundredth,
+    and never less than 1 - `share`. It is within 1/3, where `COLLAPSED` begins, from n = 8 on.
+
+    Example:
+        >>> [survival_margin(0.97, n, 0.95) for n in (8, 16, 125)]
+        [0.33, 0.2, 0.03]
+    """
+    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    resolved = (math.floor(100 * z2 / (samples + z2)) + 1) / 100
+    return max(round(1 - share, 9), resolved)

@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.record.journal import Line, read_lines
 from experiments.record.schema import check_lines, name_of, settings_in
+from shl.config import FOUNDATIONS
+from shl.measure.evaluation import on_axis as axis_shift
 from shl.method.axes import Axis, axis_from
 from shl.utils.errors import ShlError, require
 
@@ -150,5 +154,5 @@ def of_round(events: Sequence[Event], name: str) -> list[Event]:
 
 def on_axis(stage: Event, base: Event, axis: Axis) -> float:
     """Mean shift of the axis's foundations in the expected direction, nats."""
-    shifts = [sign * (stage["nats"][f] - base["nats"][f]) for f, sign in axis.expected.items()]
-    return sum(shifts) / len(shifts)
+    shift = np.array([stage["nats"][f] - base["nats"][f] for f in FOUNDATIONS])
+    return float(axis_shift(shift, axis.expected))

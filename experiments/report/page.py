@@ -1,7 +1,7 @@
-"""report.html: one page that shows a run, from its record alone.
+"""report.html: a run on one page, from its record alone.
 
-The page holds everything it needs; the same record gives the same bytes, whatever process made
-it. What tells of processes (times, memory) is in the section `cost` alone.
+The page loads nothing from outside. The same record gives the same bytes in every process; only
+the section `cost` depends on the processes that made the run.
 """
 
 import bisect
@@ -21,19 +21,19 @@ from experiments.record.journal import read_lines, write
 from experiments.record.reader import Event, axis_of, of_round, read, read_json
 from experiments.record.schema import name_of
 from experiments.record.status import remaining
-from experiments.report import page_charts, page_doses, page_inside
 from experiments.report.escape import clean
-from experiments.report.page_charts import Figure
-from experiments.report.svg_shapes import PALETTE
-from experiments.report.tables import rows
+from experiments.report.figures import PALETTE, Chart, write_pngs
+from experiments.report.plots import charts, tau_of
+from experiments.report.tables import columns_of, ladders, rows
 from shl.config import EvalConfig
-from shl.hooks.vector import SteeringVector
 from shl.kl import aggregate
 from shl.method.axes import Axis
-from shl.utils.errors import ShlError, require
+from shl.utils.errors import require
 
 HEAT = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Edges between the shades of a token's divergence [nats]."""
+PNGS = ("trajectory", "plane", "kl_tokens")
+"""Charts that are written as PNG files too."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def heat(curve: Mapping[str, Any], tau: float) -> Heat:
     """One completion of a token_kl event.
 
     Example:
-        >>> seen = heat(
+        >>> found = heat(
         ...     {"verdict": "kept", "reasons": [], "dose": 1.0, "pieces": ["a", "b"],
         ...      "kl": [0.0, 4.0]}, 0.5)
-        >>> seen.tokens, seen.sizes["mean"], seen.over
+        >>> found.tokens, found.sizes["mean"], found.over
         ((('a', 0.0, 0, False), ('b', 4.0, 6, True)), 2.0, 1)
     """
     kl = curve["kl"]
@@ -96,7 +96,7 @@ def heats(events: Sequence[Event], tau: float) -> list[tuple[int, list[Heat]]]:
 
 @dataclass(frozen=True)
 class Instrument:
-    """Whether an instrument can be trusted on this model, and what it read."""
+    """An instrument's readings, and whether it is valid on this model."""
 
     name: str
     valid: bool | None
@@ -106,14 +106,14 @@ class Instrument:
 
     @property
     def sentence(self) -> str:
-        """Beside every number of the instrument."""
+        """Validity and its reason, for display beside the instrument's numbers."""
         if self.valid is None:
             return "not checked on this model"
         return f"{'valid' if self.valid else 'not valid'} on this model: {self.reason}"
 
 
 def instruments(events: Sequence[Event]) -> dict[str, Instrument]:
-    """By name, every instrument of which there is a `validity` or a `reading` event."""
+    """By name, every instrument with a `validity` or a `reading` event."""
     checks = {e["instrument"]: e for e in events if e["event"] == "validity"}
     readings: dict[str, list[Event]] = {name: [] for name in checks}
     for e in events:
@@ -127,8 +127,8 @@ def instruments(events: Sequence[Event]) -> dict[str, Instrument]:
             (_label(e), tuple(f"{line[c]:.3g}" if c in line else "" for c in columns))
             for e, line in zip(lines, numbers, strict=True)
         )
-        told = checks.get(name)
-        valid, reason = (told["valid"], told["reason"]) if told else (None, "")
+        check = checks.get(name)
+        valid, reason = (check["valid"], check["reason"]) if check else (None, "")
         found[name] = Instrument(name, valid, reason, columns, rows)
     return found
 
@@ -139,7 +139,7 @@ def _label(e: Event) -> str:
 
 
 def _numbers(e: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a reading but its place in the record, nested ones under dotted names."""
+    """Every number that a reading measured, nested ones under dotted names."""
     for key, value in e.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}.")
@@ -147,12 +147,13 @@ def _numbers(e: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, floa
             yield f"{prefix}{key}", float(value)
 
 
-MARKS = {"yes": "\u2713", "no": "\u2717", "undecided": "?", "told": "\u00b7"}
+MARKS = {"yes": "\u2713", "no": "\u2717", "undecided": "?"}
+"""Verdicts and their signs; any other verdict is information without a yes or no."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """One question and its answer; `told` are figures without a yes or no."""
+    """A question and its answer; `mark` is empty where the answer is only information."""
 
     key: str
     question: str
@@ -161,16 +162,14 @@ class Card:
 
     @property
     def mark(self) -> str:
-        """The verdict as one character."""
-        return MARKS[self.verdict]
+        """Sign of the verdict."""
+        return MARKS.get(self.verdict, "")
 
 
 def cards(
     events: Sequence[Event], texts: Sequence[Event], axis: Axis, config: EvalConfig
 ) -> list[Card]:
-    """The answers, the one to the whole first; a sentence's first word is its verdict, which the
-    page shows apart."""
-    found = answer_all(events, texts, axis, config)
+    """The answers, the overall one first, each sentence without the verdict that it begins with."""
     return [
         Card(
             a.key if a.key.startswith("Q") else "",
@@ -178,12 +177,14 @@ def cards(
             a.verdict,
             a.sentence.removeprefix(f"{a.verdict.capitalize()}. "),
         )
-        for a in sorted(found, key=lambda a: a.key != "worked")
+        for a in sorted(
+            answer_all(events, texts, axis, config), key=lambda answer: answer.key != "worked"
+        )
     ]
 
 
 def banner(events: Sequence[Event], rounds: int) -> str:
-    """What is to be known before anything else is read: starved or unfinished; else nothing."""
+    """Notice at the top of a starved or unfinished run's page; empty for a finished one."""
     last = events[-1]
     if last["event"] == "end":
         return ""
@@ -192,8 +193,8 @@ def banner(events: Sequence[Event], rounds: int) -> str:
     name = name_of(dict(last))
     where = f" of round {last['round']}" if last["round"] >= 0 else ""
     return (
-        f"This run is unfinished: its record ends after {name}{where}; what remains: "
-        f"{remaining(name, last['round'], rounds)}. The page shows what there is."
+        f"This run is unfinished: its record ends after {name}{where}. Remaining: "
+        f"{remaining(name, last['round'], rounds)}. The page contains all results so far."
     )
 
 
@@ -207,8 +208,8 @@ class Story:
 
 
 def stories(texts: Sequence[Event], most: int = 4) -> list[Story]:
-    """The prompts that most stages answered, in the order in which they were first asked; of a
-    stage's several answers the first, a full batch before the ladder."""
+    """The prompts with answers of most stages, in order of the texts; of several answers of a stage
+    the first one, a full batch before the ladder."""
     found: dict[str, dict[tuple[str, int], Event]] = {}
     for stage in ("base", "healed", "batch", "probe"):
         for t in texts:
@@ -242,16 +243,16 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 
 def cost(events: Sequence[Event], processes: Sequence[Event]) -> list[tuple[str, str]]:
-    """How long the run computed, in all and per round, and the most memory that a process held."""
-    told = [("computing", f"{events[-1]['seconds'] / 60:.1f} minutes")]
+    """Computing time in total and per round, and the peak memory over all processes."""
+    listed = [("computing", f"{events[-1]['seconds'] / 60:.1f} minutes")]
     last = 0.0
     for index in sorted({e["round"] for e in events}):
         end = [e["seconds"] for e in events if e["round"] == index][-1]
         name = f"round {index}" if index >= 0 else "baselines"
-        told.append((name, f"{(end - last) / 60:.1f} minutes"))
+        listed.append((name, f"{(end - last) / 60:.1f} minutes"))
         last = end
     begun = sum(p.get("event") == "begin" for p in processes)
-    told.append(("processes", f"{begun} on record"))
+    listed.append(("processes", f"{begun} on record"))
     peaks: dict[str, int] = {}
     for p in processes:
         found = p.get("peak_bytes", {})
@@ -261,42 +262,40 @@ def cost(events: Sequence[Event], processes: Sequence[Event]) -> list[tuple[str,
         )
         for kind, size in found.items():
             peaks[kind] = max(size, peaks.get(kind, 0))
-    told += [(f"peak memory, {kind}", f"{size / 1e9:.2f} GB") for kind, size in peaks.items()]
+    listed += [(f"peak memory, {kind}", f"{size / 1e9:.2f} GB") for kind, size in peaks.items()]
     if not peaks:
-        told.append(("peak memory", "not on record: no process of this run has ended in order yet"))
-    return told
+        listed.append(
+            ("peak memory", "not on record: no process of this run has exited normally yet")
+        )
+    return listed
 
 
-GLOSSARY = (
-    ("shift [nats]", "log of a foundation's mean probability over all vignettes, minus base's; on "
-     "the axis it should have the sign marked \u25b2 (up) or \u25bc (down)"),
-    ("care_nats, auth_nats [nats]", "that log itself; 0 is certainty, base's value is where it "
-     "began; (noise) means base cannot tell this foundation apart"),
-    ("coherence [ratio]", f"probability on valid answers over base's; 1 is base, Q2 needs "
-     f"{COHERENT} or more in every round"),
-    ("survival [share]", "texts that pass the filter; 1 is all"),
-    ("base ppl [exp nats per token]", "median perplexity of a stage's texts under base; lower is "
-     f"more ordinary, Q0 needs a rank correlation with the dose above {RISES}"),
-    ("kept/gen [count]", "completions kept for training out of those generated in the round"),
-    ("kappa, dose", "dose multiplier, and how many times the raw vector is added"),
-    ("tau [nats]", "where the barrier starts; tokens above it are outlined"),
-    ("D [nats]", "KL of the student to its reference, aggregated over a completion's tokens"),
-    ("> tau [share]", "training tokens whose KL is above tau in the last epoch"),
-    ("lam", "the barrier's weight in the loss"),
-    ("on-axis shift kept", f"healed over steered on-axis shift; Q1 needs {KEEPS} or more"),
-    ("intervals", "95 %: bootstrap over vignettes for shifts and coherence, Wilson for shares"),
-)  # fmt: skip
-"""What each number means and its unit."""
-
-
-def tau_of(events: Sequence[Event], asked: float) -> float:
-    """Where the barrier starts: of the last training, else as asked for."""
-    healing = of_round(events, "healing")
-    return float(healing[-1]["tau"]) if healing else asked
+def glossary(confidence: float) -> tuple[tuple[str, str], ...]:
+    """The meaning and unit of every number on the page."""
+    return (
+        ("shift [nats]", "log of a foundation's mean probability over all vignettes, minus base's; "
+         "on the axis it should have the sign marked \u25b2 (up) or \u25bc (down)"),
+        ("care_nats, auth_nats [nats]", "that log itself; 0 is certainty; (noise) means that base "
+         "does not discriminate this foundation"),
+        ("coherence [ratio]", f"probability on valid answers over base's; 1 is base, Q2 needs "
+         f"{COHERENT:g} or more in every round"),
+        ("survival [share]", "texts that pass the filter; 1 is all"),
+        ("base ppl [exp nats per token]", "median perplexity of a stage's texts under base; lower "
+         f"is more ordinary, Q0 needs a rank correlation with the dose above {RISES:g}"),
+        ("kept/gen [count]", "completions kept for training, out of those generated in the round"),
+        ("kappa, dose", "dose multiplier, and how many times the raw vector is added"),
+        ("tau [nats]", "where the barrier starts; tokens above it are outlined"),
+        ("D [nats]", "KL of the student to its reference, aggregated over a completion's tokens"),
+        ("> tau [share]", "training tokens whose KL is above tau in the last epoch"),
+        ("lam", "the barrier's weight in the loss"),
+        ("on-axis shift kept", f"healed over steered on-axis shift; Q1 needs {KEEPS:g} or more"),
+        ("intervals", f"{100 * confidence:g} %: bootstrap over vignettes for shifts and coherence, "
+         "Wilson for shares"),
+    )  # fmt: skip
 
 
 def _cleaned(value: Any) -> Any:
-    """Every text on its way into the page; markup of our own stays as it is."""
+    """`clean` for every text that a template prints; generated markup passes unchanged."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else clean(value)
 
 
@@ -322,43 +321,38 @@ def page(
     events: Sequence[Event],
     texts: Sequence[Event],
     processes: Sequence[Event] = (),
-    vectors: Figure | None = None,
+    figures: Mapping[str, Chart] | None = None,
 ) -> str:
-    """The page of one run.
+    """HTML of the page of one run.
 
     Args:
-        config, versions: as in the record's files.
+        config, versions: the record's files of these names.
         events, texts, processes: the lines of its journals.
-        vectors: the cosines, see `vector_figure`; None where there is no vector yet.
+        figures: its charts by name, see `charts`.
     """
-    tau = tau_of(events, config["loop"]["heal"]["tau"])
-    table = rows(events)
-    seen = instruments(events)
+    loop = config["loop"]
+    tau = tau_of(events, loop["heal"]["tau"])
+    table, found = rows(events), instruments(events)
     return (
         environment()
         .get_template("report.html")
         .render(
             config=config,
             axis=axis,
-            banner=banner(events, config["loop"]["rounds"]),
-            cards=cards(events, texts, axis, EvalConfig(**config["loop"]["eval"])),
-            columns=list(dict.fromkeys(key for line in table for key in line)),
+            banner=banner(events, loop["rounds"]),
+            cards=cards(events, texts, axis, EvalConfig(**loop["eval"])),
+            columns=columns_of(table),
             table=table,
-            glossary=GLOSSARY,
-            trajectory=page_charts.trajectory(events, axis),
-            doses=page_doses.doses(events, texts, config["loop"]),
-            ladders=page_doses.ladders(texts),
-            foundations=page_charts.foundations(events, axis),
-            spread=page_inside.token_kl(events, tau),
+            glossary=glossary(loop["eval"]["confidence"]),
+            charts=figures or {},
+            ladders=ladders(texts),
             heats=heats(events, tau),
             shades=HEAT,
             tau=tau,
-            vectors=vectors,
-            barrier=page_inside.barrier(events),
-            healing={e["round"]: e for e in events if e["event"] == "healing"},
+            healing=of_round(events, "healing"),
             stories=stories(texts),
-            own=seen.pop("vignettes", None),
-            instruments=seen,
+            vignettes=found.pop("vignettes", None),
+            instruments=found,
             settings=list(flat(config)),
             versions=list(flat(versions)),
             cost=cost(events, processes),
@@ -366,37 +360,25 @@ def page(
     )
 
 
-def vector_figure(folder: Path, events: Sequence[Event]) -> Figure | None:
-    """Cosines between the vectors of a run folder, or why they cannot be read."""
-    try:
-        vectors = [
-            (
-                e["round"],
-                SteeringVector.load(folder / "rounds" / str(e["round"]) / "vector.safetensors"),
-            )
-            for e in events
-            if e["event"] == "vector"
-        ]
-    except ShlError as error:
-        return Figure("Cosine of each round's vector to the first and the last.", None, str(error))
-    return page_inside.cosines(vectors) if vectors else None
-
-
-def write_page(folder: Path) -> Path:
-    """Write report.html into a run folder.
+def write_page(folder: Path, *, pngs: bool = False) -> Path:
+    """Write report.html into a run folder, and with `pngs` the charts of `PNGS`.
 
     Raises:
-        ShlError: it is none, something in it was changed, or it cannot be written.
+        ShlError: no run folder, a damaged record, or a file that cannot be written.
     """
     config, events, texts = read(folder)
-    found = page(
+    axis = axis_of(folder)
+    figures = charts(folder, config, axis, events, texts)
+    text = page(
         config,
         read_json(folder / "versions.json"),
-        axis_of(folder),
+        axis,
         events,
         texts,
         read_lines(folder / "processes.jsonl"),
-        vector_figure(folder, events),
+        figures,
     )
-    write(folder / "report.html", found)
+    write(folder / "report.html", text)
+    if pngs:
+        write_pngs(folder, [figures[name] for name in PNGS if name in figures])
     return folder / "report.html"

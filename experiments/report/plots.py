@@ -1,157 +1,446 @@
-"""Pictures of a run, from its record alone: `python -m experiments.report.plots RUN`."""
+"""Charts of a run, one matplotlib figure each; its record holds all their numbers."""
 
-import sys
-from collections.abc import Sequence
-from io import BytesIO
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from experiments.record.reader import Event, axis_of, of_round, on_axis, read, stages
+from experiments.questions.estimates import wilson
+from experiments.questions.thresholds import COHERENT, survival_margin
+from experiments.record.reader import Event, of_round, stages
+from experiments.report.escape import clean
+from experiments.report.figures import (
+    DASHES,
+    HUES,
+    Chart,
+    Look,
+    chart,
+    ecdf,
+    finite,
+    grid,
+    layout,
+    log_axis,
+    looks,
+    rule,
+    series,
+    styled,
+)
+from experiments.report.tables import ladders
+from shl.analysis.plots import FONT, drawable
+from shl.config import FOUNDATIONS
+from shl.hooks.vector import SteeringVector
 from shl.method.axes import Axis
-from shl.utils.files import write_whole
+from shl.utils.errors import require
 
-mpl.use("Agg")
+LEAST_KL = 1e-3
+"""Where the axis of token divergences begins [nats]."""
+
+LOOKS: dict[str, Look] = {
+    "base": ("grey", "o", "--"),
+    "steered": ("red", "o", "-"),
+    "healed": ("green", "s", "-"),
+    "prompted+": ("blue", "^", ":"),
+    "prompted-": ("purple", "v", "-."),
+}
+VERDICTS = {"kept": "blue", "dropped": "red", "healed": "green"}
+Interval = tuple[float, float]
 
 
-RED, GREEN, GREY, BLUE = "#c0392b", "#1e8449", "#555555", "#2471a3"
+def _rounds(panel: Axes, rounds: Iterable[int]) -> None:
+    numbers = sorted(set(rounds))
+    panel.set_xticks(numbers[:: 1 + len(numbers) // 12])
+    panel.set_xlim(numbers[0] - 0.4, numbers[-1] + 0.4)
 
 
-def trajectory(events: Sequence[Event], axis: Axis) -> Figure:
-    """Trait and coherence per stage: steered red, healed green, base dashed."""
-    (base,) = stages(events, "base")
-    steered, healed = stages(events, "steered"), stages(events, "healed")
-    names = axis.targets
-    figure, panels = plt.subplots(
-        len(names) + 2, 1, figsize=(7, 2.1 * (len(names) + 2)), sharex=True, layout="constrained"
-    )
-    for panel, name in zip(panels, names, strict=False):
-        _line(panel, steered, lambda e, n=name: e["nats"][n], RED, "steered", "o")
-        _line(panel, healed, lambda e, n=name: e["nats"][n], GREEN, "healed", "s")
-        panel.axhline(base["nats"][name], ls="--", color=GREY, lw=1, label="base")
-        for stage in stages(events, "prompted+"):
-            panel.axhline(stage["nats"][name], ls=":", color=BLUE, lw=1, label="prompted +")
-        sign = "up" if axis.expected[name] > 0 else "down"
-        panel.set_ylabel(f"{name} [nats]\n({sign} is on-trait)")
-    for panel, key, label in (
-        (panels[-2], "coherence", "valid-answer mass\n/ base (log)"),
-        (panels[-1], "survival", "free samples that\npass the filter"),
-    ):
-        _line(panel, steered, lambda e, k=key: e[k], RED, "steered", "o")
-        _line(panel, healed, lambda e, k=key: e[k], GREEN, "healed", "s")
-        panel.axhline(base[key], ls="--", color=GREY, lw=1, label="base")
-        panel.set_ylabel(label)
-    panels[-2].set_yscale("log")
-    panels[-1].set_ylim(-0.05, 1.05)
-    panels[-1].set_xlabel("round")
-    panels[-1].set_xticks([e["round"] for e in healed])
-    panels[0].legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+def _survival(e: Event, confidence: float) -> tuple[float, Interval]:
+    share, samples = e["survival"], e["samples"]
+    if samples < 1 or not 0 <= share <= 1:
+        return share, (share, share)
+    return share, wilson(round(share * samples), samples, confidence)
+
+
+@styled
+def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) -> Figure:
+    """Shift of the axis's foundations, coherence and survival per round, with reference lines."""
+    measured = [*stages(events, "steered"), *stages(events, "healed")]
+    require(bool(measured), "no steered or healed stage has been measured.")
+    base = stages(events, "base")[0]
+    way = {1: "up", -1: "down"}
+
+    def shift(name: str, e: Event) -> tuple[float, Interval]:
+        return e["shift"][name], e["shift_interval"][name]
+
+    panels: list[tuple[str, Callable[[Event], tuple[float, Interval]], float | None]] = [
+        (f"{name} shift [nats], {way[sign]} is on-trait", partial(shift, name), None)
+        for name, sign in axis.expected.items()
+    ]
+    panels += [
+        (
+            "coherence [mass / base]",
+            lambda e: (e["coherence"], e["coherence_interval"]),
+            COHERENT,
+        ),
+        (
+            "survival [share of texts]",
+            lambda e: _survival(e, confidence),
+            base["survival"] - survival_margin(COHERENT, base["samples"], confidence),
+        ),
+    ]
+    figure, axes = grid(len(panels), 2)
+    for panel, (title, measure, threshold) in zip(axes, panels, strict=True):
+        panel.set(title=title, xlabel="round")
+        if title.startswith("coherence"):
+            log_axis(panel, "y", [v for e in measured for v in (e["coherence"], *measure(e)[1])])
+        for name, aside in (("steered", -0.04), ("healed", 0.04)):
+            found = stages(events, name)
+            values = [measure(e) for e in found]
+            if found:
+                series(
+                    panel,
+                    [e["round"] + aside for e in found],
+                    [value for value, _ in values],
+                    LOOKS[name],
+                    name,
+                    y_spans=[interval for _, interval in values],
+                )
+        for name in ("base", "prompted+", "prompted-"):
+            for e in stages(events, name)[:1]:
+                value, interval = measure(e)
+                rule(panel, value, LOOKS[name], name, span=() if name == "base" else interval)
+        if threshold is not None:
+            rule(panel, threshold, ("text", "", ":"), "Q2 needs more")
+        _rounds(panel, (e["round"] for e in measured))
+    layout(figure)
     return figure
 
 
-def _line(
-    panel: Axes, found: Sequence[Event], value: Any, color: str, label: str, mark: str
-) -> None:
-    panel.plot(
-        [e["round"] for e in found],
-        [value(e) for e in found],
-        color=color,
-        marker=mark,
-        label=label,
-    )
-
-
+@styled
 def plane(events: Sequence[Event]) -> Figure:
-    """Care against authority, one point per stage and round, arrows in the order of the run."""
-    figure, panel = plt.subplots(figsize=(6, 5), layout="constrained")
-    order = [e for e in events if e["event"] == "stage" and not e["stage"].startswith("prompted")]
-    points = [(e["nats"]["care"], e["nats"]["authority"]) for e in order]
-    for (x0, y0), (x1, y1) in pairwise(points):
-        panel.annotate(
-            "", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "#999999", "lw": 1}
-        )
-    colours = {"base": GREY, "steered": RED, "healed": GREEN}
-    for e, (x, y) in zip(order, points, strict=True):
-        panel.scatter(x, y, color=colours[e["stage"]], zorder=3)
-        label = e["stage"] if e["round"] < 0 else f"{e['stage']} {e['round']}"
-        # Rounds stand close together: names take turns on either side.
-        left = e["round"] % 2 == 1
-        panel.annotate(
-            label,
-            (x, y),
-            xytext=(-5 if left else 5, 5),
-            ha="right" if left else "left",
-            textcoords="offset points",
-            fontsize=8,
-        )
-    for e in events:
-        if e["event"] == "stage" and e["stage"].startswith("prompted"):
-            x, y = e["nats"]["care"], e["nats"]["authority"]
-            panel.scatter(x, y, color=BLUE, marker="D", zorder=3)
+    """Care against authority: a point per stage, numbered by round, arrows in order of the run."""
+    figure, (panel,) = grid(1, 1, (5.6, 4.0))
+    panel.set(title="authority [nats]", xlabel="care [nats]")
+    order = [e for e in events if e["event"] == "stage"]
+    points = [
+        (e["nats"]["care"], e["nats"]["authority"])
+        for e in order
+        if not e["stage"].startswith("prompted")
+    ]
+    for name in LOOKS:
+        found = [e for e in order if e["stage"] == name]
+        if not found:
+            continue
+        x, y = ([e["nats"][f] for e in found] for f in ("care", "authority"))
+        series(panel, x, y, (*LOOKS[name][:2], "none"), name)
+        for e, place in zip(found, zip(x, y, strict=True), strict=True):
             panel.annotate(
-                e["stage"], (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8
+                "" if e["round"] < 0 else str(e["round"]),
+                place,
+                xytext=(5, 4),
+                textcoords="offset points",
+                color=HUES[LOOKS[name][0]],
             )
-    panel.margins(0.2, 0.12)
-    panel.set_xlabel("care [nats]")
-    panel.set_ylabel("authority [nats]")
+    for start, end in pairwise(points):
+        arrow = {"arrowstyle": "->", "color": HUES["grey"], "lw": 0.8, "shrinkA": 4, "shrinkB": 4}
+        panel.annotate("", end, start, arrowprops=arrow)
+    panel.margins(0.12)
+    layout(figure)
     return figure
 
 
-def kl_tokens(events: Sequence[Event], index: int = 0) -> Figure:
-    """Per-token KL to base of the completions told of a round, with tau drawn."""
-    (event,) = [e for e in of_round(events, "token_kl") if e["round"] == index]
-    tau = of_round(events, "healing")[index]["tau"]
-    curves = event["curves"]
-    figure, panels = plt.subplots(
-        max(1, len(curves)),
-        1,
-        figsize=(9, 2.6 * max(1, len(curves))),
-        layout="constrained",
-        squeeze=False,
-    )
-    for panel, curve in zip(panels[:, 0], curves, strict=False):
-        kl = curve["kl"]
-        rmse = (sum(x * x for x in kl) / len(kl)) ** 0.5
-        color = {"kept": BLUE, "dropped": RED, "healed": GREEN}[curve["verdict"]]
-        panel.bar(range(len(kl)), kl, color=color)
-        panel.axhline(tau, ls="--", color=GREY, lw=1)
+@styled
+def kl_tokens(events: Sequence[Event]) -> Figure:
+    """Per-token KL to base of each completion of the first round that recorded any, with tau."""
+    found = [e for e in of_round(events, "token_kl") if e["curves"]]
+    require(bool(found), "no completion has token divergences.")
+    index, curves = found[0]["round"], found[0]["curves"]
+    tau = next(e["tau"] for e in of_round(events, "healing") if e["round"] == index)
+    longest = max(len(curve["kl"]) for curve in curves)
+    figure, panels = grid(len(curves), 1, (min(40.0, max(9.0, 0.105 * longest)), 1.5))
+    for panel, curve in zip(panels, curves, strict=True):
+        kl = np.array(curve["kl"])
+        panel.set_title("KL to base [nats]")
+        finite(panel, "y", kl)
         panel.set_title(
-            f"{curve['verdict']} at dose {curve['dose']:.2f}: mean {sum(kl) / len(kl):.2f}, rmse "
-            f"{rmse:.2f}, max {max(kl):.2f} nats; tau {tau:g} dashed",
-            fontsize=9,
+            f"KL to base [nats], {curve['verdict']} at dose {curve['dose']:.2f}: mean "
+            f"{kl.mean():.2f}, rmse {(kl**2).mean() ** 0.5:.2f}, max {kl.max():.2f}"
         )
-        pieces = [repr(p)[1:-1].replace("$", r"\$") for p in curve["pieces"]]
-        panel.set_xticks(range(len(kl)), pieces, rotation=90, fontsize=6)
-        panel.set_ylabel("KL to base [nats]")
+        panel.bar(range(len(kl)), kl, color=HUES[VERDICTS[curve["verdict"]]])
+        rule(panel, tau, ("text", "", ":"), f"tau {tau:g}")
+        # A page of text as one label would leave no room for the panel.
+        texts = [drawable(clean(repr(piece[:16])[1:-1]), FONT)[:12] for piece in curve["pieces"]]
+        panel.set_xticks(
+            range(len(kl)), texts, rotation=90, rotation_mode="anchor", ha="right", va="center",
+            fontsize=6,
+        )  # fmt: skip
+        panel.set_xlim(-0.8, longest - 0.2)
+    layout(figure, bottom=0.8)
     return figure
 
 
-def draw(folder: Path) -> list[Path]:
-    """Write trajectory.png, plane.png and kl_tokens.png into the run folder."""
-    _, events, _ = read(folder)
-    axis = axis_of(folder)
-    if not stages(events, "healed"):
-        return []
-    figures = {"trajectory": trajectory(events, axis), "plane": plane(events)}
-    if of_round(events, "token_kl"):
-        figures["kl_tokens"] = kl_tokens(events)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        picture = BytesIO()
-        figure.savefig(picture, format="png", dpi=130)
-        write_whole(paths[-1], picture.getvalue())
-        plt.close(figure)
-    return paths
+@styled
+def token_kl(events: Sequence[Event], tau: float) -> Figure:
+    """Distribution of the per-token KL of kept, dropped and healed completions, all rounds."""
+    groups: dict[str, list[float]] = {}
+    for e in of_round(events, "token_kl"):
+        for curve in e["curves"]:
+            groups.setdefault(curve["verdict"], []).extend(curve["kl"])
+    require(bool(groups), "no completion has token divergences.")
+    figure, (panel,) = grid(1, 1)
+    panel.set(title="share of tokens at or below", xlabel="KL to base [nats]")
+    looks: dict[str, Look] = {
+        name: (VERDICTS[name], "", dash)
+        for name, dash in zip(VERDICTS, DASHES, strict=False)
+    }  # fmt: skip
+    named = {f"{name} ({len(kl)} tokens)": (looks[name], kl) for name, kl in groups.items()}
+    ecdf(panel, named, LEAST_KL, tau)
+    layout(figure, 2)
+    return figure
 
 
-__all__ = ["draw", "kl_tokens", "on_axis", "plane", "trajectory"]
+@styled
+def doses(
+    events: Sequence[Event],
+    texts: Sequence[Event],
+    loop: Mapping[str, Any],
+    confidence: float = 0.95,
+) -> Figure:
+    """Filter survival and median base perplexity against the dose, a line per round's ladder."""
+    rungs = ladders(texts)
+    require(bool(rungs), "no dose has been probed.")
+    figure, (left, right) = grid(2, 2)
+    left.set(title="survival [share of probes]", xlabel="dose [times the raw vector]")
+    right.set(title="median base perplexity", xlabel="dose [times the raw vector]")
+    limit = loop["filter"]["max_tail_perplexity"]
+    medians = [r["perplexity"] for ladder in rungs.values() for r in ladder]
+    log_axis(right, "y", [*filter(math.isfinite, medians), limit])
+    # A little apart, since survival takes few values and intervals would cover each other.
+    apart = 0.012 * max(abs(r["dose"]) for ladder in rungs.values() for r in ladder)
+    for i, (look, (index, ladder)) in enumerate(zip(looks(len(rungs)), rungs.items(), strict=True)):
+        series(
+            left,
+            [r["dose"] + apart * (i - (len(rungs) - 1) / 2) for r in ladder],
+            [r["kept"] / r["generated"] for r in ladder],
+            look,
+            f"round {index}",
+            y_spans=[wilson(int(r["kept"]), int(r["generated"]), confidence) for r in ladder],
+        )
+        known = [r for r in ladder if math.isfinite(r["perplexity"])]
+        dose, perplexity = ([r[key] for r in known] for key in ("dose", "perplexity"))
+        series(right, dose, perplexity, look, f"round {index}")
+    for base in stages(events, "base")[:1]:
+        rule(left, base["survival"], LOOKS["base"], "base")
+        if base["perplexity"] is not None:
+            rule(right, base["perplexity"], LOOKS["base"], "base")
+    target = loop["dose"]["target_survival"]
+    rule(left, target, ("text", "", ":"), f"target survival {target:g}")
+    rule(right, limit, ("text", "", "-."), f"limit of a text's tail perplexity {limit:g}")
+    left.set_ylim(-0.02, 1.02)
+    layout(figure, 4)
+    return figure
 
-if __name__ == "__main__":
-    for path in draw(Path(sys.argv[1])):
-        print(path)
+
+@styled
+def foundations(events: Sequence[Event], axis: Axis) -> Figure:
+    """Shift of all seven foundations: the prompted personas, then a panel per round."""
+    rounds = sorted({e["round"] for e in events if e["event"] == "stage" and e["round"] >= 0})
+    groups = [("prompted personas, no training", ("prompted+", "prompted-"), -1)]
+    groups += [(f"round {index}", ("steered", "healed"), index) for index in rounds]
+    found = [
+        (title, [e for name in names for e in stages(events, name) if e["round"] == index])
+        for title, names, index in groups
+    ]
+    found = [(title, group) for title, group in found if group]
+    require(bool(found), "no prompted, steered or healed stage has been measured.")
+    marks = {1: " \u25b2", -1: " \u25bc", None: ""}
+    names = [f"{name}{marks[axis.expected.get(name)]}" for name in FOUNDATIONS]
+    figure, panels = grid(len(found), 3, (3.2, 2.4), sharey=True)
+    for panel, (title, group) in zip(panels, found, strict=True):
+        panel.set(title=title, xlabel="shift from base [nats]")
+        panel.grid(axis="x")
+        for e, aside in zip(group, (-0.13, 0.13), strict=False):
+            colour, marker, _ = LOOKS[e["stage"]]
+            series(
+                panel,
+                [e["shift"][name] for name in FOUNDATIONS],
+                [i + aside for i in range(len(FOUNDATIONS))],
+                (colour, marker, "none"),
+                e["stage"],
+                x_spans=[e["shift_interval"][name] for name in FOUNDATIONS],
+            )
+        rule(panel, 0.0, LOOKS["base"], "base", along="x")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    layout(figure, left=1.05, gap=0.25)
+    return figure
+
+
+@styled
+def cosines(vectors: Sequence[tuple[int, SteeringVector]]) -> Figure:
+    """Cosine of each round's vector to the first and the last: mean over layers, and range."""
+    require(bool(vectors), "no round has a vector.")
+    figure, (panel,) = grid(1, 1)
+    panel.set(title="cosine", xlabel="round")
+    for name, (index, other), look, aside in (
+        ("first", vectors[0], ("indigo", "o", "-"), -0.04),
+        ("last", vectors[-1], ("orange", "D", "--"), 0.04),
+    ):
+        every = [list(vector.cosine(other).values()) for _, vector in vectors]
+        series(
+            panel,
+            [i + aside for i, _ in vectors],
+            [sum(found) / len(found) for found in every],
+            look,
+            f"to the {name} (round {index})",
+            y_spans=[(min(found), max(found)) for found in every],
+        )
+    rule(panel, 0.0, LOOKS["base"], "orthogonal")
+    _rounds(panel, (i for i, _ in vectors))
+    layout(figure, 2)
+    return figure
+
+
+@styled
+def barrier(events: Sequence[Event]) -> Figure:
+    """Divergence, its weight, tokens above tau and gradient norms per training step."""
+    healing = of_round(events, "healing")
+    require(bool(healing), "no round has been trained.")
+    steps = [step for e in healing for step in e["steps"]]
+    starts = np.cumsum([0, *(len(e["steps"]) for e in healing)])[1:-1]
+    figure, panels = grid(5, 3, (3.3, 1.8), sharex=True)
+    for panel, (title, lines) in zip(
+        panels,
+        (
+            ("D [nats]", [("d", "D", "green", "-")]),
+            ("lambda", [("lam", "lambda", "purple", "-")]),
+            (
+                "share above tau",
+                [("fired", "completions, D > tau", "orange", "-"),
+                 ("tokens_over", "tokens, KL > tau", "teal", "--")],
+            ),
+            (
+                "gradient norm at the final hidden states",
+                [("grad_nll", "NLL", "blue", "-"),
+                 ("grad_barrier", "lambda x barrier", "red", "--")],
+            ),
+            ("adapter's gradient norm before clipping", [("grad_adapter", "A and B", "grey", "-")]),
+        ),
+        strict=True,
+    ):  # fmt: skip
+        panel.set(title=title, xlabel="training step, all rounds")
+        panel.tick_params(labelbottom=True)
+        for key, label, colour, dash in lines:
+            values = [step[key] for step in steps]
+            series(panel, range(len(steps)), values, (colour, "", dash), label)
+        for start in starts:
+            rule(panel, start - 0.5, ("grey", "", ":"), "_round", along="x")
+    for tau in sorted({e["tau"] for e in healing}):
+        rule(panels[0], tau, ("text", "", ":"), f"tau {tau:g}")
+    for panel in panels:
+        panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    layout(figure, 8)
+    return figure
+
+
+def charts(
+    folder: Path,
+    config: Mapping[str, Any],
+    axis: Axis,
+    events: Sequence[Event],
+    texts: Sequence[Event],
+) -> dict[str, Chart]:
+    """By name, every chart that a record of this length can have.
+
+    Args:
+        folder: where the rounds' vectors are.
+    """
+    loop = config["loop"]
+    confidence = loop["eval"]["confidence"]
+    level = f"{100 * confidence:g} %"
+    present = {e["stage"] if e["event"] == "stage" else e["event"] for e in events}
+    healing = of_round(events, "healing")
+    starts = np.cumsum([0, *(len(e["steps"]) for e in healing)])
+    where = ", ".join(
+        f"round {e['round']} from step {at}" for e, at in zip(healing, starts, strict=False)
+    )
+
+    def vectors() -> Figure:
+        rounds = [e["round"] for e in events if e["event"] == "vector"]
+        path = folder / "rounds"
+        return cosines(
+            [(i, SteeringVector.load(path / str(i) / "vector.safetensors")) for i in rounds]
+        )
+
+    every: list[tuple[str, set[str], str, Callable[[], Figure]]] = [
+        (
+            "trajectory",
+            {"steered", "healed"},
+            f"Shift from base of the axis's foundations, {level} intervals paired by vignette; "
+            f"coherence, the probability on valid answers over base's; survival, the share of "
+            f"free samples that pass the filter, {level} Wilson intervals. Q2 needs {COHERENT:g} "
+            "of base's coherence in every healed stage, and survival within a margin of base's.",
+            lambda: trajectory(events, axis, confidence),
+        ),
+        (
+            "plane",
+            {"steered", "healed"},
+            "Care against authority, log of their mean probability over the vignettes; numbers "
+            "are rounds, arrows follow the run.",
+            lambda: plane(events),
+        ),
+        (
+            "token_kl",
+            {"token_kl"},
+            "Distribution of the per-token KL to base over the completions below, all rounds; the "
+            f"axis begins at {LEAST_KL:g} nats.",
+            lambda: token_kl(events, tau_of(events, loop["heal"]["tau"])),
+        ),
+        (
+            "kl_tokens",
+            {"token_kl"},
+            "Per-token KL to base of the completions of the first round, with tau.",
+            lambda: kl_tokens(events),
+        ),
+        (
+            "doses",
+            {"probe"},
+            f"Share of probes that the filter keeps, {level} Wilson intervals, and their median "
+            "perplexity under base. The filter drops a text whose last quarter is above its limit.",
+            lambda: doses(events, texts, loop, confidence),
+        ),
+        (
+            "foundations",
+            {"prompted+", "steered", "healed"},
+            f"Shift of all seven foundations from base, {level} intervals. The axis expects "
+            "\u25b2 up and \u25bc down, and no shift of the others.",
+            lambda: foundations(events, axis),
+        ),
+        (
+            "cosines",
+            {"vector"},
+            "Cosine of each round's steering vector to the first and to the last round's: mean "
+            "over the band's layers, bars from the least to the greatest layer.",
+            vectors,
+        ),
+        (
+            "barrier",
+            {"healing"},
+            "D is the aggregated KL of a completion to its reference, the barrier starts at tau, "
+            f"lambda is its weight. Steps count over all rounds: {where}.",
+            lambda: barrier(events),
+        ),
+    ]
+    return {name: chart(name, text, draw) for name, needs, text, draw in every if needs & present}
+
+
+def tau_of(events: Sequence[Event], setting: float) -> float:
+    """Where the barrier starts [nats]: in the last training, before any the setting."""
+    healing = of_round(events, "healing")
+    return float(healing[-1]["tau"]) if healing else setting

@@ -1,23 +1,23 @@
-"""The table at the end of a run, from its events alone."""
+"""Tables of a run, from its events and texts."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median_low
 
 from experiments.record.reader import Event, stages
 
 
 def rows(events: Sequence[Event]) -> list[dict[str, str]]:
-    """The table: base, prompted, and steered and healed per round."""
+    """A row per stage: base, prompted, and steered and healed per round."""
     kept = {e["round"]: e for e in events if e["event"] == "round"}
     healing = {e["round"]: e for e in events if e["event"] == "healing"}
     table = []
     for e in events:
         if e["event"] != "stage":
             continue
-        index, row = (
-            e["round"],
-            {"stage": e["stage"] if e["round"] < 0 else f"{e['stage']} {e['round']}"},
-        )
-        row |= {
+        index = e["round"]
+        row = {
+            "stage": e["stage"] if index < 0 else f"{e['stage']} {index}",
             _column("care_nats", "care", events): f"{e['nats']['care']:.2f}",
             _column("auth_nats", "authority", events): f"{e['nats']['authority']:.2f}",
             "coherence": f"{e['coherence']:.2f}",
@@ -37,6 +37,42 @@ def rows(events: Sequence[Event]) -> list[dict[str, str]]:
 
 
 def _column(name: str, foundation: str, events: Sequence[Event]) -> str:
-    """A column's name, with a warning where base's own reading of the foundation is noise."""
+    """A column's name, with a warning where base's reading of the foundation is noise."""
     base = stages(events, "base")
     return f"{name} (noise)" if base and foundation in base[0]["noise"] else name
+
+
+def ladders(texts: Sequence[Event]) -> dict[int, list[dict[str, float]]]:
+    """Per round and probed dose: texts generated and kept, and their median perplexity under base
+    (infinite where the median text is empty)."""
+    groups: dict[int, dict[float, list[Event]]] = {}
+    for t in texts:
+        if t["stage"] == "probe":
+            groups.setdefault(t["round"], {}).setdefault(t["dose"], []).append(t)
+    return {
+        index: [
+            {
+                "dose": dose,
+                "generated": len(found),
+                "kept": sum(not t["reasons"] for t in found),
+                "perplexity": median_low(
+                    math.inf if t["perplexity"] is None else t["perplexity"] for t in found
+                ),
+            }
+            for dose, found in sorted(doses.items(), key=lambda item: abs(item[0]))
+        ]
+        for index, doses in groups.items()
+    }
+
+
+def columns_of(table: Sequence[Mapping[str, str]]) -> list[str]:
+    """Keys of all rows, in the order in which they appear."""
+    return list(dict.fromkeys(key for row in table for key in row))
+
+
+def markdown(table: Sequence[Mapping[str, str]]) -> str:
+    """Rows as a Markdown table; a missing key is an empty cell."""
+    names = columns_of(table)
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(row.get(name, "") for name in names) + " |" for row in table]
+    return "\n".join(lines) + "\n"

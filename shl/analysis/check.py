@@ -1,4 +1,4 @@
-"""What to run first on a new model: does this toolkit compute on it what it says?"""
+"""Sanity checks for a loaded model: parity, caching, steering, adapters, and hooks removed."""
 
 from dataclasses import dataclass
 
@@ -21,47 +21,47 @@ PROMPTS = ("What helps you fall asleep after an exciting day at the sea?", "Hi, 
 
 
 @dataclass(frozen=True)
-class Line:
-    """One check: the largest deviation seen, the most that is allowed, and a word on it."""
+class CheckLine:
+    """One check: the largest deviation (None if it could not be made), its limit, and a note."""
 
     what: str
-    seen: float | None
+    deviation: float | None
     allowed: float
     note: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether it held; a check that could not be made did not."""
-        return self.seen is not None and self.seen <= self.allowed
+        """Whether it passed; a check that could not be made did not."""
+        return self.deviation is not None and self.deviation <= self.allowed
 
 
 @dataclass(frozen=True)
-class Report:
-    """All checks; prints as a short table."""
+class CheckReport:
+    """All checks of a model; prints as a table."""
 
     model_name: str
-    lines: tuple[Line, ...]
+    lines: tuple[CheckLine, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether all of them held."""
+        """Whether all checks passed."""
         return all(line.ok for line in self.lines)
 
     def __str__(self) -> str:
         rows = []
         for line in self.lines:
-            verdict = "ok" if line.ok else "NOT CHECKED" if line.seen is None else "FAILED"
-            seen = "" if line.seen is None else f"{line.seen:.1e} (<= {line.allowed:g})"
-            rows.append(f"{line.what:<44} {verdict:<12} {seen} {line.note}".rstrip())
+            verdict = "ok" if line.ok else "NOT CHECKED" if line.deviation is None else "FAILED"
+            size = "" if line.deviation is None else f"{line.deviation:.1e} (<= {line.allowed:g})"
+            rows.append(f"{line.what:<44} {verdict:<12} {size} {line.note}".rstrip())
         return "\n".join([f"{self.model_name}", *rows])
 
 
 @torch.no_grad()
-def check(model: HookedTransformer) -> Report:
+def check(model: HookedTransformer) -> CheckReport:
     """Compare the model with transformers and with itself; takes seconds on a small one.
 
-    Parity needs the folder or hub name that the model was loaded from. Steering and adapters are
-    put on and taken off again.
+    Parity needs the folder or hub name that the model was loaded from. Hooks that the checks add
+    are removed again.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -79,14 +79,14 @@ def check(model: HookedTransformer) -> Report:
     batched = generate(model, PROMPTS, max_new_tokens=8, temperature=0.0)
     alone = [generate(model, [p], max_new_tokens=8, temperature=0.0)[0] for p in PROMPTS]
     differ = sum(a.tokens != b.tokens for a, b in zip(batched, alone, strict=True))
-    lines.append(Line("greedy texts in a batch equal those alone", float(differ), 0.0))
+    lines.append(CheckLine("greedy texts in a batch equal those alone", float(differ), 0.0))
 
     residual, cache = prefill(model, [row[:-1] for row in rows])
     last = torch.tensor([[row[-1]] for row in rows], device=residual.device)
     after = run(model, last, torch.ones_like(last), cache)
     cached = model.unembed(model.ln_final(after))[:, 0].float()
     off = max(float((a - b).abs().max()) for a, b in zip(cached, whole, strict=True))
-    lines.append(Line("cached, padded logits equal whole ones", off, close))
+    lines.append(CheckLine("cached, padded logits equal whole ones", off, close))
 
     generator = generator_for(0, "check")
     directions = {
@@ -108,23 +108,25 @@ def check(model: HookedTransformer) -> Report:
     with baked(model, [adapter], materialise=True):
         inside = model(tokens)
     off = float((hooked - inside).float().abs().max())
-    lines.append(Line("an adapter as hooks equals it in the weights", off, close))
+    lines.append(CheckLine("an adapter as hooks equals it in the weights", off, close))
     lines.append(_same("base comes back", model(tokens), plain))
     left = float(len(handles_on(model)) - before)
-    lines.append(Line("no hook is left behind", left, 0.0))
-    return Report(str(model.cfg.model_name), tuple(lines))
+    lines.append(CheckLine("no hook is left behind", left, 0.0))
+    return CheckReport(str(model.cfg.model_name), tuple(lines))
 
 
-def _same(what: str, got: torch.Tensor, expected: torch.Tensor) -> Line:
-    return Line(what, float((got - expected).float().abs().max()), 0.0)
+def _same(what: str, got: torch.Tensor, expected: torch.Tensor) -> CheckLine:
+    return CheckLine(what, float((got - expected).float().abs().max()), 0.0)
 
 
-def _parity(model: HookedTransformer, row: list[int], ours: torch.Tensor, close: float) -> Line:
+def _parity(
+    model: HookedTransformer, row: list[int], ours: torch.Tensor, close: float
+) -> CheckLine:
     what = "logits equal transformers"
     try:
         folder = model_folder(str(model.cfg.model_name))
     except ShlError as error:
-        return Line(what, None, close, str(error))
+        return CheckLine(what, None, close, str(error))
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=model.W_U.dtype).eval()
     theirs = hf.to(model.W_U.device)(torch.tensor([row], device=model.W_U.device)).logits[0, -1]
-    return Line(what, float((ours - theirs.float()).abs().max()), close)
+    return CheckLine(what, float((ours - theirs.float()).abs().max()), close)

@@ -1,4 +1,4 @@
-"""Each round's steering vector in numbers: norms, and cosines beside what chance gives."""
+"""Norms of each round's steering vector, and its cosines with their null distributions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformer_lens import HookedTransformer
 
+from shl.analysis.weight_updates import NULL_COVERAGE
 from shl.hooks.adapter import Adapter
 from shl.hooks.bake import baked
 from shl.hooks.handle import suspended
@@ -25,14 +26,15 @@ def random_cosines(
     draws: int = 1000,
     seed: int = 0,
 ) -> Float[Tensor, " draws"]:
-    """Cosines to `reference` of normal random directions with the covariance of `states`.
+    """Cosines between `reference` and normal random directions with the covariance of `states`.
 
-    "Would any direction along which this stream varies look as close?" A draw is sum_i z_i x_i
-    with z normal and x the centred rows, whose covariance is that of the rows without forming it.
-    It has rank n - 1 at most: take n well above the few directions that matter.
+    The null hypothesis is that any direction along which the stream varies is as close. A draw is
+    sum_i z_i x_i with z normal and x the centred rows, which has the covariance of the rows without
+    forming it. That has rank n - 1 at most, so n should be well above the number of large
+    principal components.
 
     Args:
-        reference: `[d_model]`, what the cosines are to.
+        reference: `[d_model]`.
         states: `[n, d_model]`, for instance residuals at one token of n prompts.
 
     Raises:
@@ -45,7 +47,7 @@ def random_cosines(
         >>> round(float((cosines**2).mean()), 2)  # 1 / 50
         0.02
     """
-    require(len(states) >= 2, f"{len(states)} rows have no covariance, it takes two.")
+    require(len(states) >= 2, f"{len(states)} rows have no covariance, at least 2 are needed.")
     states = states.double()
     centred = states - states.mean(0)
     require(bool(centred.any()), "the rows do not differ, so they have no covariance.")
@@ -60,15 +62,15 @@ def shuffled_cosines(
     draws: int = 1000,
     seed: int = 0,
 ) -> Float[Tensor, " draws"]:
-    """Cosines to `reference` of mean differences whose persona labels are shuffled.
+    """Cosines between `reference` and mean differences with shuffled persona labels.
 
-    "Would these contexts give such a vector if the personas meant nothing?" In each draw the two
-    personas change places in a random half of the contexts (an odd one is left out), which takes
-    the mean difference out exactly. Flips at random would leave a share of it in, and a cosine
-    does not see how small that share is.
+    The null hypothesis is that the persona labels do not matter. In each draw the two personas are
+    exchanged in a random half of the contexts (an odd one is left out), which removes the mean
+    difference exactly. Independent flips would leave a share of it, and a cosine does not show how
+    small that share is.
 
     Args:
-        reference: `[d_model]`, what the cosines are to.
+        reference: `[d_model]`.
         differences: `[n, d_model]`, positive minus negative persona, one row per context.
 
     Raises:
@@ -82,7 +84,7 @@ def shuffled_cosines(
         [-0.5, 0.5]
     """
     n = len(differences)
-    require(n >= 2, f"the labels of {n} contexts cannot be shuffled, it takes two.")
+    require(n >= 2, f"the labels of {n} contexts cannot be shuffled, at least 2 are needed.")
     differences = differences.double()
     centred = differences - differences.mean(0)
     spread = float(torch.linalg.vector_norm(centred) / torch.linalg.vector_norm(differences))
@@ -94,20 +96,20 @@ def shuffled_cosines(
     return _cosines(reference, signs @ centred)
 
 
-def bound(cosines: Float[Tensor, " draws"], confidence: float = 0.95) -> float:
-    """The |cosine| that a share `confidence` of the draws stays below.
+def bound(cosines: Float[Tensor, " draws"], coverage: float = NULL_COVERAGE) -> float:
+    """The size below which a share `coverage` of the cosines lies.
 
     Example:
         >>> import torch
         >>> round(bound(torch.linspace(-1, 1, 2001)), 3)
         0.95
     """
-    return float(torch.quantile(cosines.abs(), confidence))
+    return float(torch.quantile(cosines.abs(), coverage))
 
 
 def _cosines(reference: Direction, directions: Float[Tensor, "draws d_model"]) -> Tensor:
     reference = reference.double().cpu()
-    require(bool(reference.any()), "the reference direction is 0, nothing has a cosine to it.")
+    require(bool(reference.any()), "the reference direction is 0, it has no cosine.")
     return torch.cosine_similarity(directions, reference[None], dim=1)
 
 
@@ -119,9 +121,8 @@ States = Mapping[int, Float[Tensor, "n d_model"]]
 class Student:
     """One round's residuals, all on the same contexts.
 
-    `positive`, `negative` and `neutral` (no persona) are of the student that enters the round,
-    `healed` is neutral too, of the one that leaves it, and `base` that of the model without any
-    adapter.
+    `positive`, `negative` and `neutral` (no persona) are those of the student that enters the
+    round; `healed` (after the round) and `base` (no adapter) are without persona too.
 
     Example:
         >>> from shl.method.axes import load_axis
@@ -142,7 +143,7 @@ class Student:
         return self.positive[layer] - self.negative[layer]
 
     def shift(self, layer: int) -> Float[Tensor, " d_model"]:
-        """Mean of healed minus base: what the student has made its own by the round's end."""
+        """Mean of healed minus base: the shift internalised by the end of the round."""
         return (self.healed[layer] - self.base[layer]).mean(0)
 
 
@@ -155,19 +156,20 @@ def students(
     contexts: int,
     batch_size: int = 16,
 ) -> list[Student]:
-    """Run the axis's contexts on the student of every round, without any other hook of ours.
+    """Residuals of the student of every round on the axis's contexts.
+
+    Hooks of this package that are on the model are suspended meanwhile.
 
     Args:
-        adapters: per round, what it added (one adapter, or none).
-        contexts: how many of the axis's contexts are used, from the first.
+        adapters: the adapters that each round added (one, or none).
+        contexts: number of the axis's contexts that are used, from the first.
 
     Raises:
         ShlError: adapters that do not fit the model, or a layer that it does not have.
     """
-    asked = axis.contexts[:contexts]
 
     def states(persona: str | None) -> States:
-        prompts = [Prompt(context, persona) for context in asked]
+        prompts = [Prompt(context, persona) for context in axis.contexts[:contexts]]
         return residual_at_tag(model, prompts, layers, batch_size=batch_size)
 
     out = []
@@ -187,9 +189,8 @@ def students(
 
 @dataclass(frozen=True)
 class Cosine:
-    """A cosine, and what 95 % of chance stays below in size: random directions with the
-    covariance of the residuals, and the same contexts with shuffled persona labels (see
-    `shl.analysis.cosines`). Both are None in a ledger that was made without a model.
+    """A cosine with the bounds of two null distributions (`bound`): `random_cosines` and
+    `shuffled_cosines`. Both are None in a ledger that was made without a model.
 
     Example:
         >>> Cosine(0.5, random=0.3, shuffled=0.4).beyond_chance
@@ -214,9 +215,8 @@ class VectorEntry:
 
     `norm` is in units of the residual stream, `relative_norm` its share of the mean norm of the
     entering student's residuals without persona; `shift_norm` is that of the internalised shift,
-    the mean of healed minus base residuals without persona, after the round. All at the assistant
-    tag; None where there was no model. A cosine of or to what is missing or 0 is None, as
-    `to_previous` is in the first round.
+    the mean of healed minus base residuals without persona, after the round. All are read at the
+    assistant tag, and None without a model. A cosine is None where either vector is missing or 0.
     """
 
     round: int
@@ -241,7 +241,7 @@ def vector_entries(
     Args:
         vectors: one per round, in order.
         found: `students` of the same rounds; without them there are no nulls and no shift.
-        draws: random draws behind each null.
+        draws: random draws per null distribution.
 
     Raises:
         ShlError: too few contexts for a null, or contexts that are all alike.
@@ -289,7 +289,7 @@ def _cosine(
     value = float(torch.cosine_similarity(v.cpu(), other.cpu(), dim=0))
     if student is None:
         return Cosine(value)
-    # Each persona's own mean goes, so that the trait is not part of what varies.
+    # Each persona's mean is subtracted, so that the trait is not part of the variation.
     sides = (student.positive[layer], student.negative[layer])
     states = torch.cat([side - side.mean(0) for side in sides])
     return Cosine(

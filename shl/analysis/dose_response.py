@@ -1,4 +1,4 @@
-"""Dose-response: how far each dose of a vector takes the model from base, in one batched call."""
+"""Dose-response: divergence from base at each dose of a vector, in one batched call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,13 +52,13 @@ def dose_response(
 ) -> DoseResponse:
     """KL to base per dose over the same texts: every dose is a row of the same batches.
 
-    The texts are fixed (base's own answers, for instance), so doses differ in nothing but the
-    dose. Base is the model with this package's hooks suspended; adapters that are on stay on under
-    the vector, and then dose 0 shows their own divergence.
+    The texts are fixed (base's answers, for instance), so only the dose varies. Base is the model
+    with this package's hooks suspended; adapters that are on stay on under the vector, and dose 0
+    then gives their divergence.
 
     Args:
-        completions: what `generate` gave; prompts and padding do not count.
-        doses: multiples of the vector, in any order, 0 and negative ones included.
+        completions: results of `generate`; prompts and padding are left out.
+        doses: multiples of the vector, in any order; 0 and negative ones are allowed.
         batch_size: rows (completions times doses) in one forward pass.
 
     Raises:

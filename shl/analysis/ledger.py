@@ -1,4 +1,4 @@
-"""`Ledger`: a run's vectors and updates in numbers, layer by round and site by round."""
+"""`Ledger`: norms, cosines and spectra of a run's vectors and updates."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from transformer_lens import HookedTransformer
 
 from shl.analysis.cosines import Cosine, Student, students, vector_entries
-from shl.analysis.weight_updates import update_entries
+from shl.analysis.weight_updates import NULL_COVERAGE, update_entries
 from shl.hooks.adapter import Adapter
 from shl.hooks.fingerprint import check_made_for
 from shl.hooks.vector import SteeringVector
@@ -21,19 +21,19 @@ from shl.utils.errors import require
 class Ledger:
     """Norms, cosines and spectra of a run, per layer x round and per site x round.
 
-    From the files alone: every vector's norm and its cosines to the first and to the previous
-    round's; every site's dW. With `model` and `axis` also what needs the students themselves:
-    relative norms, the internalised shift, and two nulls beside each cosine.
+    Without a model: norms of the vectors, their cosines to the first and to the previous round's,
+    and every site's dW. With `model` and `axis` also relative norms, the internalised shift, and
+    the bounds of two null distributions for each cosine.
 
     Args:
         run: a run folder (`rounds/N/vector.safetensors` and `adapter.safetensors`; a last round
             without its adapter is not finished and left out), or the rounds that `love` gave.
-        model: the base model of the run, without other hooks of its own.
+        model: the base model of the run, without other hooks.
         axis: the run's axis.
-        contexts: how many of the axis's contexts are read; None is as many as the vectors took.
-        any_weights: take a run that was made on other weights of a model of this name.
+        contexts: number of the axis's contexts; None is as many as the vectors were made from.
+        any_weights: accept a run that was made on other weights of a model of this name.
         top: singular values kept per site.
-        draws: random draws behind each null.
+        draws: random draws per null distribution.
 
     Raises:
         ShlError: no finished round, a damaged file, rounds of different models or axes, a model
@@ -67,7 +67,7 @@ class Ledger:
     ) -> None:
         require(
             (model is None) == (axis is None),
-            "a ledger takes the run's model and axis together, or neither of them.",
+            "a ledger takes model and axis together, or neither of them.",
         )
         self.rounds = _rounds_of(run, model, any_weights)
         first = self.rounds[0][0]
@@ -79,8 +79,8 @@ class Ledger:
         found: list[Student] | None = None
         if model is not None and axis is not None:
             for vector, _ in self.rounds:
-                told = (vector.model_name, vector.weights, vector.dtype)
-                check_made_for(model, "the run", *told, any_weights=any_weights)
+                made_on = (vector.model_name, vector.weights, vector.dtype)
+                check_made_for(model, "the run", *made_on, any_weights=any_weights)
             require(
                 axis.name == first.axis,
                 f"the run's axis is {first.axis!r}, the ledger was given {axis.name!r}.",
@@ -129,10 +129,13 @@ class Ledger:
     def __str__(self) -> str:
         lines = [f"{self.axis_name} on {self.model_name}, {len(self.rounds)} rounds"]
         if any(entry.to_first and entry.to_first.random for entry in self.vectors):
-            lines.append("in brackets: 95 % of chance, random directions and shuffled labels")
+            lines.append(
+                f"in brackets: {NULL_COVERAGE:.0%} bounds of random directions and of shuffled "
+                "persona labels"
+            )
         lines += ["", "round layer    norm  rel.  cos first          cos previous       cos shift"]
         for entry in self.vectors:
-            cosines = (_told(c) for c in (entry.to_first, entry.to_previous, entry.to_shift))
+            cosines = (_cell(c) for c in (entry.to_first, entry.to_previous, entry.to_shift))
             relative = "" if entry.relative_norm is None else f"{entry.relative_norm:.3f}"
             lines.append(
                 f"{entry.round:5d} {entry.layer:5d} {entry.norm:7.2f} {relative:>5s}  "
@@ -140,19 +143,16 @@ class Ledger:
             )
         lines += ["", "round  mean over sites: |dW|  effective rank  cos to first (chance)"]
         for index in range(len(self.rounds)):
-            own = [entry for entry in self.updates if entry.round == index]
-            turns = [entry.to_first for entry in own if entry.to_first]
-            to_first = ""
-            if turns:
-                mean = np.mean([turn.cosine for turn in turns])
-                to_first = f"{mean:.3f} ({np.mean([turn.chance for turn in turns]):.3f})"
-            norm, rank = (np.mean([getattr(e, k) for e in own]) for k in ("norm", "effective_rank"))
+            entries = [entry for entry in self.updates if entry.round == index]
+            pairs = [(e.to_first.cosine, e.to_first.chance) for e in entries if e.to_first]
+            to_first = "{:.3f} ({:.3f})".format(*np.mean(pairs, 0)) if pairs else ""
+            norm, rank = np.mean([(e.norm, e.effective_rank) for e in entries], 0)
             lines.append(f"{index:5d}  {norm:22.3f}  {rank:14.1f}  {to_first}".rstrip())
         return "\n".join(lines)
 
 
-def _told(cosine: Cosine | None) -> str:
-    """`0.87 (0.31, 0.22)`: the value, and the nulls' bounds where there are any."""
+def _cell(cosine: Cosine | None) -> str:
+    """`+0.87 (0.31, 0.22)`: the value, and the bounds of both nulls where there are any."""
     if cosine is None:
         return ""
     if cosine.random is None or cosine.shuffled is None:
@@ -182,7 +182,7 @@ def _rounds_of(
     any_weights: bool,
 ) -> tuple[tuple[SteeringVector, Adapter], ...]:
     if not isinstance(run, str | Path):
-        require(len(run) > 0, "a ledger of no rounds was asked for, give at least one.")
+        require(len(run) > 0, "the ledger got no rounds, give at least one.")
         return tuple((r.vector, r.adapter) if isinstance(r, Round) else r for r in run)
     found = []
     for index in itertools.count():

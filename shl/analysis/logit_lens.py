@@ -1,12 +1,13 @@
-"""The logit lens of a direction: which words it raises and lowers where it is written.
+"""The logit lens of a direction: the tokens whose logits it raises and lowers most.
 
-nostalgebraist 2020, "interpreting GPT: the logit lens": a direction of the residual stream is read
-as if it went straight to the unembedding. What later layers make of it is not part of the answer.
+nostalgebraist 2020, "interpreting GPT: the logit lens": a direction of the residual stream is
+multiplied with the unembedding directly; later layers are ignored.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
+from statistics import NormalDist
 
 import torch
 from transformer_lens import HookedTransformer
@@ -20,11 +21,11 @@ from shl.utils.shapes import Direction, Float, Tensor
 
 
 @dataclass(frozen=True)
-class Words:
-    """Words with their scores, the strongest first: standard deviations from the vocabulary's mean.
+class LensTokens:
+    """Tokens and their scores, in standard deviations from the vocabulary's mean, largest first.
 
     Example:
-        >>> Words((("care", 4.2),), (("rule", -3.9),)).raised[0]
+        >>> LensTokens((("care", 4.2),), (("rule", -3.9),)).raised[0]
         ('care', 4.2)
     """
 
@@ -39,17 +40,17 @@ def logit_lens(
     k: int = 10,
     *,
     keep: Callable[[str], bool] | None = None,
-) -> Words:
-    """The `k` words that a residual direction raises and lowers most, through the final norm's
-    scale and the unembedding.
+) -> LensTokens:
+    """The `k` tokens whose logits a residual direction raises and lowers most, through the final
+    norm's scale and the unembedding.
 
     Scores are standard deviations over the vocabulary, so they do not depend on the direction's
-    length; `largest_by_chance` tells how large they get in any vocabulary of that size.
+    length; `largest_by_chance` gives the largest expected in a vocabulary of that size.
 
     Args:
         direction: `[d_model]`, of the residual stream: a vector's, or `written_directions`.
-        k: words on either side.
-        keep: which words may be listed, given their text (`str.isascii`); None is all of them.
+        k: tokens raised, and tokens lowered.
+        keep: filter on a token's text (`str.isascii`); None keeps all tokens.
 
     Raises:
         ShlError: a direction of another width, of zero or not finite, or k below 1.
@@ -57,8 +58,8 @@ def logit_lens(
     Example:
         >>> from shl.models.tiny import tiny_gemma
         >>> model = tiny_gemma()
-        >>> words = logit_lens(model, model.W_U[:, 70] / model.ln_final.w, 1)
-        >>> words.raised[0][0] == model.tokenizer.decode([70])
+        >>> tokens = logit_lens(model, model.W_U[:, 70] / model.ln_final.w, 1)
+        >>> tokens.raised[0][0] == model.tokenizer.decode([70])
         True
     """
     d_model = model.cfg.d_model
@@ -69,7 +70,7 @@ def logit_lens(
     )
     require(
         bool(torch.isfinite(direction).all() and direction.any()),
-        "the direction is 0 or not finite, it raises no word.",
+        "the direction is 0 or not finite, it raises no token.",
     )
     require(k >= 1, f"k is {k}, it must be at least 1.")
     scaled = _final_scale(model) * direction.to(model.W_U.device, torch.float32)
@@ -81,21 +82,20 @@ def logit_lens(
         texts = ((decode(model, [i]), i) for i in ids)
         return tuple(islice(((t, float(scores[i])) for t, i in texts if not keep or keep(t)), k))
 
-    return Words(first(order), first(reversed(order)))
+    return LensTokens(first(order), first(reversed(order)))
 
 
 def written_directions(
     model: HookedTransformer, adapter: Adapter, site: str, k: int = 1
 ) -> Float[Tensor, "n d_model"]:
-    """What dW writes into the residual stream: its top left singular vectors, one per row.
+    """Directions that dW writes to the residual stream: its top left singular vectors, as rows.
 
     On Gemma the output of attention and MLP passes a norm before it is added; its learned scale is
-    applied (its division only rescales). Rows have length 1 and no sign of their own: a direction
-    is written one way or the other, depending on what is read.
+    applied (its division only rescales). Rows have length 1 and an arbitrary sign.
 
     Args:
         site: one of the adapter's that writes to the stream: `blocks.N.o`, `.down` or `.resid`.
-        k: how many, from the largest singular value; fewer come back if dW has a lower rank.
+        k: number of directions, from the largest singular value; fewer if dW has a lower rank.
 
     Raises:
         ShlError: a site that the adapter does not have, or that writes elsewhere.
@@ -110,10 +110,12 @@ def written_directions(
         >>> written_directions(model, adapter, "blocks.1.o").shape
         torch.Size([1, 32])
     """
-    own = {s.name: s for s in adapter.sites}
-    require(site in own, f"{site!r} is no site of the adapter, its sites are {sorted(own)[:4]} ...")
+    sites = {s.name: s for s in adapter.sites}
+    require(
+        site in sites, f"{site!r} is no site of the adapter, its sites are {sorted(sites)[:4]} ..."
+    )
     written = spectrum(adapter.down[site], adapter.up[site], adapter.scale).left[:, :k].T.float()
-    written = written * _post_scale(model, own[site]).cpu()
+    written = written * _post_scale(model, sites[site]).cpu()
     return written / written.norm(dim=1, keepdim=True)
 
 
@@ -153,13 +155,13 @@ def strongest_directions(
 
 
 def largest_by_chance(n: int) -> float:
-    """The median of the largest of `n` standard normal scores: what a top word's is worth.
+    """Median of the largest of `n` standard normal scores, to compare a top token's score with.
 
     Example:
         >>> round(largest_by_chance(1), 2), round(largest_by_chance(262_144), 2)
         (0.0, 4.55)
     """
-    return float(torch.special.ndtri(torch.tensor(0.5, dtype=torch.float64) ** (1 / n)))
+    return NormalDist().inv_cdf(0.5 ** (1 / n))
 
 
 def _final_scale(model: HookedTransformer) -> Tensor:

@@ -1,12 +1,15 @@
-"""What each round's adapter does to the weights, site by site, and how rounds stand to each other.
+"""Spectra of each round's weight updates per site, and cosines and angles between rounds.
 
-Everything comes from the factors A and B; no dW is ever formed.
+Everything is computed from the factors A and B; dW itself is never allocated.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
+import numpy as np
 import torch
+from scipy.linalg import subspace_angles
 
 from shl.hooks.adapter import Adapter
 from shl.utils.errors import require
@@ -14,6 +17,8 @@ from shl.utils.shapes import Down, Float, Tensor, Up
 
 NEGLIGIBLE = 1e-7
 """Singular values below this share of the largest are rounding of the fp32 factors."""
+NULL_COVERAGE = 0.95
+"""Share of a null distribution of cosines that lies below the bound given for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +26,8 @@ class Spectrum:
     """s B A = left diag(values) right, float64: the decomposition of one site's update.
 
     `left` is `[d_out, k]` (what is written), `right` `[k, d_in]` (what is read), with orthonormal
-    columns and rows; `values` `[k]` falls from the largest. Directions without a size (below
-    1e-7 of the largest value) are left out, so an update of zero has k = 0. The sign of a pair of
-    directions is arbitrary: `left` and `right` may change it together.
+    columns and rows; `values` `[k]` descend. Singular values below 1e-7 of the largest are left
+    out, so an update of zero has k = 0. The sign of each pair of directions is arbitrary.
 
     Example:
         >>> import torch
@@ -42,14 +46,13 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the singular values as shares of their sum: k if they are all
-        alike, 1 if one of them is all there is, 0 for an update of zero (Roy & Vetterli 2007,
-        "The effective rank")."""
+        """Effective rank (Roy & Vetterli 2007): k if all singular values are equal, 1 if one
+        dominates, 0 for an update of zero."""
         return effective_rank(self.values)
 
 
 def spectrum(down: Down, up: Up, scale: float = 1.0) -> Spectrum:
-    """The singular value decomposition of `scale * up @ down` without allocating that product.
+    """Singular value decomposition of `scale * up @ down` without allocating that product.
 
     Args:
         down: A, `[rank, d_in]`.
@@ -68,21 +71,20 @@ def spectrum(down: Down, up: Up, scale: float = 1.0) -> Spectrum:
     """
     require(
         bool(torch.isfinite(down).all() and torch.isfinite(up).all()),
-        "an adapter's factors hold numbers that are not finite.",
+        "the adapter's factors hold numbers that are not finite.",
     )
     q_up, r_up = torch.linalg.qr(up.detach().cpu().double())
     q_down, r_down = torch.linalg.qr(down.detach().cpu().double().T)
     left, values, right = torch.linalg.svd(scale * (r_up @ r_down.T), full_matrices=False)
-    # What two fp32 factors leave beside an exact zero is their rounding.
+    # Rounding of the fp32 factors leaves small values where an exact zero is meant.
     keep = values > NEGLIGIBLE * abs(scale) * r_up.norm() * r_down.norm()
     return Spectrum(q_up @ left[:, keep], values[keep], right[keep] @ q_down.T)
 
 
 def effective_rank(values: Float[Tensor, " k"]) -> float:
-    """exp(-sum p log p) with p = values / sum(values): how many of them matter, between 1 and k.
+    """exp(-sum p log p) with p = values / sum(values), between 1 and k; 0 without a positive value.
 
     Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality" (EUSIPCO).
-    0 without any positive value.
 
     Example:
         >>> import torch
@@ -99,9 +101,7 @@ def effective_rank(values: Float[Tensor, " k"]) -> float:
 def principal_angles(one: Float[Tensor, "d k"], other: Float[Tensor, "d m"]) -> Float[Tensor, " n"]:
     """Angles in degrees, from the smallest, between the spans of two orthonormal sets of columns.
 
-    Bjorck & Golub 1973 (Math. Comp. 27): their cosines are the singular values of
-    `one.T @ other`, min(k, m) of them. Small angles come from the sines instead, whose cosines
-    would round to 1.
+    Computed by `scipy.linalg.subspace_angles`; there are min(k, m) of them.
 
     Raises:
         ShlError: columns that are not orthonormal.
@@ -112,27 +112,19 @@ def principal_angles(one: Float[Tensor, "d k"], other: Float[Tensor, "d m"]) -> 
         >>> principal_angles(x, y)
         tensor([ 0., 90.], dtype=torch.float64)
     """
-    one, other = one.double(), other.double()
-    for columns in (one, other):
+    for columns in (one.double(), other.double()):
         gap = (columns.T @ columns - torch.eye(columns.shape[1], dtype=torch.float64)).abs()
         require(
             bool((gap <= 1e-6).all()),
-            f"the columns are orthonormal to {float(gap.max()) if gap.numel() else 0:.1g} only, "
-            "orthonormalise them first.",
+            f"the columns are orthonormal to {float(gap.max()) if gap.numel() else 0:.1g}, they "
+            "must be to 1e-6.",
         )
-    if one.shape[1] < other.shape[1]:
-        one, other = other, one
-    inner = one.T @ other
-    cosines = torch.linalg.svdvals(inner).clamp(max=1)
-    sines = torch.linalg.svdvals(other - one @ inner).flip(0).clamp(max=1)
-    sines = sines[: len(cosines)]
-    angles = torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines))
-    return torch.rad2deg(angles)
+    angles = subspace_angles(one.double().numpy(), other.double().numpy())
+    return torch.from_numpy(np.rad2deg(angles[::-1]))
 
 
 def overlap(angles: Float[Tensor, " n"]) -> float:
-    """Mean squared cosine of principal angles (degrees): the share of one span that lies in the
-    other.
+    """Mean squared cosine of principal angles (degrees): the share of one span inside the other.
 
     Random k-dimensional subspaces of d dimensions have k / d on average; 0 without an angle.
 
@@ -148,11 +140,10 @@ def product_cosine(
     one: tuple[Float[Tensor, "r1 d_in"], Float[Tensor, "d_out r1"]],
     other: tuple[Float[Tensor, "r2 d_in"], Float[Tensor, "d_out r2"]],
 ) -> float:
-    """Cosine between B1 A1 and B2 A2 as vectors of their entries, without allocating either.
+    """Cosine between the flattened B1 A1 and B2 A2, without allocating either; 0 if one is zero.
 
-    <B1 A1, B2 A2> = trace(A1^T B1^T B2 A2) = sum((B1^T B2) * (A1 A2^T)). Turned at random, an
-    update has a cosine of mean 0 and mean square 1 / (d_out d_in) to any other. Scales do not
-    matter, except for their sign. 0 if either is zero.
+    <B1 A1, B2 A2> = trace(A1^T B1^T B2 A2) = sum((B1^T B2) * (A1 A2^T)). Randomly rotated updates
+    have a cosine of mean 0 and mean square 1 / (d_out d_in).
 
     Example:
         >>> import torch
@@ -172,14 +163,13 @@ def product_cosine(
 
 
 @dataclass(frozen=True)
-class Turn:
-    """How one round's dW at a site stands to another round's.
+class UpdateComparison:
+    """Comparison of one round's dW at a site with another round's.
 
-    `cosine` is that of their entries; turned at random it has mean 0 and, for 95 %, a size below
+    `cosine` is that of their entries; for `NULL_COVERAGE` of random rotations its size is below
     `chance`. `written` and `read` are the principal angles (degrees, from the smallest) between
-    what they write (column spaces) and what they read (row spaces); the overlaps are the angles'
-    mean squared cosines, which random subspaces have at `written_chance` and `read_chance` on
-    average.
+    their column spaces and between their row spaces; the overlaps are the angles' mean squared
+    cosines, whose means for random subspaces are `written_chance` and `read_chance`.
     """
 
     cosine: float
@@ -205,8 +195,8 @@ class UpdateEntry:
     """One site of one round's update dW = s B A, from its factors.
 
     `norm` (Frobenius) and `singular_values` (the largest first) are in units of the weights;
-    `effective_rank` is Roy & Vetterli's. Turns are None in the first round, and where the other
-    round has no such site.
+    `effective_rank` is Roy & Vetterli's. Comparisons are None in the first round, and where the
+    other round has no such site.
     """
 
     round: int
@@ -214,8 +204,8 @@ class UpdateEntry:
     norm: float
     singular_values: tuple[float, ...]
     effective_rank: float
-    to_first: Turn | None
-    to_previous: Turn | None
+    to_first: UpdateComparison | None
+    to_previous: UpdateComparison | None
 
 
 def update_entries(adapters: Sequence[Adapter], top: int = 8) -> Iterator[UpdateEntry]:
@@ -242,9 +232,9 @@ def update_entries(adapters: Sequence[Adapter], top: int = 8) -> Iterator[Update
     ]
     for index, adapter in enumerate(adapters):
         for site in adapter.sites:
-            own = spectra[index][site.name]
+            found = spectra[index][site.name]
             to_first, to_previous = (
-                _turn((adapter, own), (adapters[i], spectra[i][site.name]), site.name)
+                _compare((adapter, found), (adapters[i], spectra[i][site.name]), site.name)
                 if index and site.name in spectra[i]
                 else None
                 for i in (0, index - 1)
@@ -252,25 +242,28 @@ def update_entries(adapters: Sequence[Adapter], top: int = 8) -> Iterator[Update
             yield UpdateEntry(
                 index,
                 site.name,
-                own.norm,
-                tuple(own.values[:top].tolist()),
-                own.effective_rank,
+                found.norm,
+                tuple(found.values[:top].tolist()),
+                found.effective_rank,
                 to_first,
                 to_previous,
             )
 
 
-def _turn(one: tuple[Adapter, Spectrum], other: tuple[Adapter, Spectrum], name: str) -> Turn:
+def _compare(
+    one: tuple[Adapter, Spectrum], other: tuple[Adapter, Spectrum], name: str
+) -> UpdateComparison:
     factors = [
         (adapter.down[name], adapter.up[name] * adapter.scale) for adapter, _ in (one, other)
     ]
     a, b = one[1], other[1]
     (d_out, _), (_, d_in) = a.left.shape, a.right.shape
-    # The smaller space's share in the larger, of k of d dimensions, is k / d on average.
+    # The share of a random smaller space in a larger one of k of d dimensions is k / d on average.
     larger = max(len(a.values), len(b.values))
-    return Turn(
+    return UpdateComparison(
         cosine=product_cosine(factors[0], factors[1]),
-        chance=1.96 / (d_out * d_in) ** 0.5,
+        # Nearly normal, with standard deviation 1 / sqrt(d_out d_in).
+        chance=NormalDist().inv_cdf((1 + NULL_COVERAGE) / 2) / (d_out * d_in) ** 0.5,
         written=tuple(principal_angles(a.left, b.left).tolist()),
         read=tuple(principal_angles(a.right.T, b.right.T).tolist()),
         written_chance=larger / d_out,

@@ -1,1 +1,25 @@
-"""The CPU speed of a HookedTransformer; results are those of the stock classes."""
+"""Faster classes for a HookedTransformer on a CPU.
+
+`load_model(..., fast=False)` keeps TransformerLens's own classes; results agree up to rounding.
+"""
+
+from shl.fast.attention import explicit_positions
+from shl.fast.blocks import is_fast, speed_up
+from shl.fast.hooked import inputs_are_read_only, is_hooked, read_only
+from shl.fast.kv_cache import KVCache
+from shl.fast.linear import linear, onednn_linear
+from shl.fast.topk import shortlist_applies, top_logits
+
+__all__ = [
+    "KVCache",
+    "explicit_positions",
+    "inputs_are_read_only",
+    "is_fast",
+    "is_hooked",
+    "linear",
+    "onednn_linear",
+    "read_only",
+    "shortlist_applies",
+    "speed_up",
+    "top_logits",
+]

@@ -1,12 +1,12 @@
-"""TransformerLens's attention at transformers' speed, every HookPoint included.
+"""TransformerLens's attention at transformers' speed, with every HookPoint.
 
-Stock TransformerLens caches keys before their rotation and rotates all of them again at every
-step, builds mask and rotary table anew in each layer, copies the whole cache to append one token
-and repeats the key heads. Here keys are cached rotated, in storage that grows in place; mask and
-table are made once per forward; and torch's fused scaled dot product replaces scores and pattern,
-except where somebody hooks `hook_attn_scores` or `hook_pattern`: there both are formed as stock
-does. With TransformerLens's own cache, or arguments that Gemma-3 and Llama have no use for, the
-stock code runs. Under `KeyValues`, `hook_rot_k` sees the new positions only.
+TransformerLens caches keys before rotation and rotates all of them at every step, builds the mask
+and the rotary table again in each layer, copies the whole cache to append one token and repeats the
+key heads. Here keys are cached after rotation in storage that grows in place; mask and table are
+built once per forward; and torch's fused scaled dot product replaces scores and pattern, unless
+`hook_attn_scores` or `hook_pattern` have hooks. With TransformerLens's own cache, or with arguments
+that Gemma-3 and Llama do not use, TransformerLens's code runs. With a `KVCache`, `hook_rot_k` gets
+the new positions only.
 """
 
 from collections.abc import Iterator
@@ -21,32 +21,30 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformer_lens import HookedTransformer
 from transformer_lens.components import GroupedQueryAttention
 
-from shl.fast.fused_lora import Joint, joint_output
-from shl.fast.kv_cache import Entry
+from shl.fast.hooked import is_hooked
+from shl.fast.kv_cache import LayerCache
 from shl.fast.linear import linear
-from shl.hooks.handle import watched
-from shl.utils.errors import require
 from shl.utils.shapes import Int
 
 
 @dataclass
-class Shared:
-    """What all layers of one forward have in common, remembered for the last forward.
+class PerForward:
+    """Masks and rotary tables of the latest forward, shared by all layers.
 
-    `at` `[batch, pos]` and `seen` `[batch, key]` are what `placed` says of the forward.
+    `explicit_positions` sets `at` `[batch, pos]` and `visible` `[batch, key]`.
     """
 
     at: Tensor | None = None
-    seen: Tensor | None = None
+    visible: Tensor | None = None
     key: tuple[Any, ...] = ()
     held: Tensor | None = None
     content: Tensor | None = None
     made: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def start(self, attention_mask: Tensor | None, offset: int, new: int, like: Tensor) -> None:
-        """Forget everything unless this is the same forward as before, on the same device."""
+        """Drop all tables unless mask, positions, device and dtype are those of the last call."""
         mask = attention_mask
-        # Of inference tensors torch does not count the edits, so their content is compared.
+        # Inference tensors have no version counter, so their content is compared.
         content = mask.clone() if mask is not None and mask.is_inference() else None
         version = None if mask is None or content is not None else mask._version
         # Inference tensors cannot be saved for a later backward.
@@ -58,40 +56,53 @@ class Shared:
             and not torch.equal(content, self.content)
         )
         if key != self.key or edited:
-            # Holding the mask keeps its id from being given to another tensor.
+            # A reference to the mask, so that no other tensor can get its id.
             self.key, self.held, self.content, self.made = key, mask, content, {}
 
 
 @contextmanager
-def placed(
+def explicit_positions(
     model: HookedTransformer,
     at: Int[Tensor, "batch pos"],
-    seen: Int[Tensor, "batch key"] | None = None,
+    visible: Int[Tensor, "batch key"] | None = None,
 ) -> Iterator[None]:
-    """Say for one cached forward where its new tokens stand, and which keys may be looked at,
-    where that does not follow from the attention mask."""
+    """Set the positions of the new tokens of one cached forward, and which keys are visible, if
+    they do not follow from the attention mask. Needs a fast model."""
     first: Any = model.blocks[0].attn
-    shared: Shared = first.shared
-    shared.at, shared.seen, shared.key = at, seen, ()
+    per_forward: PerForward = first.per_forward
+    per_forward.at, per_forward.visible, per_forward.key = at, visible, ()
     try:
         yield
     finally:
-        shared.at, shared.seen, shared.key = None, None, ()
-        shared.held, shared.made = None, {}
+        per_forward.at, per_forward.visible, per_forward.key = None, None, ()
+        per_forward.held, per_forward.made = None, {}
 
 
 class FastAttention(GroupedQueryAttention):
-    """Grouped-query attention whose scores are only formed where somebody looks at them."""
+    """Grouped-query attention that forms scores and pattern only where they have hooks.
 
-    shared: Shared
-    joint: dict[str, Joint]
+    Attributes:
+        per_forward: shared by the layers of a model.
+        inv_freq: `[d_head / 2]`, transformers' inverse frequencies of the rotation.
+    """
 
-    @property
-    def asks_joint(self) -> bool:
-        """Whether the outputs of q, k, v and o may come from `joint`."""
-        cfg = self.cfg
-        split = cfg.use_split_qkv_input or cfg.use_attn_in
-        return not (split or cfg.ungroup_grouped_query_attention or cfg.use_attn_result)
+    per_forward: PerForward
+    inv_freq: Tensor
+
+    def calculate_sin_cos_rotary(
+        self,
+        rotary_dim: int,
+        n_ctx: int,
+        base: float = 10000,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        """sin and cos `[n_ctx, d_head]`, computed as in transformers: position times inverse
+        frequency in fp32. TransformerLens divides by the frequency, which changes the angle at
+        position 700 by 6e-5."""
+        inv_freq = self.inv_freq.float()
+        angles = torch.arange(n_ctx, device=inv_freq.device).float()[:, None] * inv_freq
+        angles = angles.repeat(1, 2)
+        return angles.sin().to(dtype), angles.cos().to(dtype)
 
     def forward(
         self,
@@ -107,16 +118,11 @@ class FastAttention(GroupedQueryAttention):
         entry = past_kv_cache_entry
         explicit = (
             self.cfg.attn_scores_soft_cap > 0
-            or watched(self.hook_attn_scores)
-            or watched(self.hook_pattern)
+            or is_hooked(self.hook_attn_scores)
+            or is_hooked(self.hook_pattern)
         )
-        ours = isinstance(entry, Entry) or (entry is None and not explicit)
-        if not ours or additive_attention_mask is not None or position_bias is not None:
-            require(
-                not self.joint,
-                "inside `decoding` attention needs a cache of shl.fast.kv_cache, no additive mask "
-                f"and no position bias; its cache is a {type(entry).__name__}.",
-            )
+        supported = isinstance(entry, LayerCache) or (entry is None and not explicit)
+        if not supported or additive_attention_mask is not None or position_bias is not None:
             return super().forward(
                 query_input,
                 key_input,
@@ -128,30 +134,30 @@ class FastAttention(GroupedQueryAttention):
             )
         q, k, v = self.calculate_qkv_matrices(query_input, key_input, value_input)
         offset = entry.length if entry is not None else 0
-        self.shared.start(attention_mask, offset, q.shape[1], q)
+        self.per_forward.start(attention_mask, offset, q.shape[1], q)
         cos, sin = self._rotary(attention_mask, offset, q.shape[1], q.device)
         q = self.hook_rot_q(_rotated(q, cos, sin)).transpose(1, 2)
-        k = self.hook_rot_k(_rotated(k, cos, sin)).transpose(1, 2)
-        v = v.transpose(1, 2)
-        # torch's fused kernels turn a row of NaN scores into zeros, and so does TransformerLens;
-        # 0 times NaN or infinity keeps it visible.
-        seen = 0 * (q.detach().sum(dtype=torch.float32) + k.detach().sum(dtype=torch.float32))
+        k = self.hook_rot_k(_rotated(k, cos, sin))
+        # torch's fused kernels turn a row of NaN scores into zeros, and so does TransformerLens.
+        # Adding 0 * NaN makes the NaN visible in the output.
+        nan = 0 * (q.detach().sum(dtype=torch.float32) + k.detach().sum(dtype=torch.float32))
         if entry is not None:
             k, v = entry.append(k, v)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         allowed = self._allowed(attention_mask, offset, q.shape[2], q.device)
         if explicit:
-            return self._project(self._explicit(q, k, v, allowed) + seen.to(v.dtype))
-        return self._project(self.hook_z(self._fused(q, k, v, allowed) + seen.to(v.dtype)))
+            return self._project(self._explicit(q, k, v, allowed) + nan.to(v.dtype))
+        return self._project(self.hook_z(self._fused(q, k, v, allowed) + nan.to(v.dtype)))
 
     def calculate_qkv_matrices(
         self, query_input: Tensor, key_input: Tensor, value_input: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """TransformerLens's, `[batch, pos, head, d_head]` each, with this package's products."""
+        """TransformerLens's method: q, k and v, `[batch, pos, head, d_head]` each."""
         if query_input.dim() != 3 or self.cfg.ungroup_grouped_query_attention:
             return super().calculate_qkv_matrices(query_input, key_input, value_input)
-        q = self.hook_q(self._by_head("q", query_input, "W_Q", "b_Q"))
-        k = self.hook_k(self._by_head("k", key_input, "_W_K", "_b_K"))
-        v = self.hook_v(self._by_head("v", value_input, "_W_V", "_b_V"))
+        q = self.hook_q(self._by_head(query_input, "W_Q", "b_Q"))
+        k = self.hook_k(self._by_head(key_input, "_W_K", "_b_K"))
+        v = self.hook_v(self._by_head(value_input, "_W_V", "_b_V"))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._apply_qk_norm(q, self.q_norm), self._apply_qk_norm(k, self.k_norm)
         return q, k, v
@@ -159,42 +165,42 @@ class FastAttention(GroupedQueryAttention):
     def _rotary(
         self, attention_mask: Tensor | None, offset: int, new: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin of the new positions, `[batch or 1, pos, 1, d_head]`; a row's positions
-        count its own unmasked tokens, as TransformerLens does."""
+        """cos and sin of the new positions, `[batch or 1, pos, 1, d_head]`. As in TransformerLens,
+        positions count a row's unmasked tokens."""
         key = ("rotary", self.attn_type)
-        if key not in self.shared.made:
-            said = self.shared.at
-            end = offset + new if said is None else int(said.max()) + 1
+        if key not in self.per_forward.made:
+            at = self.per_forward.at
+            end = offset + new if at is None else int(at.max()) + 1
             if end > self.rotary_cos.shape[0]:
-                room = max(end, 2 * self.rotary_cos.shape[0])
-                self._extend_rotary_embeddings(min(self.cfg.n_ctx, room))
-            if said is not None:
-                at = said
-            elif attention_mask is None:
+                capacity = max(end, 2 * self.rotary_cos.shape[0])
+                self._extend_rotary_embeddings(min(self.cfg.n_ctx, capacity))
+            if at is None and attention_mask is None:
                 at = torch.arange(offset, offset + new, device=device)[None]
-            else:
+            elif at is None:
+                assert attention_mask is not None
                 at = (attention_mask.cumsum(1)[:, offset:] - 1).clamp(min=0)
-            self.shared.made[key] = (
+            self.per_forward.made[key] = (
                 self.rotary_cos[at][:, :, None],
                 self.rotary_sin[at][:, :, None],
             )
-        return self.shared.made[key]
+        return self.per_forward.made[key]
 
     def _allowed(
         self, attention_mask: Tensor | None, offset: int, new: int, device: torch.device
     ) -> Tensor | None:
-        """Which keys a query sees, `[batch or 1, 1, query, key]`; None: all that came before."""
+        """Which keys a query attends to, `[batch or 1, 1, query, key]`; None for plain causal
+        attention."""
         key = ("allowed", self.attn_type)
-        if key not in self.shared.made:
+        if key not in self.per_forward.made:
             total = offset + new
             window = self.cfg.window_size if self.attn_type == "local" else None
             window = total if window is None else window
             cut = total > window
-            if self.shared.seen is not None:
-                attention_mask = self.shared.seen
+            if self.per_forward.visible is not None:
+                attention_mask = self.per_forward.visible
             plain = attention_mask is None or bool(attention_mask.all())
             if plain and not cut and (offset == 0 or new == 1):
-                self.shared.made[key] = None
+                self.per_forward.made[key] = None
             else:
                 at = torch.arange(total, device=device)
                 past = at[None] <= at[offset:, None]
@@ -203,14 +209,14 @@ class FastAttention(GroupedQueryAttention):
                 allowed = past[None, None]
                 if attention_mask is not None:
                     allowed = allowed & attention_mask.bool()[:, None, None]
-                self.shared.made[key] = allowed
-        return self.shared.made[key]
+                self.per_forward.made[key] = allowed
+        return self.per_forward.made[key]
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         """z `[batch, pos, head, d_head]`, without scores or pattern."""
         heads, kv_heads, new = q.shape[1], k.shape[1], q.shape[2]
         if new == 1:
-            # Heads that share keys become queries of one head: no key is repeated.
+            # Heads that share keys become queries of one head, so no key is repeated.
             q = q.reshape(len(q), kv_heads, -1, q.shape[-1])  # [batch, kv, group, d_head]
         elif heads != kv_heads:
             k, v = (
@@ -229,7 +235,7 @@ class FastAttention(GroupedQueryAttention):
         return z.transpose(1, 2)
 
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-        """z with scores and pattern formed and hooked, in TransformerLens's own steps."""
+        """z from hooked scores and pattern, in the same steps as TransformerLens."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         scores = self.calculate_attention_scores(q, k)
         if allowed is None:
@@ -245,21 +251,15 @@ class FastAttention(GroupedQueryAttention):
             by_head = einsum(z, self.W_O, "b p head d_head, head d_head d -> b p head d")
             return self.hook_result(by_head).sum(-2) + self.b_O
         rows = z.flatten(2)
-        out = joint_output(self, "o", z, rows)
-        if out is not None:
-            return out
         w = self.W_O.flatten(0, 1).T  # [d_model, (head d_head)], a view as in `_by_head`
         return linear(rows, w, self.b_O)
 
-    def _by_head(self, kind: str, x: Tensor, weight: str, bias: str) -> Tensor:
-        """q, k or v `[batch, pos, head, d_head]`, from the parameters of these names."""
-        out = joint_output(self, kind, x)
-        if out is None:
-            w, b = getattr(self, weight), getattr(self, bias)
-            # Plain views: einops takes ten times as long, which decoding pays in every layer.
-            rows = w.mT.flatten(0, 1)  # [(head d_head), d_model]
-            out = linear(x, rows, b.flatten())
-        return out.unflatten(-1, (-1, self.cfg.d_head))
+    def _by_head(self, x: Tensor, weight: str, bias: str) -> Tensor:
+        """q, k or v `[batch, pos, head, d_head]`, from the named parameters."""
+        w, b = getattr(self, weight), getattr(self, bias)
+        # Plain views: einops takes ten times as long, at every layer and step.
+        rows = w.mT.flatten(0, 1)  # [(head d_head), d_model]
+        return linear(x, rows, b.flatten()).unflatten(-1, (-1, self.cfg.d_head))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""TransformerLens's components with this package's products and attention, hooks included."""
+"""TransformerLens's blocks, norms, MLPs and unembedding in fewer calls, with all HookPoints."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,15 +9,15 @@ from torch.nn.functional import rms_norm
 from transformer_lens import HookedTransformer
 from transformer_lens.components import GatedMLP, RMSNorm, TransformerBlock, Unembed
 
-from shl.fast.attention import FastAttention, Shared
-from shl.fast.fused_lora import Joint, joint_output
+from shl.fast.attention import FastAttention, PerForward
+from shl.fast.hooked import inputs_are_read_only, is_hooked
 from shl.fast.linear import linear
-from shl.hooks.handle import only_looked_at, watched
 
 
 class FastBlock(TransformerBlock):
-    """A pre-norm block that norms its input once, where TransformerLens does so for q, k and v
-    each: their inputs are one tensor unless somebody may tell them apart."""
+    """A pre-norm block that applies the input norm once; TransformerLens applies it for each of q,
+    k and v. With hooks on that norm, or pre-hooks that may change one of the three inputs,
+    TransformerLens's own forward runs."""
 
     def forward(
         self,
@@ -32,8 +33,8 @@ class FastBlock(TransformerBlock):
             or cfg.use_attn_in
             or cfg.use_split_qkv_input
             or cfg.use_hook_mlp_in
-            or any(map(watched, self.ln1.modules()))
-            or not only_looked_at(attn)
+            or any(map(is_hooked, self.ln1.modules()))
+            or not inputs_are_read_only(attn)
         ):
             return super().forward(
                 resid_pre, shortformer_pos_embed, past_kv_cache_entry, attention_mask
@@ -54,14 +55,14 @@ class FastBlock(TransformerBlock):
 
 
 class FastRMSNorm(RMSNorm):
-    """`x w / sqrt(mean(x^2) + eps)`, in one call where nobody looks at the steps."""
+    """`x w / sqrt(mean(x^2) + eps)`, as one operation if its steps have no hooks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., d_model]` to the same."""
+        """`[..., d_model]` to `[..., d_model]`."""
         if (
             not x.dtype == self.w.dtype == torch.float32
-            or watched(self.hook_scale)
-            or watched(self.hook_normalized)
+            or is_hooked(self.hook_scale)
+            or is_hooked(self.hook_normalized)
         ):
             return super().forward(x)
         return rms_norm(x, self.w.shape, self.w, self.eps)
@@ -70,24 +71,14 @@ class FastRMSNorm(RMSNorm):
 class FastGatedMLP(GatedMLP):
     """`(act(x W_gate) * (x W_in) + b_in) W_out + b_out`, with TransformerLens's HookPoints."""
 
-    joint: dict[str, Joint]
-
-    @property
-    def asks_joint(self) -> bool:
-        """Whether the outputs of gate, up and down may come from `joint`."""
-        return not self.cfg.is_layer_norm_activation()
-
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, pos, d_model]` to the same."""
+        """`[batch, pos, d_model]` to `[batch, pos, d_model]`."""
         if self.cfg.is_layer_norm_activation():
             return super().forward(x)
-        gate = joint_output(self, "gate", x)
-        gate = self.hook_pre(linear(x, self.W_gate.T) if gate is None else gate)
-        up = joint_output(self, "up", x)
-        up = self.hook_pre_linear(linear(x, self.W_in.T) if up is None else up)
+        gate = self.hook_pre(linear(x, self.W_gate.T))
+        up = self.hook_pre_linear(linear(x, self.W_in.T))
         post = self.hook_post(self.act_fn(gate) * up + self.b_in)
-        out = joint_output(self, "down", post)
-        return linear(post, self.W_out.T, self.b_out) if out is None else out
+        return linear(post, self.W_out.T, self.b_out)
 
 
 class FastUnembed(Unembed):
@@ -106,14 +97,24 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def speed_up(model: HookedTransformer) -> None:
-    """Give a Gemma-3 or Llama model these components, sharing what blocks can share."""
-    shared = Shared()
+def speed_up(model: HookedTransformer, inv_freq: Mapping[str, Tensor]) -> None:
+    """Change the components of a Gemma-3 or Llama model to the fast classes, in place.
+
+    Args:
+        inv_freq: transformers' inverse frequencies of the rotation by attention type ("global",
+            "local"), `[d_head / 2]` each.
+    """
+    per_forward = PerForward()
     for module in list(model.modules()):
         module.__class__ = FASTER.get(type(module), type(module))
     for block in model.blocks:
         attention: Any = block.attn
         attention.__class__ = FastAttention
-        attention.shared = shared
-        for component in (attention, block.mlp):
-            component.joint = {}
+        attention.per_forward = per_forward
+        attention.inv_freq = inv_freq[attention.attn_type]
+        attention._extend_rotary_embeddings(attention.rotary_cos.shape[0])
+
+
+def is_fast(model: HookedTransformer) -> bool:
+    """Whether `speed_up` was applied to a model."""
+    return all(isinstance(block.attn, FastAttention) for block in model.blocks)

@@ -1,13 +1,13 @@
 """The k largest next-token logits, exactly, without a full-precision product over the vocabulary.
 
-Sampling needs a few logits of 262,144. A 16-bit product orders all of them roughly, on CPUs with
-bf16 instructions in a third to a fifth of the time; the best few hundred are computed again in
-fp32. By Cauchy-Schwarz a rough logit is off by at most
+Sampling needs a few of 262,144 logits. A 16-bit product approximates all of them, on CPUs with bf16
+instructions in a third to a fifth of the time; the largest few hundred are recomputed in fp32. By
+Cauchy-Schwarz the error of an approximate logit is at most
 
     |h W_v - h' W'_v|  <=  |h| |W_v - W'_v| + |h - h'| |W'_v| + rounding,
 
-primes marking 16 bits. Where this proves that no other token can belong to the k best, the answer
-is the full product's; a row without the proof gets the full product.
+where primes denote 16-bit values. If this bound proves that no other token can be among the k
+largest, the result equals that of the full product; otherwise the row's full product is computed.
 """
 
 from dataclasses import dataclass
@@ -20,19 +20,20 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformer_lens import HookedTransformer
 
+from shl.fast.blocks import FastUnembed
+from shl.fast.hooked import is_hooked
 from shl.fast.linear import linear
-from shl.hooks.handle import watched
 
 ONE_ROW, ROWS = torch.float16, torch.bfloat16
-"""torch multiplies one row in fp16 twice as fast as in bf16, several in bf16 alone with the
-processor's own instructions. Each copy of an unembedding is made when it is first needed."""
+"""For one row torch is twice as fast in fp16 as in bf16; for several rows only bf16 uses the
+processor's 16-bit instructions. A copy of an unembedding is made on first use."""
 WIDEN = 8
-"""The shortlist holds this many times the logits that are asked for, and at least 64."""
+"""The shortlist has WIDEN * k tokens, and at least 64."""
 
 
 @dataclass(frozen=True)
 class Rough:
-    """A 16-bit copy `[vocab, d_model]` of an unembedding, and how far its rows are off at most."""
+    """A 16-bit copy `[vocab, d_model]` of an unembedding, with bounds on its rounding errors."""
 
     weight: Tensor
     largest_norm: float  # of a rounded row
@@ -41,7 +42,7 @@ class Rough:
 
     @classmethod
     def of(cls, unembed: Float[Tensor, "vocab d_model"], dtype: torch.dtype) -> "Rough":
-        """Round, and measure the rounding in chunks."""
+        """Round an unembedding and measure the rounding errors in chunks."""
         weight = unembed.to(dtype)
         norm = error = 0.0
         for rough, exact in zip(weight.split(1 << 15), unembed.split(1 << 15), strict=True):
@@ -52,11 +53,11 @@ class Rough:
     def bound(
         self, hidden: Float[Tensor, "batch d_model"], logit: Float[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
-        """Largest possible error of a row's rough logits of this size."""
+        """Upper bound on the error of a row's approximate logits up to this size."""
         dtype = torch.finfo(self.weight.dtype)
         size = hidden.norm(dim=1)
         off = (hidden - hidden.to(self.weight.dtype).float()).norm(dim=1)
-        # fp32 sums of d products, then a logit rounded to 16 bits.
+        # Rounding of fp32 sums over d_model products, then of a logit to 16 bits.
         sums = 2 * hidden.shape[1] * torch.finfo(torch.float32).eps * size * self.largest_norm
         rounding = logit.abs() * (dtype.eps / 2) + dtype.smallest_normal
         return size * self.largest_error + off * self.largest_norm + sums + rounding
@@ -65,16 +66,17 @@ class Rough:
 _ROUGH = WeakTensorKeyDictionary()
 
 
-def applies(model: HookedTransformer) -> bool:
-    """Whether a bf16 shortlist is faster here: fp32 weights on a CPU with bf16 instructions, and
-    nobody looking at the logits."""
+def shortlist_applies(model: HookedTransformer) -> bool:
+    """Whether the 16-bit shortlist can be used and is faster: a fast model with fp32 weights on a
+    CPU with bf16 instructions, without hooks on the logits."""
     unembed = model.unembed
     return (
-        model.W_U.device.type == "cpu"
+        isinstance(unembed, FastUnembed)
+        and model.W_U.device.type == "cpu"
         and model.W_U.dtype == torch.float32
-        and not model.W_U.is_inference()  # whose edits torch does not count
+        and not model.W_U.is_inference()  # inference tensors have no version counter
         and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        and not any(map(watched, (unembed, unembed.hook_in, unembed.hook_out)))
+        and not any(map(is_hooked, (unembed, unembed.hook_in, unembed.hook_out)))
     )
 
 
@@ -86,7 +88,7 @@ def top_logits(
     *,
     bias: Float[Tensor, " vocab"] | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The k largest logits of final hidden states in descending order, and their tokens.
+    """The k largest logits of final hidden states, in descending order, and their tokens.
 
     Example:
         >>> import torch
@@ -106,7 +108,7 @@ def top_logits(
     logits = functional.linear(hidden.to(dtype), rough.weight)
     if bias is None:
         listed = logits.topk(n)
-        # r + |r| 2^-8 grows with r, so none off the list can beat what the last one on it allows.
+        # r + |r| 2^-8 grows with r, so the last listed logit bounds all logits off the list.
         size = listed.values[:, -1].float()
     else:
         size = torch.maximum(logits.amax(1), -logits.amin(1)).float()
@@ -117,9 +119,9 @@ def top_logits(
         exact = exact + bias[listed.indices]
     top = exact.topk(k)
     values, tokens = top.values, listed.indices.gather(1, top.indices)
-    # Every token off the list is below this; strictly below the k-th, it is not among the k.
+    # An upper bound on the exact logits of all tokens off the list.
     ceiling = listed.values[:, -1].float() + rough.bound(hidden, size)
-    # Not `>=`: what leaves fp16's range makes a ceiling that is no number and proves nothing.
+    # Not `>=`: values beyond fp16's range give a NaN bound, which must count as unproven.
     unproven = (~(ceiling < values[:, -1])).nonzero()[:, 0]
     if len(unproven):
         values[unproven], tokens[unproven] = _full(hidden[unproven], weight, bias, k)

@@ -1,27 +1,26 @@
-"""The low-level toolkit: what acts on a model, and where."""
+"""Hooks on a HookedTransformer: steering, adapters, recording, and where they act.
+
+`Handle` is the base class; its `add_hook` and `add_pre_hook` add a user's hooks to a model.
+"""
 
 from shl.hooks.handle import (
     PROMPTS,
     ROWS,
     Handle,
-    decoding,
     handles_on,
-    only_looked_at,
     row_values,
     running,
     suspended,
-    watched,
+    unhooked,
 )
 
 __all__ = [
     "PROMPTS",
     "ROWS",
     "Handle",
-    "decoding",
     "handles_on",
-    "only_looked_at",
     "row_values",
     "running",
     "suspended",
-    "watched",
+    "unhooked",
 ]

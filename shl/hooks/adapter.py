@@ -1,4 +1,4 @@
-"""The low-rank adapter: factors per site, fresh ones to train, their files, and how they attach."""
+"""Low-rank adapters: factors per site, initialisation, files, and attachment to a model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,46 +12,49 @@ from transformer_lens import HookedTransformer
 
 from shl.config import SITE_KINDS, HealConfig
 from shl.hooks.fingerprint import check_made_for, dtype_of, name_of, weights_hash
-from shl.hooks.lora import LowRank
+from shl.hooks.lora import LoRA
 from shl.hooks.positions import Positions, Scope
 from shl.hooks.sites import Site, band, sites_of
 from shl.utils.errors import require
-from shl.utils.files import Kinds, check_told, identity, read_safetensors, write_safetensors
+from shl.utils.files import (
+    MADE_ON,
+    NONE,
+    Schema,
+    identity,
+    read_safetensors,
+    require_metadata,
+    write_safetensors,
+)
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Bool, Down, Float, Up
 
-NONE = type(None)
-KINDS: Kinds = {
-    "model": (str,),
-    "weights": (str, NONE),
-    "dtype": (str, NONE),
+SCHEMA: Schema = {
+    **MADE_ON,
     "axis": (str, NONE),
-    "round": (int, NONE),
     "scale": (float,),
     "rank": (int, NONE),
     "alpha": (float, NONE),
     "sites": (list,),
 }
-"""The metadata of format `shl-adapter-3`, beside `format` and `identity`.
+"""The metadata of format `shl-adapter-3`, in addition to `format` and `identity`.
 
-`model`, `weights` (its `weights_hash`) and `dtype` are those of the base; `scale` is
-s = alpha / rank; `rank` and `alpha` are none where sites differ in rank; a site is `[kind, layer,
-d_in, d_out, rank, hook that reads, hook that adds]`."""
+`scale` is s = alpha / rank; `rank` and `alpha` are null if sites differ in rank; a site is
+`[kind, layer, d_in, d_out, rank, hook of the input, hook of the output]`."""
 
 
-def told_sites(sites: Sequence[Site], ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
-    """`scale`, `rank`, `alpha` and `sites` for a file."""
-    rank = shared(ranks.values())
+def site_metadata(sites: Sequence[Site], ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
+    """The file metadata `scale`, `rank`, `alpha` and `sites`."""
+    rank = common_value(ranks.values())
     rows = [[s.kind, s.layer, s.d_in, s.d_out, ranks[s.name], *s.hooks] for s in sites]
     alpha = None if rank is None else scale * rank
     return {"scale": scale, "rank": rank, "alpha": alpha, "sites": rows}
 
 
-def shared(values: Iterable[Any]) -> Any:
-    """What all of `values` are, or None where they differ.
+def common_value(values: Iterable[Any]) -> Any:
+    """The common value of all `values`, or None if they differ.
 
     Example:
-        >>> shared([8, 8]), shared([8, 4])
+        >>> common_value([8, 8]), common_value([8, 4])
         (8, None)
     """
     first, *others = values
@@ -59,26 +62,27 @@ def shared(values: Iterable[Any]) -> Any:
 
 
 def read_sites(what: object, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Site]:
-    """The sites of a file, whose tensors are exactly theirs.
+    """The sites in a file's metadata, checked against its tensors.
 
     Raises:
-        ShlError: a site that cannot be, that is named twice, whose hooks or rank are not what
-            they must be, or tensors that differ from the table.
+        ShlError: a site is invalid or repeated, has other hooks or another rank than its tensors,
+            or the tensors are not those of the sites.
     """
     sites = [_site(what, row, tensors) for row in meta["sites"]]
     require(len(sites) > 0, f"{what} names no site.")
     names = [site.name for site in sites]
     require(len(set(names)) == len(names), f"{what} names a site twice.")
-    wanted = {f"{name}.{factor}" for name in names for factor in "AB"}
+    expected = {f"{name}.{factor}" for name in names for factor in "AB"}
     require(
-        set(tensors) == wanted,
-        f"{what} differs from its own site table at {sorted(set(tensors) ^ wanted)[:3]}.",
+        set(tensors) == expected,
+        f"the tensors and the site table of {what} differ at "
+        f"{sorted(set(tensors) ^ expected)[:3]}.",
     )
     ranks = {name: len(tensors[f"{name}.A"]) for name in names}
-    for key, value in told_sites(sites, ranks, meta["scale"]).items():
+    for key, value in site_metadata(sites, ranks, meta["scale"]).items():
         require(
             meta[key] == value,
-            f"{what} says {key} = {short(meta[key])}, by its tensors that is {short(value)}.",
+            f"{what} has {key} = {short(meta[key])}, its tensors give {short(value)}.",
         )
     return sites
 
@@ -97,19 +101,19 @@ def _site(what: object, row: object, tensors: Mapping[str, Tensor]) -> Site:
     site = Site(kind, layer, d_in, d_out)
     require(
         (*hooks,) == site.hooks,
-        f"{what} has {site.name} at the hooks {short(hooks)}, here it sits at {site.hooks}.",
+        f"{what} has the hooks {short(hooks)} for {site.name}, they must be {site.hooks}.",
     )
     for factor, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
         x = tensors.get(f"{site.name}.{factor}")
         require(
             x is None or tuple(x.shape) == shape,
-            f"{factor} of {site.name} in {what} has shape {x is not None and tuple(x.shape)}, its "
-            f"site table says {shape}.",
+            f"{factor} of {site.name} in {what} has shape {x is not None and tuple(x.shape)}, by "
+            f"the site table it must be {shape}.",
         )
     return site
 
 
-EXAMPLE = short(told_sites([Site("q", 3, 640, 1024)], {"blocks.3.q": 16}, 1.0)["sites"][0])
+EXAMPLE = short(site_metadata([Site("q", 3, 640, 1024)], {"blocks.3.q": 16}, 1.0)["sites"][0])
 
 
 FORMAT = "shl-adapter-3"
@@ -120,11 +124,10 @@ class Adapter:
     """Factors A `[rank, d_in]` and B `[d_out, rank]` per site, by site name.
 
     `scale` is s = lora_alpha / rank. `model_name`, `weights` (its `weights_hash`) and `dtype`
-    tell on which base it was made, `axis` and `round` where in a loop it was trained;
-    each may be None where it is not known.
+    identify the base model, `axis` and `round` the training run; None if unknown.
 
     Raises:
-        ShlError: factors of other sites than `sites`, or of other shapes.
+        ShlError: the factors do not match `sites` in name or shape.
 
     Example:
         >>> import torch
@@ -170,26 +173,27 @@ class Adapter:
         dose: float | Float[Tensor, " batch"] = 1.0,
         mask: Bool[Tensor, "batch pos"] | None = None,
         positions: Positions | None = None,
-    ) -> LowRank:
-        """Put the adapter on a model, as a context manager with `.remove()`;
-        `model.reset_hooks()` does not take it off.
+    ) -> LoRA:
+        """Add the adapter to a model; returns a context manager with `.remove()`.
+
+        `model.reset_hooks()` does not remove it.
 
         Args:
-            dose: times the update is added; a number, or one per row of the batch.
-            mask: True where the adapter acts, by row and absolute position in the row's own
-                tokens; it does not act beyond the mask's width.
-            positions: which absolute positions it acts on, in every row.
+            dose: factor of the update; a number, or one per row of the batch.
+            mask: True where the adapter acts, by row and absolute position without padding; it does
+                not act beyond the mask's width.
+            positions: absolute positions on which it acts, in every row.
 
         Raises:
-            ShlError: the model has other sites than those the adapter was made for, or a dose,
-                mask or positions out of range.
+            ShlError: the model's sites differ from the adapter's, or dose, mask or positions are
+                out of range.
         """
         check_fits(model, self)
         scope = Scope(model, dose, mask=mask, positions=positions)
-        return LowRank(model, self.sites, self.down, self.up, self.scale, scope)
+        return LoRA(model, self.sites, self.down, self.up, self.scale, scope)
 
     def frozen(self) -> "Adapter":
-        """A copy that no optimiser can reach."""
+        """A detached copy that does not require gradients."""
         return replace(
             self,
             down={key: a.detach().clone() for key, a in self.down.items()},
@@ -197,7 +201,7 @@ class Adapter:
         )
 
     def norms(self) -> dict[str, float]:
-        """Frobenius norm of s B A per site, from the factors."""
+        """Frobenius norm of s B A per site, computed from the factors."""
         out = {}
         for site in self.sites:
             a, b = self.down[site.name].detach(), self.up[site.name].detach()
@@ -208,46 +212,46 @@ class Adapter:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank per site; those of a stack may differ."""
+        """Rank per site; the ranks of a stack may differ."""
         return {site.name: len(self.down[site.name]) for site in self.sites}
 
     @property
     def rank(self) -> int | None:
-        """The rank of every site, or None where they differ."""
-        return shared(self.ranks.values())
+        """The common rank of all sites, or None if they differ."""
+        return common_value(self.ranks.values())
 
     def identity(self) -> str:
-        """What `save` writes as identity: SHA-256 of numbers and metadata, no path, no time."""
-        tensors, told = self._content()
-        return identity(tensors, {"format": FORMAT, **told})
+        """The checksum that `save` writes: SHA-256 of tensors and metadata."""
+        tensors, metadata = self._content()
+        return identity(tensors, {"format": FORMAT, **metadata})
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors; `shl.hooks.adapter.KINDS` lists what its metadata says."""
-        tensors, told = self._content()
-        check_told(path, told, KINDS)
-        write_safetensors(path, FORMAT, tensors, told)
+        """Write a safetensors file with the metadata of `shl.hooks.adapter.SCHEMA`."""
+        tensors, metadata = self._content()
+        require_metadata(path, metadata, SCHEMA)
+        write_safetensors(path, FORMAT, tensors, metadata)
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         tensors = {f"{key}.A": a for key, a in self.down.items()}
         tensors |= {f"{key}.B": b for key, b in self.up.items()}
-        told = {
+        metadata = {
             "model": self.model_name,
             "weights": self.weights,
             "dtype": self.dtype,
             "axis": self.axis,
             "round": self.round,
         }
-        return tensors, told | told_sites(self.sites, self.ranks, float(self.scale))
+        return tensors, metadata | site_metadata(self.sites, self.ranks, float(self.scale))
 
     @classmethod
     def read(cls, path: str | Path) -> "Adapter":
-        """Read what `save` wrote, without a model; the tensors are on the CPU.
+        """Read a file written by `save`, without a model; the tensors are on the CPU.
 
         Raises:
-            ShlError: a missing, damaged or changed file, or metadata that is not what it must
-                be or does not match the tensors.
+            ShlError: the file is missing, damaged or modified, or its metadata is invalid or does
+                not match the tensors.
         """
-        meta, tensors = read_safetensors(path, FORMAT, KINDS)
+        meta, tensors = read_safetensors(path, FORMAT, SCHEMA)
         sites = tuple(read_sites(path, meta, tensors))
         return cls(
             sites,
@@ -265,20 +269,19 @@ class Adapter:
     def load(
         cls, path: str | Path, model: HookedTransformer, *, any_weights: bool = False
     ) -> "Adapter":
-        """Read what `save` wrote and check that it was made for `model`; nothing is skipped.
+        """Read a file written by `save` and check that it was made for `model`.
 
         Args:
-            any_weights: take an adapter that was made on other weights (a fine-tune, another
-                dtype) of a model of this name and these widths.
+            any_weights: accept an adapter made on other weights (a fine-tune, another dtype) of a
+                model with the same name and widths.
 
         Raises:
-            ShlError: what `read` raises, or an adapter of another model, other weights, another
-                dtype or other sites; the sentence names the first difference.
+            ShlError: as in `read`, or the adapter was made for another model, other weights,
+                another dtype or other sites; the message names the first difference.
 
         Example:
             >>> import tempfile
             >>> from shl.config import HealConfig
-
             >>> from shl.models.tiny import tiny_gemma
             >>> path = tempfile.mkdtemp() + "/adapter.safetensors"
             >>> fresh_adapter(tiny_gemma(), HealConfig(rank=2)).save(path)
@@ -288,29 +291,34 @@ class Adapter:
             Traceback (most recent call last):
             shl.utils.errors.ShlError: ... was made on weights of tiny-gemma with the hash ...
         """
-        own = cls.read(path)
+        adapter = cls.read(path)
         check_made_for(
-            model, str(path), own.model_name, own.weights, own.dtype, any_weights=any_weights
+            model,
+            str(path),
+            adapter.model_name,
+            adapter.weights,
+            adapter.dtype,
+            any_weights=any_weights,
         )
-        check_fits(model, own)
+        check_fits(model, adapter)
         device = model.W_U.device
-        down = {key: a.to(device) for key, a in own.down.items()}
-        return replace(own, down=down, up={key: b.to(device) for key, b in own.up.items()})
+        down = {key: a.to(device) for key, a in adapter.down.items()}
+        return replace(adapter, down=down, up={key: b.to(device) for key, b in adapter.up.items()})
 
 
 def check_fits(model: HookedTransformer, adapter: Adapter) -> None:
     """Raise unless every site of the adapter exists on the model with the same widths."""
     for site in adapter.sites:
-        (own,) = sites_of(model, [site.kind], [site.layer])
+        (expected,) = sites_of(model, [site.kind], [site.layer])
         require(
-            own == site,
+            expected == site,
             f"the adapter's {site.name} maps {site.d_in} to {site.d_out} features, on "
-            f"{model.cfg.model_name} it maps {own.d_in} to {own.d_out}.",
+            f"{model.cfg.model_name} it maps {expected.d_in} to {expected.d_out}.",
         )
 
 
 def default_layers(model: HookedTransformer) -> Sequence[int]:
-    """All layers but the first and last sixth, where the embedding and the readout live."""
+    """All layers but the first and last sixth, which are closest to embedding and unembedding."""
     return band(model, 1 / 6, 5 / 6)
 
 
@@ -322,10 +330,10 @@ def fresh_adapter(
     round: int | None = None,
     axis: str | None = None,
 ) -> Adapter:
-    """A trainable adapter: A uniform in +-1/sqrt(d_in) (as nn.Linear and PEFT), B zero; fp32.
+    """A trainable fp32 adapter: A uniform in +-1/sqrt(d_in), as in nn.Linear and PEFT, and B zero.
 
     Raises:
-        ShlError: a site or layer that the model does not have.
+        ShlError: the model does not have a site or layer.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -345,15 +353,16 @@ def fresh_adapter(
         down[site.name] = a.requires_grad_(True)
         up[site.name] = torch.zeros(site.d_out, config.rank, device=device, requires_grad=True)
     scale = config.lora_alpha / config.rank
-    made_on = name_of(model), round, weights_hash(model), dtype_of(model), axis
-    return Adapter(sites, down, up, scale, *made_on)
+    provenance = name_of(model), round, weights_hash(model), dtype_of(model), axis
+    return Adapter(sites, down, up, scale, *provenance)
 
 
 def singular_value_penalty(adapter: Adapter, iterations: int = 12) -> Float[Tensor, ""]:
     """Mean over sites of the squared largest singular value of s B A.
 
-    The top right singular vector comes from power iteration without a gradient; at that vector
-    the gradient of |s B A v|^2 is that of the squared singular value (Danskin), and 0 at B = 0.
+    Power iteration without a gradient gives the top right singular vector v. The gradient of
+    |s B A v|^2 at that v is that of the squared singular value (Danskin's theorem); it is 0 at
+    B = 0.
     """
     total = torch.zeros(())
     for site in adapter.sites:

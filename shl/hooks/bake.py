@@ -1,34 +1,37 @@
-"""Finished adapters as frozen hooks: one stacked (A, B) per site, however many rounds there were.
+"""Trained adapters as frozen hooks, stacked to one pair (A, B) per site over all rounds.
 
-By default nothing is merged into the weights; either way base is one `suspended(model)` away.
+By default nothing is merged into the weights. `suspended(model)` restores the base model in both
+cases.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
-from shl.hooks.adapter import Adapter, check_fits, shared
-from shl.hooks.handle import Handle, handles_on
-from shl.hooks.lora import LowRank
+from shl.fast import is_fast
+from shl.hooks.adapter import Adapter, check_fits, common_value
+from shl.hooks.handle import Handle, handles_on, suspended
+from shl.hooks.lora import LoRA
 from shl.hooks.positions import Positions, Scope
-from shl.hooks.sites import as_linear
+from shl.hooks.sites import as_linear, linear_input, linear_output
 from shl.utils.errors import require
 from shl.utils.shapes import Bool, Float
 
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:
-    """One adapter that acts like `adapters` applied one after the other; scales go into B.
+    """One adapter equivalent to `adapters` applied in sequence; scales are folded into B.
 
-    At a linear site updates add: A and B are concatenated. At the residual site they compose,
-    (I + B2 A2)(I + B1 A1) = I + B1 A1 + B2 A2 (I + B1 A1), so A2 becomes A2 + A2 B1 A1 first.
-    What the adapters say of their weights and axis is kept where they agree.
+    At a linear site updates add, so A and B are concatenated. At the residual site they compose,
+    (I + B2 A2)(I + B1 A1) = I + B1 A1 + B2 A2 (I + B1 A1), so A2 is replaced by A2 + A2 B1 A1.
+    Metadata is kept where the adapters agree.
 
     Raises:
-        ShlError: no adapter, or adapters of different models.
+        ShlError: there is no adapter, or they were made for different models.
 
     Example:
         >>> from shl.config import HealConfig
@@ -41,28 +44,35 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     require(len(adapters) > 0, "there are no adapters to stack, give at least one.")
     models = {adapter.model_name for adapter in adapters}
     require(len(models) == 1, f"the adapters were made for different models: {sorted(models)}.")
-    told = {key: shared(getattr(a, key) for a in adapters) for key in ("weights", "dtype", "axis")}
+    metadata = {
+        key: common_value(getattr(a, key) for a in adapters) for key in ("weights", "dtype", "axis")
+    }
     sites = {site.name: site for adapter in adapters for site in adapter.sites}
     down: dict[str, Tensor] = {}
     up: dict[str, Tensor] = {}
     for name, site in sites.items():
-        own = [adapter for adapter in adapters if name in adapter.down]
-        a_of = [adapter.down[name].detach() for adapter in own]
-        b_of = [adapter.up[name].detach() * adapter.scale for adapter in own]
+        parts = [adapter for adapter in adapters if name in adapter.down]
+        a_of = [adapter.down[name].detach() for adapter in parts]
+        b_of = [adapter.up[name].detach() * adapter.scale for adapter in parts]
         if site.kind == "resid":
-            for i in range(1, len(own)):
+            for i in range(1, len(parts)):
                 below = torch.cat(a_of[:i])
                 a_of[i] = a_of[i] + (a_of[i] @ torch.cat(b_of[:i], dim=1)) @ below
         down[name] = torch.cat(a_of)
-        # [rank, d_out] in memory, as the hooks want it: theirs is then no second copy.
-        up[name] = torch.cat([b.T for b in b_of]).T
+        up[name] = torch.cat(b_of, dim=1)
     ordered = tuple(sorted(sites.values(), key=lambda site: (site.layer, site.name)))
-    return Adapter(ordered, down, up, 1.0, models.pop(), **told)
+    return Adapter(ordered, down, up, 1.0, models.pop(), **metadata)
 
 
-class Baked(LowRank):
-    """A frozen stack of adapters on a model: a context manager with `.remove()`, which
-    `model.reset_hooks()` leaves on."""
+class Baked(LoRA):
+    """A frozen stack of adapters on a model: a context manager with `.remove()`.
+
+    `model.reset_hooks()` does not remove it.
+
+    Attributes:
+        stacked: all adapters as one, None if there are none.
+        fused: whether `fused_decoding` may merge the stack into the weights.
+    """
 
     def __init__(
         self,
@@ -70,47 +80,46 @@ class Baked(LowRank):
         adapters: Sequence[Adapter],
         scope: Scope | None = None,
         *,
-        joint: bool = True,
+        fused: bool = True,
     ) -> None:
         for adapter in adapters:
             check_fits(model, adapter)
-        whole = scope is None or scope.whole
-        carried = Counter(s.name for a in adapters for s in a.sites if s.kind == "resid")
-        twice = [name for name, count in carried.items() if count > 1]
+        count = Counter(s.name for a in adapters for s in a.sites if s.kind == "resid")
+        repeated = [name for name, times in count.items() if times > 1]
         require(
-            whole or not twice,
-            f"adapters follow each other at {', '.join(twice)}, where a dose of their product is "
-            "not the product of their doses; attach them one by one.",
+            scope is None or scope.whole or not repeated,
+            f"several adapters act at {', '.join(repeated)}, where a dose of their composition "
+            "is not the composition of their doses; attach them one by one.",
         )
+        self.fused = fused
         self.stacked = stack(adapters) if adapters else None
-        if self.stacked is None:
-            super().__init__(model, (), {}, {}, 1.0, scope)
-        else:
-            own = self.stacked
-            super().__init__(model, own.sites, own.down, own.up, own.scale, scope, joint=joint)
-            # The hooks' own tensors, instead of a copy of each beside them.
-            own.down.update(self.down)
+        merged = self.stacked or Adapter((), {}, {}, 1.0, "")
+        super().__init__(model, merged.sites, merged.down, merged.up, merged.scale, scope)
+        if self.stacked is not None:
+            self.stacked.down.update(self.down)  # share the hooks' tensors to save memory
 
 
 class Materialised(Handle):
-    """The stack inside the weights: effective tensors, computed once in fp32, stand where base's
-    stood; base's own tensors wait untouched and come back by reference. `model.reset_hooks()`
-    leaves it on."""
+    """A stack of adapters merged into the weights, computed once in fp32.
+
+    Base's tensors are kept and put back by reference on removal. `model.reset_hooks()` does not
+    remove it.
+    """
 
     def __init__(self, model: HookedTransformer, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
             check_fits(model, adapter)
         require(
             not any(isinstance(h, Materialised) for h in handles_on(model)),
-            "the model carries a materialised stack already, remove it first.",
+            "the model already has a materialised stack, remove it first.",
         )
         stacked = stack(adapters) if adapters else None
         self.swaps: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         for site in stacked.sites if stacked else ():
             require(
                 site.kind != "resid",
-                f"{site.name} sits on the residual stream, where no weight can take it in; bake it "
-                "as hooks.",
+                f"{site.name} is on the residual stream, which has no weight to merge it into; "
+                "bake it as hooks.",
             )
             assert stacked is not None
             parameter, out_in, sizes = as_linear(model, site)
@@ -125,23 +134,23 @@ class Materialised(Handle):
             self.swaps.append((parameter, parameter.data, rearrange(effective, back, **sizes)))
         super().__init__(model)
         self._live = self._removed = False
-        self._gate(closed=False)
+        self._pause(False)
 
     @property
     def on(self) -> bool:
         """Whether the effective weights are in place."""
         return self._live
 
-    def _gate(self, closed: bool) -> None:
+    def _pause(self, paused: bool) -> None:
         for parameter, base, effective in self.swaps:
-            parameter.data = base if closed else effective
+            parameter.data = base if paused else effective
         # One that was removed inside `suspended` stays off where that ends.
-        self._live = not closed and not self._removed
+        self._live = not paused and not self._removed
 
     def remove(self) -> None:
         """Put base's tensors back; a second call does nothing."""
         if self._live:
-            self._gate(closed=True)
+            self._pause(True)
         self.swaps.clear()
         self._removed = True
         super().remove()
@@ -152,7 +161,7 @@ def baked(
     adapters: Sequence[Adapter],
     *,
     materialise: bool = False,
-    joint: bool = True,
+    fused: bool = True,
     dose: float | Float[Tensor, " batch"] = 1.0,
     mask: Bool[Tensor, "batch pos"] | None = None,
     positions: Positions | None = None,
@@ -162,9 +171,8 @@ def baked(
     Args:
         materialise: put the sum into the weights instead (base's tensors are kept aside and come
             back bit for bit): nothing more per token, one more copy of the adapted weights.
-        joint: in a long `generate` on a CPU, sites that nobody else watches share products with
-            copies of their weights (`shl.fast.fused_lora`); False spares that copy, and a step
-            takes longer.
+        fused: let a long `generate` put the stack into the weights until it ends, where no other
+            hook is on an adapted site (`fused_decoding`); False spares that copy of the weights.
         dose: times the updates are added; a number, or one per row of the batch.
         mask: True where they act, by row and absolute position in the row's own tokens; they do
             not act beyond the mask's width.
@@ -183,9 +191,53 @@ def baked(
     """
     scope = Scope(model, dose, mask=mask, positions=positions)
     if not materialise:
-        return Baked(model, adapters, scope, joint=joint)
+        return Baked(model, adapters, scope, fused=fused)
     require(
         scope.whole,
         "weights act on every token alike; bake as hooks to give a dose, mask or positions.",
     )
     return Materialised(model, adapters)
+
+
+@contextmanager
+def fused_decoding(model: HookedTransformer) -> Iterator[None]:
+    """Hold the baked stacks of `model` in the weights, in place of their hooks, for the body.
+
+    A step of decoding is then as fast as base's. It applies to fast models (`load_model`) with fp32
+    weights on a CPU, without derivatives, to stacks that act on every token alike and whose sites
+    have no other hooks; all others keep their hooks. Logits differ in their last bits.
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> with torch.no_grad(), fused_decoding(model):
+        ...     logits = model("as before")
+    """
+    stacks = [h for h in handles_on(model) if isinstance(h, Baked) and _fusible(h)]
+    others = any(isinstance(h, Materialised) for h in handles_on(model))
+    if not stacks or others or torch.is_grad_enabled() or not is_fast(model):
+        yield
+        return
+    with (
+        suspended(model, *stacks),
+        Materialised(model, [h.stacked for h in stacks if h.stacked is not None]),
+    ):
+        yield
+
+
+def _fusible(handle: Baked) -> bool:
+    model = handle.model
+    modules = (
+        module
+        for site in handle.sites
+        for module in (linear_input(model, site)[0], linear_output(model, site))
+    )
+    return (
+        handle.fused
+        and bool(handle.sites)
+        and handle.scope.whole
+        and model.W_U.device.type == "cpu"
+        and model.W_U.dtype == torch.float32
+        and all(site.kind != "resid" for site in handle.sites)
+        and all(map(handle.owns_all_hooks, modules))
+    )

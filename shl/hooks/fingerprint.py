@@ -1,12 +1,10 @@
-"""Which weights are these? A model's name, dtype and a fast hash of its base weights.
+"""A model's name, dtype and a fast hash of its base weights.
 
-What is made on a model remembers all three, so that it is not put onto another one unnoticed.
+Vectors and adapters store all three, so that loading them onto another model is an error.
 """
 
 import hashlib
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,20 +13,16 @@ from transformer_lens import HookedTransformer
 from shl.hooks.handle import suspended
 from shl.utils.errors import require
 
-LOOKED_AT = 65_536
-"""The most elements of one parameter that enter the hash."""
-
-_KNOWN: "WeakKeyDictionary[HookedTransformer, tuple[tuple[Any, ...], str]]" = WeakKeyDictionary()
+SAMPLED = 65_536
+"""The largest number of elements of one parameter in the hash."""
 
 
 def weights_hash(model: HookedTransformer) -> str:
-    """SHA-256 (64 hex digits) over each base parameter's name, shape and up to 65,536 of its
-    elements, evenly strided, as fp32.
+    """SHA-256 (64 hex digits) over the name, shape and up to 65,536 evenly strided elements (fp32)
+    of each base parameter.
 
-    It tells models, fine-tunes and dtypes apart in a fraction of a second, on any device and
-    whatever adapters are on; it is no seal: a change of a single element may go unseen. The
-    result is remembered until a parameter is replaced or changed in place (other than through
-    `.data`).
+    It distinguishes models, fine-tunes and dtypes in a fraction of a second and does not depend on
+    the device or on attached adapters. It is not a checksum: a change of one element may be missed.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -37,37 +31,25 @@ def weights_hash(model: HookedTransformer) -> str:
         ... )
         True
     """
-    with suspended(model):  # base's own tensors, even while a stack is in the weights
-        parameters = sorted(model.named_parameters())
-        state = tuple(_state(p) for _, p in parameters)
-        known = _KNOWN.get(model)
-        if known is not None and known[0] == state:
-            return known[1]
-        digest = hashlib.sha256()
-        for name, parameter in parameters:
+    digest = hashlib.sha256()
+    with suspended(model):  # restores base's tensors if a stack is merged into the weights
+        for name, parameter in sorted(model.named_parameters()):
             digest.update(f"{name} {list(parameter.shape)}\n".encode())
-            digest.update(_some(parameter.detach()).numpy().tobytes())
-    _KNOWN[model] = state, digest.hexdigest()
+            digest.update(_sampled(parameter.detach()).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _state(parameter: Tensor) -> tuple[Any, ...]:
-    version = None if parameter.is_inference() else parameter._version
-    return parameter.data_ptr(), version, parameter.dtype, parameter.device
-
-
-def _some(x: Tensor) -> Tensor:
+def _sampled(x: Tensor) -> Tensor:
     """Evenly strided elements in logical order, fp32, on the CPU."""
-    # An odd stride meets every column of a matrix whose width is a power of two.
-    stride = -(-x.numel() // LOOKED_AT) | 1
+    # An odd stride covers every column of a matrix whose width is a power of two.
+    stride = -(-x.numel() // SAMPLED) | 1
     at = torch.arange(0, x.numel(), stride, device=x.device)
-    # By index: flattening would copy a parameter that is a transposed view.
+    # Indexing, because flattening would copy a parameter that is a transposed view.
     return x[torch.unravel_index(at, x.shape)].float().cpu()
 
 
 def name_of(model: HookedTransformer) -> str:
-    """The model's name in what is made on it; of a local folder the last part, since where it
-    lies says nothing about it.
+    """The model's name as stored in vectors and adapters; for a local folder its last part.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -93,27 +75,28 @@ def check_made_for(
     *,
     any_weights: bool,
 ) -> None:
-    """Raise, naming the first difference, unless `what` was made on the model's own weights.
+    """Raise unless name, weights and dtype are the model's; the message names the difference.
 
     Args:
-        any_weights: only the name must be the model's.
+        what: the path of the file, for the message.
+        any_weights: check the name only.
     """
-    own = name_of(model)
-    require(name == own, f"{what} was made for {name}, the model is {own}.")
+    expected = name_of(model)
+    require(name == expected, f"{what} was made for {name}, the model is {expected}.")
     if any_weights:
         return
-    accept = "any_weights=True takes it nonetheless"
+    accept = "any_weights=True accepts it"
     require(
         weights is not None and dtype is not None,
-        f"{what} does not say on which weights of {name} it was made; {accept}.",
+        f"{what} has no hash or dtype of the weights of {name} it was made on; {accept}.",
     )
     require(
         dtype == dtype_of(model),
         f"{what} was made on {name} in {dtype}, the model is in {dtype_of(model)}; {accept}.",
     )
-    found = weights_hash(model)
+    model_hash = weights_hash(model)
     require(
-        weights == found,
+        weights == model_hash,
         f"{what} was made on weights of {name} with the hash {str(weights)[:12]}, the model's "
-        f"have {found[:12]}; {accept}.",
+        f"have {model_hash[:12]}; {accept}.",
     )

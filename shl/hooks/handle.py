@@ -1,54 +1,56 @@
-"""Handles: sets of hooks on one model that are sure to come off.
+"""Handles: sets of hooks on one model that are removed together.
 
-Every hook of this package is a plain torch hook owned by a `Handle`. TransformerLens keeps its
-own list of hooks, so `model.reset_hooks()` and `model.hooks(...)` neither remove ours nor are
-disturbed by them; ours go when their handle is removed or its `with` body ends, however it ends.
+Every hook of this package is a torch hook owned by a `Handle`. TransformerLens keeps a separate
+list of hooks, so `model.reset_hooks()` and `model.hooks(...)` do not affect those of a handle. They
+are removed by `remove()` or at the end of the `with` body, exceptions included.
 
-Whoever runs the model on a part of the caller's rows says so through `running`, so that what
-differs by row (a dose, a mask, where the answer begins) stays with its row.
+Code that runs the model on some of the caller's rows declares them with `running`, so that per-row
+values (a dose, a mask, the length of the prompt) are applied to the right rows.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 
+from shl.fast import read_only
 from shl.utils.errors import require
 
 ROWS: ContextVar[Tensor | None] = ContextVar("shl_rows", default=None)
-"""Which rows of the caller's list the current batch holds; `generate` sets it, so that per-row
-doses follow their rows when batches are cut, reordered or shrink."""
+"""Indices of the current batch's rows in the caller's list, for per-row values. `generate` sets it
+whenever it splits, reorders or shrinks batches."""
 PROMPTS: ContextVar[Tensor | None] = ContextVar("shl_prompts", default=None)
-"""How many prompt tokens each row of the current batch begins with; None: nothing but prompts."""
+"""Number of prompt tokens of each row of the current batch; None if all tokens are prompt."""
 
 _HANDLES: "WeakKeyDictionary[HookedTransformer, list[Handle]]" = WeakKeyDictionary()
-_LOOKING: "WeakSet[Callable[..., None]]" = WeakSet()
 H = TypeVar("H", bound="Handle")
-Register = Callable[..., RemovableHandle]
 _SUSPENDED: ContextVar[frozenset[int]] = ContextVar("shl_suspended", default=frozenset())
 
 
 class Handle:
     """A set of hooks on one model: a context manager, and a handle with `remove()`.
 
-    Subclasses add hooks in `__init__` through `_add`. Entering returns the handle itself; the
-    hooks are already on, so a handle works without `with` too. `model.reset_hooks()` (with
-    `including_permanent=True` as well) leaves a handle on: only `remove()` and the end of its
-    `with` body take it off, and only `suspended` pauses it.
+    Subclasses add hooks in `__init__` with `add_hook` and `add_pre_hook`. Hooks are active from
+    then on, so a handle works without `with` too; entering returns the handle.
+    `model.reset_hooks()` does not remove a handle, even with `including_permanent=True`: only
+    `remove()` and the end of its `with` body do, and only `suspended` pauses it.
+
+    Attributes:
+        model: the hooked model.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
         >>> model = tiny_gemma()
         >>> with Handle(model) as handle:
-        ...     _ = handle._add(model.hook_embed, lambda x: 0 * x)
+        ...     handle.add_hook(model.hook_embed, lambda x: 0 * x)
         ...     model.reset_hooks(including_permanent=True)
         ...     handle.on
         True
@@ -56,17 +58,17 @@ class Handle:
 
     def __init__(self, model: HookedTransformer) -> None:
         self.model = model
-        self._torch_handles: dict[Register, RemovableHandle] = {}
+        self._torch_handles: list[RemovableHandle] = []
         _HANDLES.setdefault(model, []).append(self)
 
     @property
     def per_row(self) -> bool:
-        """Whether rows of a batch are treated differently, so that none may stand for all."""
+        """Whether the hooks may treat rows of a batch differently, so that each must be run."""
         return False
 
     @property
     def rows(self) -> int | None:
-        """How many rows it has values for; None where every row is treated alike."""
+        """Number of rows with per-row values; None if all rows are treated alike."""
         return None
 
     @property
@@ -74,53 +76,38 @@ class Handle:
         """False inside `suspended(model)` and after `remove()`."""
         return bool(self._torch_handles) and id(self) not in _SUSPENDED.get()
 
-    def _add(
-        self,
-        module: nn.Module,
-        hook: Callable[[Tensor], Tensor | None],
-        argument: str | None = None,
-    ) -> Register:
-        """Run `hook` on a module's output, which its return value replaces unless it is None, or
-        (if `argument` is named) only show it that argument, given by keyword or in first place."""
-
-        if argument is not None:
-            return self._before(module, lambda args, kwargs: hook(kwargs.get(argument, *args[:1])))
+    def add_hook(self, module: nn.Module, hook: Callable[[Tensor], Tensor | None]) -> None:
+        """Call `hook` on a module's output; a return value other than None replaces the output."""
 
         def after(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
             return hook(output) if id(self) not in _SUSPENDED.get() else None
 
-        return self._place(partial(module.register_forward_hook, after))
+        self._torch_handles.append(module.register_forward_hook(after))
 
-    def _before(
+    def add_pre_hook(
         self, module: nn.Module, hook: Callable[[tuple[Any, ...], dict[str, Any]], object]
-    ) -> Register:
-        """Show `hook` the arguments of a module before it runs."""
+    ) -> None:
+        """Call `hook(args, kwargs)` before a module runs; it must not modify them."""
 
+        @read_only
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if id(self) not in _SUSPENDED.get():
                 hook(args, kwargs)
 
-        _LOOKING.add(before)
-        return self._place(partial(module.register_forward_pre_hook, before, with_kwargs=True))
+        self._torch_handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
-    def _place(self, register: Register, **order: bool) -> Register:
-        self._torch_handles[register] = register(**order)
-        return register
+    def owns_all_hooks(self, module: nn.Module) -> bool:
+        """Whether all forward hooks on a module belong to this handle."""
+        ids = {handle.id for handle in self._torch_handles}
+        return module._forward_hooks.keys() | module._forward_pre_hooks.keys() <= ids
 
-    def _gate(self, closed: bool) -> None:
-        """Called where `suspended` begins (closed) and ends, for what is more than hooks."""
-
-    def _decoding(self, rows: int) -> bool:
-        """Called where a loop begins that runs a few tokens of so many rows again and again without
-        derivatives; returns whether `_decoded` must be called where it ends."""
-        return False
-
-    def _decoded(self) -> None:
-        pass
+    def _pause(self, paused: bool) -> None:
+        """Called when `suspended` begins (True) and ends (False); for subclasses that change more
+        than hooks."""
 
     def remove(self) -> None:
-        """Take the hooks off; a second call does nothing."""
-        for handle in self._torch_handles.values():
+        """Remove the hooks; a second call does nothing."""
+        for handle in self._torch_handles:
             handle.remove()
         self._torch_handles.clear()
         handles = _HANDLES.get(self.model, [])
@@ -140,16 +127,16 @@ class Handle:
 
 
 def handles_on(model: HookedTransformer) -> tuple[Handle, ...]:
-    """This package's handles that are on `model` now, oldest first."""
+    """The active handles on `model`, oldest first."""
     return tuple(h for h in _HANDLES.get(model, []) if h.on)
 
 
 @contextmanager
 def suspended(model: HookedTransformer, *handles: Handle) -> Iterator[None]:
-    """Close the gates of `handles` (of all of this package's handles on `model`, if none are
-    named) for the body: the model is base again, without a second copy.
+    """Pause `handles`, by default all handles on `model`, inside the body.
 
-    Hooks that the caller placed through TransformerLens stay on.
+    With all of them paused the model is the base model. Hooks added through TransformerLens stay
+    active.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -161,77 +148,54 @@ def suspended(model: HookedTransformer, *handles: Handle) -> Iterator[None]:
     chosen = [h for h in handles or handles_on(model) if h.on]
     token = _SUSPENDED.set(_SUSPENDED.get() | {id(h) for h in chosen})
     for handle in chosen:
-        handle._gate(closed=True)
+        handle._pause(True)
     try:
         yield
     finally:
         _SUSPENDED.reset(token)
         for handle in chosen:
-            handle._gate(closed=False)
+            handle._pause(False)
 
 
 @contextmanager
-def decoding(model: HookedTransformer, rows: int) -> Iterator[None]:
-    """Tell the handles on `model` that the body decodes so many rows token by token, as `generate`
-    does: what they do stays the same, the way may become a faster one.
+def unhooked(model: HookedTransformer) -> Iterator[None]:
+    """Run the body on the base model without any hook.
 
-    On a CPU, without derivatives and with up to `shl.fast.linear.FEW` rows, baked adapters leave
-    those sites that nobody else has hooked (`shl.fast.fused_lora`), until the body ends.
+    Handles are paused, and all other forward hooks, TransformerLens's included, are removed and put
+    back.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
         >>> model = tiny_gemma()
-        >>> with torch.no_grad(), decoding(model, 1):
-        ...     logits = model(torch.tensor([[2, 5]]))
-    """
-    told = [handle for handle in handles_on(model) if handle._decoding(rows)]
-    try:
-        yield
-    finally:
-        for handle in told:
-            handle._decoded()
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether any torch hook is on a module (TransformerLens's are torch hooks too).
-
-    Example:
-        >>> from shl.models.tiny import tiny_gemma
-        >>> watched(tiny_gemma().unembed)
-        False
-    """
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def only_looked_at(module: nn.Module) -> bool:
-    """Whether nobody but this package, whose hooks change no argument, sees a module's arguments.
-
-    Example:
-        >>> from shl.models.tiny import tiny_gemma
-        >>> only_looked_at(tiny_gemma().unembed)
+        >>> with model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: 0 * x)]), unhooked(model):
+        ...     bool(model("hi").std() > 0.1)
         True
     """
-    return all(hook in _LOOKING for hook in module._forward_pre_hooks.values())
+    with suspended(model):
+        saved = [(m, m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
+        for module, after, before in saved:
+            if after or before:
+                module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+        try:
+            yield
+        finally:
+            for module, after, before in saved:
+                module._forward_hooks, module._forward_pre_hooks = after, before
 
 
 @contextmanager
 def running(
     *, rows: Sequence[int] | None = None, prompts: Sequence[int] | None = None
 ) -> Iterator[None]:
-    """Say for the body which of the caller's rows the batch holds, and how many prompt tokens
-    each of them begins with.
+    """Declare the rows of the caller's list in the current batch, and their numbers of prompt
+    tokens.
 
     Example:
         >>> with running(rows=[2, 0], prompts=[13, 9]):
         ...     row_values(torch.tensor([0.1, 0.2, 0.3]), 2)
         tensor([0.3000, 0.1000])
     """
-    held = [
+    tokens = [
         (variable, variable.set(torch.tensor(list(values))))
         for variable, values in ((ROWS, rows), (PROMPTS, prompts))
         if values is not None
@@ -239,15 +203,15 @@ def running(
     try:
         yield
     finally:
-        for variable, token in held:
+        for variable, token in tokens:
             variable.reset(token)
 
 
 def row_values(values: Tensor, batch: int, what: str = "per-row doses") -> Tensor:
-    """Per-row `values` of the rows that the current batch holds.
+    """The per-row `values` of the current batch's rows.
 
     Raises:
-        ShlError: there are not as many values as rows.
+        ShlError: the number of values differs from the number of rows.
     """
     rows, n = ROWS.get(), len(values)
     if rows is not None:

@@ -1,7 +1,7 @@
-"""Where a hook acts, and how strongly: dose, mask, positions and decay become one factor per token.
+"""Dose, mask, positions and decay of a hook, combined into one factor per token.
 
-Positions are absolute, counted in each row's own tokens without padding: the first is 0, and a
-token that is decoded with a cache counts on from those before it.
+Positions are absolute and do not count padding: a row's first token has position 0, and tokens
+decoded with a cache continue from the cached ones.
 """
 
 import math
@@ -23,8 +23,8 @@ Positions = Sequence[int] | slice
 
 
 def positions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"]:
-    """Absolute positions of the tokens that a block is about to see, from its arguments; -1 is
-    padding. Without an attention mask no token is padding."""
+    """Absolute positions of a block's input tokens, from its arguments; -1 is padding. Without an
+    attention mask no token is padding."""
     residual = kwargs.get("resid_pre", *args[:1])
     mask, entry = kwargs.get("attention_mask"), kwargs.get("past_kv_cache_entry")
     batch, new = residual.shape[:2]
@@ -36,28 +36,28 @@ def positions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int[Tensor, "
 
 
 class Scope:
-    """A dose and where it counts.
+    """A dose and the tokens to which it applies.
 
     The factor of the token at absolute position p of row i is
 
         dose[i] * 0.5 ** (n / half_life) * mask[i, p] * (p in positions),
 
-    where n = max(0, p - (prompt tokens of row i) + 1) counts completion tokens from the assistant
-    tag, which has the full dose as every prompt token has. Where `generate` or the scores run the
-    model they say how long each prompt is; tokens of a plain `model(tokens)` are all prompt,
-    unless `shl.hooks.handle.running(prompts=...)` says otherwise.
+    where n = max(0, p - (prompt tokens of row i) + 1) counts completion tokens. Prompt tokens, the
+    assistant tag included, have the full dose. `generate` and the scores declare the prompt
+    lengths; in a plain `model(tokens)` all tokens are prompt, unless
+    `shl.hooks.running(prompts=...)` is used.
 
     Args:
         dose: a number, or one per row.
-        mask: `[batch, pos]`, True where the hook acts; **positions beyond its width (generated
-            tokens, say) are not acted on**. Rows are those of the dose.
-        positions: which positions the hook acts on, the same in each row: a range, numbers from
+        mask: `[batch, pos]`, True where the hook acts; **it does not act on positions beyond the
+            mask's width, such as generated tokens**. Rows are those of the dose.
+        positions: positions on which the hook acts, the same in each row: a range, integers from
             0, or a slice such as `slice(20, None)`.
-        half_life: completion tokens after which the dose has fallen to a half; None: never.
+        half_life: number of completion tokens over which the dose halves; None for no decay.
 
     Raises:
-        ShlError: a value that is not finite, a mask that is no `[batch, pos]` of booleans, or
-            positions that the model does not have.
+        ShlError: a value is not finite, the mask is not a boolean `[batch, pos]`, or the model
+            does not have the positions.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -83,17 +83,17 @@ class Scope:
             fine = math.isfinite(half_life) and half_life > 0
             require(fine, f"half_life is {half_life!r}, it must be finite and above 0 tokens.")
         if mask is not None:
-            seen = tuple(mask.shape)
+            shape = tuple(mask.shape)
             require(
-                mask.dtype == torch.bool and mask.ndim == 2 and 0 < seen[1] <= model.cfg.n_ctx,
-                f"mask has dtype {mask.dtype} and shape {seen}, it must be torch.bool and (batch, "
+                mask.dtype == torch.bool and mask.ndim == 2 and 0 < shape[1] <= model.cfg.n_ctx,
+                f"mask has dtype {mask.dtype} and shape {shape}, it must be torch.bool and (batch, "
                 f"pos) with 1 to {model.cfg.n_ctx} positions.",
             )
             if isinstance(dose, Tensor):
                 require(
                     len(dose) == len(mask),
-                    f"{len(dose)} per-row doses and a mask of {len(mask)} rows were given, they "
-                    "must be as many.",
+                    f"{len(dose)} per-row doses and a mask of {len(mask)} rows were given, the "
+                    "numbers must be equal.",
                 )
         self.dose = dose
         self.mask = None if mask is None else mask.to(model.W_U.device)
@@ -112,25 +112,26 @@ class Scope:
 
     @property
     def by_position(self) -> bool:
-        """Whether the factor depends on where a token stands."""
+        """Whether the factor depends on the token's position."""
         return not (self.mask is None and self.allowed is None and self.half_life is None)
 
     @property
     def per_row(self) -> bool:
-        """Whether rows of a batch may differ at one position."""
+        """Whether rows of a batch may differ at the same position."""
         return self.rows is not None or self.half_life is not None
 
     @property
     def rows(self) -> int | None:
-        """How many rows there are values for, None where all are treated alike."""
-        own = (x for x in (self.dose, self.mask) if isinstance(x, Tensor))
-        return next((len(x) for x in own), None)
+        """Number of rows with per-row values; None if all rows are treated alike."""
+        tensors = (x for x in (self.dose, self.mask) if isinstance(x, Tensor))
+        return next((len(x) for x in tensors), None)
 
     def factor(self, at: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos 1"]:
         """The factor of each token, given absolute positions; 0 at padding (-1).
 
         Raises:
-            ShlError: doses, mask rows or prompt lengths are not as many as the rows.
+            ShlError: the number of doses, mask rows or prompt lengths differs from that of the
+                rows.
         """
         batch, real = len(at), at >= 0
         if isinstance(self.dose, Tensor):
@@ -166,7 +167,7 @@ def _allowed(model: HookedTransformer, positions: Positions) -> Bool[Tensor, " p
         good = all(type(p) is int and 0 <= p < n_ctx for p in chosen)
     require(
         good and len(chosen) > 0,
-        f"positions is {positions!r}, it must name some of 0 to {n_ctx - 1}.",
+        f"positions is {positions!r}, it must have at least one of 0 to {n_ctx - 1}.",
     )
     out = torch.zeros(n_ctx, dtype=torch.bool, device=model.W_U.device)
     out[list(chosen)] = True
@@ -175,31 +176,33 @@ def _allowed(model: HookedTransformer, positions: Positions) -> Bool[Tensor, " p
 
 @dataclass(frozen=True)
 class Applied:
-    """The factors of one forward: `rows` `[batch]` of the caller, absolute `positions` and
-    `factors` `[batch, pos]`; padding has position -1."""
+    """The factors of one forward: the caller's `rows` `[batch]`, absolute `positions` and
+    `factors`, both `[batch, pos]`; padding has position -1."""
 
     rows: Tensor
     positions: Tensor
     factors: Tensor
 
 
-def applied(at: Int[Tensor, "batch pos"], factor: Float[Tensor, "batch pos 1"]) -> Applied:
-    """A record of what the current batch got, on the CPU."""
+def record_factors(at: Int[Tensor, "batch pos"], factor: Float[Tensor, "batch pos 1"]) -> Applied:
+    """The factors applied to the current batch, on the CPU."""
     flat = rearrange(factor, "batch pos 1 -> batch pos")
     return Applied(caller_rows(len(at)), at.clone().cpu(), flat.detach().clone().cpu())
 
 
 def caller_rows(batch: int) -> Int[Tensor, " batch"]:
-    """Which of the caller's rows the current batch holds."""
+    """Indices of the current batch's rows in the caller's list."""
     rows = ROWS.get()
     return torch.arange(batch) if rows is None else rows.clone()
 
 
-def follow(handle: Handle, layers: Iterable[int], tell: Callable[[int, Tensor], None]) -> None:
-    """Have `tell(layer, positions)` called before each block of `layers` runs."""
+def track_positions(
+    handle: Handle, layers: Iterable[int], receive: Callable[[int, Tensor], None]
+) -> None:
+    """Call `receive(layer, positions)` before each block of `layers` runs."""
     for layer in sorted(set(layers)):
 
-        def see(args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-            tell(layer, positions_of(args, kwargs))
+        def hook(args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
+            receive(layer, positions_of(args, kwargs))
 
-        handle._before(block_of(handle.model, layer), see)
+        handle.add_pre_hook(block_of(handle.model, layer), hook)

@@ -1,4 +1,4 @@
-"""Recording what passes HookPoints while a model runs."""
+"""A recorder of activations at HookPoints while a model runs."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -9,30 +9,29 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import Handle
-from shl.hooks.positions import Positions, Scope, caller_rows, follow
+from shl.hooks.positions import Positions, Scope, caller_rows, track_positions
 from shl.utils.errors import require
 from shl.utils.shapes import Bool
 
 
 class Recorder(Handle):
-    """Keeps a clone of every tensor that passes the named HookPoints, in order, while it is on.
+    """Stores a clone of every tensor at the named HookPoints, in order, while it is active.
 
-    A context manager and a handle; `model.reset_hooks()` leaves it on. Under `generate` the first
-    tensor of each name is the prompt's, the others are one position long. Clones are ordinary
-    tensors that may enter autograd.
+    A context manager and a handle; `model.reset_hooks()` does not remove it. During `generate` the
+    first tensor of each name is the prompt's, the others have one position each. Clones are
+    ordinary tensors that can be used in autograd.
 
-    With `mask` or `positions` only the tokens that they name are kept, as `[tok, ...]`, and
-    `where[name]` tells for each its row and absolute position, `[tok, 2]`.
+    With `mask` or `positions` only the selected tokens are stored, as `[tok, ...]`, and
+    `where[name]` has the row and absolute position of each, `[tok, 2]`.
 
     Args:
-        mask: True where to keep, by row and absolute position in the row's own tokens; nothing is
-            kept beyond its width.
-        positions: which absolute positions to keep, in every row: a range, numbers from 0, or a
-            slice.
+        mask: True for tokens to store, by row and absolute position without padding; tokens beyond
+            its width are not stored.
+        positions: absolute positions to store, in every row: a range, integers from 0, or a slice.
 
     Raises:
-        ShlError: a name that the model does not have, or, to choose positions, one outside the
-            blocks.
+        ShlError: the model does not have a name, or a name is outside the blocks while `mask` or
+            `positions` is given.
 
     Example:
         >>> from shl.models.generate import generate
@@ -59,7 +58,7 @@ class Recorder(Handle):
         for name in names:
             require(
                 name in model.hook_dict,
-                f"{name!r} is no HookPoint of {model.cfg.model_name}, one is "
+                f"{name!r} is not a HookPoint of {model.cfg.model_name}; an example is "
                 "'blocks.0.hook_resid_post'.",
             )
         self.scope = Scope(model, mask=mask, positions=positions)
@@ -68,40 +67,44 @@ class Recorder(Handle):
         self.seen: dict[str, list[Tensor]] = {name: [] for name in names}
         self.where: dict[str, list[Tensor]] = {name: [] for name in names}
         self._at: dict[int, Tensor] = {}
-        follow(self, layers.values(), self._at.__setitem__)
+        track_positions(self, layers.values(), self._at.__setitem__)
         for name in names:
-            keep = partial(self._choose, layers[name]) if layers else self._keep
-            self._add(model.hook_dict[name], partial(keep, name))
+            store = partial(self._store_selected, layers[name]) if layers else self._store
+            self.add_hook(model.hook_dict[name], partial(store, name))
 
     @property
     def per_row(self) -> bool:
-        """Whether it chooses tokens, which every row must bring itself."""
+        """Whether tokens are selected, which requires that every row is run."""
         return not self.scope.plain
 
     @property
     def rows(self) -> int | None:
-        """How many rows the mask has, None without one."""
+        """Number of rows of the mask; None without a mask."""
         return self.scope.rows
 
-    def _keep(self, name: str, x: Tensor) -> None:
-        # Not `detach().clone()` alone: a tensor made in inference mode could never enter autograd.
+    def _store(self, name: str, x: Tensor) -> None:
+        # A tensor cloned in inference mode could not be used in autograd.
         with torch.inference_mode(False):
             self.seen[name].append(x.detach().clone())
 
-    def _choose(self, layer: int, name: str, x: Tensor) -> None:
+    def _store_selected(self, layer: int, name: str, x: Tensor) -> None:
         at = self._at[layer]
-        require(x.shape[:2] == at.shape, f"{name!r} has no axes of batch and position first.")
-        chosen = self.scope.factor(at)[:, :, 0] > 0
+        require(
+            x.shape[:2] == at.shape,
+            f"{name!r} has shape {tuple(x.shape)}, its first axes must be batch and position.",
+        )
+        selected = self.scope.factor(at)[:, :, 0] > 0
         rows = caller_rows(len(at)).to(at.device)
-        own = rearrange(rows, "batch -> batch 1").expand(at.shape)
-        self._keep(name, x[chosen])
-        self.where[name].append(torch.stack([own[chosen], at[chosen]], 1).cpu())
+        row_of = rearrange(rows, "batch -> batch 1").expand(at.shape)
+        self._store(name, x[selected])
+        self.where[name].append(torch.stack([row_of[selected], at[selected]], 1).cpu())
 
 
 def _layer(name: str) -> int:
     parts = name.split(".")
     require(
         parts[0] == "blocks",
-        f"{name!r} is outside the blocks, where positions are not known; record it whole.",
+        f"{name!r} is outside the blocks, where positions are unknown; record it without mask and "
+        "positions.",
     )
     return int(parts[1])

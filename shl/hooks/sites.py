@@ -1,9 +1,9 @@
-"""The one table of where things hook on a HookedTransformer: names, shapes, which norm.
+"""Sites on a HookedTransformer: names, shapes, hooks and parameters.
 
-Where a weight-exact LoRA reads and adds (TransformerLens 3.9, Gemma-3 and Llama):
+The hooks of a LoRA that equals an update of the weights (TransformerLens 3.9, Gemma-3 and Llama):
 
 =========  ==========================================  ====================================
-site       the linear's input                          the update is added at
+site       input of the linear                         output, where the update is added
 =========  ==========================================  ====================================
 q k v      argument of module ``blocks.i.attn``        ``attn.hook_q`` / ``k`` / ``v``
 o          ``attn.hook_z``, heads flattened            output of module ``attn``
@@ -12,10 +12,10 @@ down       ``mlp.hook_post``                           output of module ``mlp``
 resid      ``hook_resid_post``                         ``hook_resid_post``
 =========  ==========================================  ====================================
 
-Modules without a HookPoint at the right place are hooked themselves: ``hook_attn_out`` and
-``hook_mlp_out`` fire after Gemma's post-norms and ``hook_normalized`` before the norm's learned
-scale, so the shapes fit there and the numbers are wrong. `hook_q` and `hook_k` fire before the
-q/k norms, as the update of the linear must.
+Where no HookPoint is at the right place, the module itself is hooked: ``hook_attn_out`` and
+``hook_mlp_out`` come after Gemma's post-norms and ``hook_normalized`` before the norm's learned
+scale, so their values are not those of the linear. `hook_q` and `hook_k` come before the q/k norms,
+as required.
 """
 
 from collections.abc import Sequence
@@ -49,9 +49,9 @@ HOOKS = {
     "down": ("mlp.hook_post", "mlp"),
     "resid": ("hook_resid_post", "hook_resid_post"),
 }
-"""Where a site's input is read and its update added, within `blocks.i`: a module's output, or
-after a colon its argument. q, k and v read one tensor, unless a TransformerLens option splits it
-by head."""
+"""Where a site's input is read and its update is added, within `blocks.i`: a module's output, or
+the argument after the colon. q, k and v have the same input, unless a TransformerLens option splits
+it by head."""
 
 
 PARAMETERS = {
@@ -63,7 +63,7 @@ PARAMETERS = {
     "up": ("W_in", None),
     "down": ("W_out", "b_out"),
 }
-"""A linear site's weight and the bias of its own product, in the component that holds them."""
+"""Weight and bias of a linear site, in its attention or MLP."""
 
 
 @dataclass(frozen=True)
@@ -82,29 +82,29 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The key under which an adapter's factors are stored."""
+        """The key of the site's factors in an adapter."""
         return f"blocks.{self.layer}.{self.kind}"
 
     @property
     def hooks(self) -> tuple[str, str]:
-        """Full names of where the input is read and where the update is added.
+        """Full names of the hooks at the site's input and output.
 
         Example:
             >>> Site("gate", 3, 640, 2048).hooks
             ('blocks.3.mlp:x', 'blocks.3.mlp.hook_pre')
         """
-        seen, added = HOOKS[self.kind]
-        return f"blocks.{self.layer}.{seen}", f"blocks.{self.layer}.{added}"
+        read, added = HOOKS[self.kind]
+        return f"blocks.{self.layer}.{read}", f"blocks.{self.layer}.{added}"
 
 
 def sites_of(
     model: HookedTransformer, kinds: Sequence[str], layers: Sequence[int]
 ) -> tuple[Site, ...]:
-    """The sites of `kinds` at `layers`, in order of the forward pass.
+    """The sites of `kinds` at `layers`, in the order of the forward pass.
 
     Raises:
-        ShlError: an unknown kind, a layer that the model does not have, or a model whose MLP is
-            not gated (Gemma and Llama are).
+        ShlError: a kind is unknown, a layer is out of range, or the model's MLP is not gated (as
+            those of Gemma and Llama are).
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -112,7 +112,7 @@ def sites_of(
         ['blocks.1.q', 'blocks.1.o']
     """
     cfg = model.cfg
-    require(bool(cfg.gated_mlp), "the model's MLP is not gated, only Gemma and Llama shapes are.")
+    require(bool(cfg.gated_mlp), "the model's MLP is not gated, it must be as in Gemma and Llama.")
     for kind in kinds:
         require(kind in SITE_KINDS, f"site {kind!r} is unknown, the sites are {SITE_KINDS}.")
     check_layers(model, layers)
@@ -148,7 +148,7 @@ def check_layers(model: HookedTransformer, layers: Sequence[int]) -> None:
 
 
 def band(model: HookedTransformer, low: float, high: float) -> tuple[int, ...]:
-    """Layers from `low` to `high` of the depth, ends included, as shares of the layer count.
+    """Layers between the fractions `low` and `high` of the depth, both ends included.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -160,7 +160,7 @@ def band(model: HookedTransformer, low: float, high: float) -> tuple[int, ...]:
 
 
 def block_of(model: HookedTransformer, layer: int) -> Any:
-    """The block of a layer; Any: torch types what a module holds as Tensor | Module."""
+    """The block of a layer; typed Any, because torch types attributes as Tensor | Module."""
     return model.blocks[layer]
 
 
@@ -171,24 +171,24 @@ def residual_after(model: HookedTransformer, layer: int) -> nn.Module:
 
 
 def linear_input(model: HookedTransformer, site: Site) -> tuple[nn.Module, str | None]:
-    """The module that shows a site's input: its keyword argument, or (None) its output."""
+    """The module and argument that are a site's input; the argument None is the module's output."""
     path, _, argument = HOOKS[site.kind][0].partition(":")
     return block_of(model, site.layer).get_submodule(path), argument or None
 
 
 def linear_output(model: HookedTransformer, site: Site) -> nn.Module:
-    """The module whose output is a site's own output, before any norm."""
+    """The module whose output is a site's output, before any norm."""
     return block_of(model, site.layer).get_submodule(HOOKS[site.kind][1])
 
 
 def component_of(model: HookedTransformer, site: Site) -> nn.Module:
-    """The attention or MLP that holds a linear site's weight."""
+    """The attention or MLP with a linear site's weight."""
     return block_of(model, site.layer).get_submodule(HOOKS[site.kind][1].partition(".")[0])
 
 
 def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, dict[str, int]]:
-    """A linear site's parameter, and how einops turns it into `[out, in]` (a view, given the
-    sizes that come third).
+    """A linear site's parameter, and the einops pattern and sizes that rearrange it to `[out, in]`
+    (as a view).
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -196,7 +196,10 @@ def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, 
         >>> as_linear(model, sites_of(model, ["q"], [0])[0])[1]
         'head d d_head -> (head d_head) d'
     """
-    require(site.kind in PARAMETERS, f"{site.name} is no linear site, it has no weight of its own.")
+    require(
+        site.kind in PARAMETERS,
+        f"{site.name} has no weight, the linear sites are {', '.join(PARAMETERS)}.",
+    )
     sizes = {"d_head": model.cfg.d_head}
     out_in: dict[str, tuple[str, dict[str, int]]] = {
         **dict.fromkeys("qkv", ("head d d_head -> (head d_head) d", sizes)),
@@ -207,10 +210,10 @@ def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, 
 
 
 def readout(model: HookedTransformer) -> dict[str, Any]:
-    """What the functions of `shl.kl` need to know beside `W_U`: bias and soft cap of the logits."""
+    """Bias and soft cap of the logits, as keyword arguments of the functions of `shl.kl`."""
     return {"bias": model.b_U, "soft_cap": float(model.cfg.output_logits_soft_cap)}
 
 
 def final_hidden(model: HookedTransformer, residual: Tensor) -> Tensor:
-    """Final norm of residual vectors `[n, d_model]`, in the dtype of `W_U`."""
+    """The final norm of residual vectors `[n, d_model]`, in the dtype of `W_U`."""
     return model.ln_final(residual[None])[0].to(model.W_U.dtype)

@@ -1,4 +1,4 @@
-"""Adding a direction to the residual stream: at one dose or one per row, where and while asked."""
+"""Steering: a direction added to the residual stream, with a dose per call, row or token."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import Handle, row_values
-from shl.hooks.positions import Applied, Positions, Scope, applied, follow
+from shl.hooks.positions import Applied, Positions, Scope, record_factors, track_positions
 from shl.hooks.sites import check_layers, residual_after
 from shl.utils.errors import require
 from shl.utils.shapes import Bool, Direction, Float, Resid
@@ -21,18 +21,17 @@ Gate = Literal["cosine"]
 class Steering(Handle):
     """Adds `factor * v` to the residual stream h after each layer of the vector.
 
-    The factor of a token is its dose where `mask`, `positions` and `half_life` let it pass
-    (`shl.hooks.positions.Scope` has the equation), times 1 - max(0, cos(h, sign(dose) v)) under
-    `gate="cosine"`: a token whose residual points along the steered direction already gets less,
-    one that points away no more than the dose. h is the residual as it arrives, with what
-    handles placed earlier have added.
+    The factor of a token is that of `shl.hooks.positions.Scope` (dose, `mask`, `positions` and
+    `half_life`). `gate="cosine"` multiplies it by 1 - max(0, cos(h, sign(dose) v)), so a token
+    whose residual already points along the steered direction gets less. h includes the updates of
+    handles that were added earlier.
 
-    A context manager and a handle with `.remove()`; `model.reset_hooks()` leaves it on. `dose` is
-    a number, or one per row of the batch; under `generate` rows mean the prompts of the call.
+    A context manager and a handle with `.remove()`; `model.reset_hooks()` does not remove it.
+    `dose` is a number, or one per row of the batch; in `generate` rows are the prompts of the call.
 
     Attributes:
-        factors: with `record=True`, what each forward applied, per layer, in order; see
-            `applied`. Otherwise empty.
+        factors: with `record=True`, the factors of each forward by layer, in order (see
+            `applied`); otherwise empty.
     """
 
     def __init__(
@@ -58,28 +57,29 @@ class Steering(Handle):
         self._at: dict[int, Tensor] = {}
         simple = gate is None and not record and not self.scope.by_position
         if not simple:
-            follow(self, directions, self._at.__setitem__)
+            track_positions(self, directions, self._at.__setitem__)
         for layer, v in directions.items():
-            own = v.to(model.W_U.device)
-            add = partial(self._steer, own) if simple else partial(self._steer_where, layer, own)
-            self._add(residual_after(model, layer), add)
+            v = v.to(model.W_U.device)
+            add = partial(self._steer, v) if simple else partial(self._steer_tokens, layer, v)
+            self.add_hook(residual_after(model, layer), add)
 
     @property
     def per_row(self) -> bool:
-        """Whether each row has a dose, mask or decay of its own, or is recorded."""
+        """Whether dose, mask or decay may differ by row, or factors are recorded."""
         return self.scope.per_row or self.record
 
     @property
     def rows(self) -> int | None:
-        """How many rows have a dose or mask of their own; None where all are treated alike."""
+        """Number of rows with a per-row dose or mask; None if all rows are treated alike."""
         return self.scope.rows
 
     def applied(self, layer: int, row: int = 0) -> Float[Tensor, " pos"]:
-        """The factor that each token of the caller's row got after `layer`, by absolute position;
-        the latest where a position was run more than once, NaN where none was.
+        """The factor applied to each token of the caller's row after `layer`, by absolute position.
+
+        A position that was run several times has the latest factor, one that was not run has NaN.
 
         Raises:
-            ShlError: nothing was recorded there.
+            ShlError: nothing was recorded for the layer and row.
 
         Example:
             >>> from shl.models.tiny import tiny_gemma
@@ -90,39 +90,43 @@ class Steering(Handle):
             >>> steering.applied(1)
             tensor([0., 2., 0.])
         """
-        require(layer in self.factors, f"layer {layer} is not steered, {[*self.factors]} are.")
-        seen: dict[int, float] = {}
-        for one in self.factors[layer]:
-            for i in (one.rows == row).nonzero()[:, 0].tolist():
-                pairs = zip(one.positions[i].tolist(), one.factors[i].tolist(), strict=True)
-                seen.update((at, x) for at, x in pairs if at >= 0)
-        require(len(seen) > 0, f"nothing was recorded of row {row} at layer {layer}.")
-        out = torch.full((max(seen) + 1,), torch.nan)
-        out[list(seen)] = torch.tensor(list(seen.values()))
+        require(
+            layer in self.factors,
+            f"layer {layer} is not steered, the steered layers are {[*self.factors]}.",
+        )
+        latest: dict[int, float] = {}
+        for forward in self.factors[layer]:
+            for i in (forward.rows == row).nonzero()[:, 0].tolist():
+                pairs = zip(forward.positions[i].tolist(), forward.factors[i].tolist(), strict=True)
+                latest.update((at, x) for at, x in pairs if at >= 0)
+        require(len(latest) > 0, f"nothing was recorded of row {row} at layer {layer}.")
+        out = torch.full((max(latest) + 1,), torch.nan)
+        out[list(latest)] = torch.tensor(list(latest.values()))
         return out
 
     def _steer(self, v: Tensor, h: Tensor) -> Tensor | None:
         if isinstance(self.dose, Tensor):
             dose = row_values(self.dose.to(h.device), len(h))
             return h + (rearrange(dose, "batch -> batch 1 1") * v).to(h.dtype)
-        # No arithmetic at dose 0: the identity is exact, signed zeros included.
+        # Adding zeros would change the sign of negative zeros, so dose 0 returns None.
         return h + (self.dose * v).to(h.dtype) if self.dose != 0 else None
 
-    def _steer_where(self, layer: int, v: Tensor, h: Resid) -> Resid:
+    def _steer_tokens(self, layer: int, v: Tensor, h: Resid) -> Resid:
         at = self._at.pop(layer)
         factor = self.scope.factor(at)
         if self.gate == "cosine":
             factor = factor * openness(h, v, factor)
         if self.record:
-            self.factors[layer].append(applied(at, factor))
+            self.factors[layer].append(record_factors(at, factor))
         return h + (factor * v).to(h.dtype)
 
 
 def openness(
     h: Resid, v: Direction, dose: Float[Tensor, "batch pos 1"]
 ) -> Float[Tensor, "batch pos 1"]:
-    """1 - max(0, cos(h, sign(dose) v)) per token, in fp32: 1 where h is at right angles to the
-    steered direction or points away from it, 0 where it points exactly along.
+    """1 - max(0, cos(h, sign(dose) v)) per token, in fp32.
+
+    It is 1 if h is orthogonal to the steered direction or points away from it, 0 if h is parallel.
 
     Example:
         >>> h = torch.tensor([[[3.0, 4.0], [0.0, 1.0], [-1.0, 0.0]]])
@@ -135,7 +139,7 @@ def openness(
 
 
 def check_directions(model: HookedTransformer, directions: Mapping[int, Direction]) -> None:
-    """Raise unless the model has every layer, at the width of its direction."""
+    """Raise unless the model has every layer, and every direction has its width."""
     check_layers(model, list(directions))
     for layer, v in directions.items():
         require(

@@ -1,4 +1,4 @@
-"""Steering vectors as objects: apply, add, scale, project, save and load."""
+"""Steering vectors: apply, add, scale, project, save and load."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,32 +10,36 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from shl.hooks.adapter import shared
+from shl.hooks.adapter import common_value
 from shl.hooks.fingerprint import check_made_for
 from shl.hooks.positions import Positions
 from shl.hooks.steering import Gate, Steering, check_directions
 from shl.utils.errors import require
-from shl.utils.files import Kinds, check_told, identity, read_safetensors, write_safetensors
+from shl.utils.files import (
+    MADE_ON,
+    NONE,
+    Schema,
+    identity,
+    read_safetensors,
+    require_metadata,
+    write_safetensors,
+)
 from shl.utils.shapes import Bool, Direction, Float
 
-NONE = type(None)
-KINDS: Kinds = {
-    "model": (str,),
-    "weights": (str, NONE),
-    "dtype": (str, NONE),
+SCHEMA: Schema = {
+    **MADE_ON,
     "axis": (str,),
-    "round": (int, NONE),
     "contexts": (int,),
     "rule": (str, NONE),
     "token": (str, NONE),
     "hooks": (list,),
 }
-"""The metadata of format `shl-vector-3`, beside `format` and `identity`: the base's name, weights
-(its `weights_hash`) and dtype; extraction rule and token; the hook of each tensor."""
+"""The metadata of format `shl-vector-3`, in addition to `format` and `identity`: `rule` and `token`
+of the extraction, and `hooks`, the hook of each tensor."""
 
 
 def hook_of(layer: int) -> str:
-    """The HookPoint after a layer, which is the key of its direction.
+    """The HookPoint after a layer, the key of its direction in a file.
 
     Example:
         >>> hook_of(9)
@@ -47,28 +51,28 @@ def hook_of(layer: int) -> str:
 def read_directions(
     what: object, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[int, Direction]:
-    """The directions of a file by layer, in order.
+    """The directions in a file by layer, in order.
 
     Raises:
-        ShlError: a key that is no HookPoint after a layer, another shape than `[d_model]`, none
-            at all, or hooks that are not those of the metadata.
+        ShlError: there is no direction, a key is not a HookPoint after a layer, a shape is not
+            `[d_model]`, or the hooks differ from the metadata.
     """
     layers: dict[int, Tensor] = {}
     for key, v in tensors.items():
         name = key.split(".")
-        own = len(name) == 3 and name[1].isdecimal() and len(name[1]) < 10
+        valid = len(name) == 3 and name[1].isdecimal() and len(name[1]) < 10
         require(
-            own and key == hook_of(int(name[1])),
-            f"{what} holds {key!r}, a vector's keys are blocks.LAYER.hook_resid_post.",
+            valid and key == hook_of(int(name[1])),
+            f"{what} has the key {key!r}, a vector's keys are blocks.LAYER.hook_resid_post.",
         )
         shape = tuple(v.shape)
         require(len(shape) == 1, f"{key} in {what} has shape {shape}, it must be (d_model,).")
         layers[int(name[1])] = v
-    require(len(layers) > 0, f"{what} holds no direction.")
+    require(len(layers) > 0, f"{what} has no direction.")
     hooks = [hook_of(layer) for layer in sorted(layers)]
     require(
         meta["hooks"] == hooks,
-        f"{what} says hooks = {short(meta['hooks'])}, by its tensors that is {short(hooks)}.",
+        f"{what} has hooks = {short(meta['hooks'])}, its tensors give {short(hooks)}.",
     )
     return dict(sorted(layers.items()))
 
@@ -78,10 +82,10 @@ FORMAT = "shl-vector-3"
 
 @dataclass(frozen=True)
 class SteeringVector:
-    """One direction `[d_model]` per layer of the band, keyed by layer index.
+    """One direction `[d_model]` per layer, keyed by layer index.
 
-    `model_name`, `weights` (its `weights_hash`) and `dtype` tell on which base it was made,
-    `rule` and `token` how it was read, `round` where in a loop; None where not known.
+    `model_name`, `weights` (its `weights_hash`) and `dtype` identify the base model, `rule` and
+    `token` the extraction, `round` the round of the loop; None if unknown.
 
     Example:
         >>> import torch
@@ -111,23 +115,24 @@ class SteeringVector:
         half_life: float | None = None,
         record: bool = False,
     ) -> Steering:
-        """Steer `model` until the returned context manager ends or its `.remove()` is called;
-        `model.reset_hooks()` does not take it off.
+        """Steer `model` until the returned context manager ends or its `.remove()` is called.
+
+        `model.reset_hooks()` does not remove it.
 
         Args:
-            dose: times v is added; a number, or one per row of the batch.
-            mask: True where to steer, by row and absolute position in the row's own tokens;
-                positions beyond its width are not steered.
-            positions: which absolute positions to steer, in every row: a range, numbers from 0,
-                or a slice such as `slice(20, None)`.
-            gate: "cosine" gives each token dose * (1 - max(0, cos(h, sign(dose) v))), less the
-                further its residual h points along the vector already.
-            half_life: completion tokens after which the dose has halved; the prompt, assistant
+            dose: factor of v; a number, or one per row of the batch.
+            mask: True for tokens to steer, by row and absolute position without padding; positions
+                beyond its width are not steered.
+            positions: absolute positions to steer, in every row: a range, integers from 0, or a
+                slice such as `slice(20, None)`.
+            gate: "cosine" gives each token dose * (1 - max(0, cos(h, sign(dose) v))), where h is
+                its residual.
+            half_life: number of completion tokens over which the dose halves; the prompt, assistant
                 tag included, has the full dose.
-            record: keep what each token got, for `.applied(layer, row)`.
+            record: store the factor of each token, for `.applied(layer, row)`.
 
         Raises:
-            ShlError: a layer or width that the model does not have, or an option out of range.
+            ShlError: the model does not have a layer or width, or an option is out of range.
 
         Example:
             >>> import torch
@@ -148,10 +153,10 @@ class SteeringVector:
         )
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
-        """Both at once, in one hook per layer; layers that only one has stay as they are.
+        """The sum of two vectors; layers of only one of them stay unchanged.
 
         Raises:
-            ShlError: vectors of different models.
+            ShlError: the vectors belong to different models.
         """
         self._same_model(other)
         layers = sorted({*self.directions, *other.directions})
@@ -161,13 +166,13 @@ class SteeringVector:
             ).sum(0)
             for layer in layers
         }
-        told = {
-            key: shared([getattr(self, key), getattr(other, key)])
+        metadata = {
+            key: common_value([getattr(self, key), getattr(other, key)])
             for key in ("weights", "dtype", "rule", "token", "round")
         }
         contexts = min(self.contexts, other.contexts)
         both = f"{self.axis} + {other.axis}"
-        return SteeringVector(sums, self.model_name, both, contexts, **told)
+        return SteeringVector(sums, self.model_name, both, contexts, **metadata)
 
     def __mul__(self, factor: float) -> "SteeringVector":
         """Every direction times a number."""
@@ -177,11 +182,11 @@ class SteeringVector:
     __rmul__ = __mul__
 
     def project_out(self, other: "SteeringVector") -> "SteeringVector":
-        """What is left of each direction at right angles to `other`'s, on the layers of both.
+        """The component of each direction orthogonal to `other`'s, at the layers of both.
 
         Raises:
-            ShlError: vectors of different models, no shared layer, or a direction of `other`
-                that is zero.
+            ShlError: the vectors belong to different models or share no layer, or a direction of
+                `other` is zero.
 
         Example:
             >>> import torch
@@ -192,19 +197,19 @@ class SteeringVector:
         """
         self._same_model(other)
         shared = self.cosine(other)
-        left = dict(self.directions)
+        out = dict(self.directions)
         for layer in shared:
             along = other.directions[layer]
             require(float(along.norm()) > 0, f"the direction of layer {layer} to project out is 0.")
             unit = along / along.norm()
-            left[layer] = left[layer] - (left[layer] @ unit) * unit
-        return replace(self, directions=left, axis=f"{self.axis} without {other.axis}")
+            out[layer] = out[layer] - (out[layer] @ unit) * unit
+        return replace(self, directions=out, axis=f"{self.axis} without {other.axis}")
 
     def _same_model(self, other: "SteeringVector") -> None:
         require(
             self.model_name == other.model_name,
-            f"the vectors were made on {self.model_name} and {other.model_name}, they must share "
-            "a model.",
+            f"the vectors were made on {self.model_name} and {other.model_name}, the model must "
+            "be the same.",
         )
 
     def norms(self) -> dict[int, float]:
@@ -212,7 +217,7 @@ class SteeringVector:
         return {layer: float(v.norm()) for layer, v in self.directions.items()}
 
     def cosine(self, other: "SteeringVector") -> dict[int, float]:
-        """Cosine to another vector, per layer that both have.
+        """Cosine similarity to another vector at each shared layer.
 
         Raises:
             ShlError: they share no layer.
@@ -230,20 +235,20 @@ class SteeringVector:
         }
 
     def identity(self) -> str:
-        """What `save` writes as identity: SHA-256 of numbers and metadata, no path, no time."""
-        tensors, told = self._content()
-        return identity(tensors, {"format": FORMAT, **told})
+        """The checksum that `save` writes: SHA-256 of tensors and metadata."""
+        tensors, metadata = self._content()
+        return identity(tensors, {"format": FORMAT, **metadata})
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors; `shl.hooks.vector.KINDS` lists what its metadata says."""
-        tensors, told = self._content()
-        check_told(path, told, KINDS)
-        write_safetensors(path, FORMAT, tensors, told)
+        """Write a safetensors file with the metadata of `shl.hooks.vector.SCHEMA`."""
+        tensors, metadata = self._content()
+        require_metadata(path, metadata, SCHEMA)
+        write_safetensors(path, FORMAT, tensors, metadata)
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         tensors = {hook_of(layer): v for layer, v in sorted(self.directions.items())}
-        told = {key: getattr(self, key) for key in KINDS if key not in ("model", "hooks")}
-        return tensors, {"model": self.model_name, "hooks": list(tensors), **told}
+        metadata = {key: getattr(self, key) for key in SCHEMA if key not in ("model", "hooks")}
+        return tensors, {"model": self.model_name, "hooks": list(tensors), **metadata}
 
     @classmethod
     def load(
@@ -253,21 +258,21 @@ class SteeringVector:
         *,
         any_weights: bool = False,
     ) -> "SteeringVector":
-        """Read what `save` wrote; with a model, check that it was made for it.
+        """Read a file written by `save`; with a model, check that the vector was made for it.
 
         Args:
-            any_weights: take a vector that was made on other weights (a fine-tune, another
-                dtype) of a model of this name and width.
+            any_weights: accept a vector made on other weights (a fine-tune, another dtype) of a
+                model with the same name and width.
 
         Raises:
-            ShlError: the file is missing, damaged, changed, or not one of ours; or it was made
-                on another model, other weights, another dtype, layers or width; the sentence
+            ShlError: the file is missing, damaged, modified or of another format, or the vector was
+                made for another model, other weights, another dtype, layers or width; the message
                 names the first difference.
         """
-        meta, tensors = read_safetensors(path, FORMAT, KINDS)
+        meta, tensors = read_safetensors(path, FORMAT, SCHEMA)
         layers = read_directions(path, meta, tensors)
-        told = {key: value for key, value in meta.items() if key not in ("model", "hooks")}
-        vector = cls(layers, meta["model"], **told)
+        metadata = {key: value for key, value in meta.items() if key not in ("model", "hooks")}
+        vector = cls(layers, meta["model"], **metadata)
         if model is not None:
             check_made_for(
                 model,

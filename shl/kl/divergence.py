@@ -59,7 +59,7 @@ def full_log_probs(
     return logits.log_softmax(1)
 
 
-def say_plain(soft_cap: float) -> None:
+def warn_full_logits(soft_cap: float) -> None:
     """Warn the caller's caller that full logits are formed."""
     warnings.warn(
         f"the logits are soft-capped at {soft_cap:g}, so they are formed in full: slow, and "
@@ -220,7 +220,7 @@ def reverse_kl_and_nll(
             linear in h then, so full logits are formed, with a warning.
 
     Raises:
-        ShlError: `ref_lse` without `lazy`, where it would be ignored.
+        ShlError: `ref_lse` without `lazy`, or `lazy` with `soft_cap`, which would be ignored.
 
     Returns:
         kl and nll, `[tok]` each, nats, fp32, each with its own per-token upstream gradient.
@@ -234,7 +234,10 @@ def reverse_kl_and_nll(
     """
     require(lazy or ref_lse is None, "ref_lse is given but lazy is False, which does not use it.")
     if soft_cap > 0:
-        say_plain(soft_cap)
+        require(
+            not lazy, f"lazy is True with soft_cap {soft_cap:g}, which forms full logits at once."
+        )
+        warn_full_logits(soft_cap)
         return naive_kl_and_nll(
             student, ref.detach(), unembed, targets, bias=bias, soft_cap=soft_cap
         )
@@ -252,7 +255,7 @@ def forward_kl_and_nll(
 ) -> tuple[PerToken, PerToken]:
     """KL(reference || student) and NLL per token; arguments as in `reverse_kl_and_nll`."""
     if soft_cap > 0:
-        say_plain(soft_cap)
+        warn_full_logits(soft_cap)
         return naive_kl_and_nll(
             student, ref.detach(), unembed, targets, bias=bias, reverse=False, soft_cap=soft_cap
         )
@@ -269,7 +272,7 @@ def differentiable_nll(
 ) -> PerToken:
     """NLL per token with its gradient, at half the products of a divergence."""
     if soft_cap > 0:
-        say_plain(soft_cap)
+        warn_full_logits(soft_cap)
         log_p = full_log_probs(student, unembed, bias, soft_cap)
         return -log_p.gather(1, targets[:, None])[:, 0]
     return Divergence.apply(student, None, unembed, targets, bias, True, None, False)[1]
@@ -290,25 +293,26 @@ def nll(
         >>> round(float(nll(torch.zeros(1, 4), torch.randn(4, 10), torch.tensor([3])).exp()), 4)
         10.0
     """
-    words = targets[:, None]
-    return -log_probs_at(student, unembed, words, bias=bias, soft_cap=soft_cap)[:, 0]
+    return -log_probs_at(student, unembed, targets[:, None], bias=bias, soft_cap=soft_cap)[:, 0]
 
 
 def log_probs_at(
     student: Hidden,
     unembed: Unembed,
-    words: Int[Tensor, "tok n"],
+    tokens: Int[Tensor, "tok n"],
     *,
     bias: Float[Tensor, " vocab"] | None = None,
     soft_cap: float = 0.0,
 ) -> Float[Tensor, "tok n"]:
-    """Log-probabilities (nats, fp32) of chosen words `[tok, n]` at each position, in chunks and
+    """Log-probabilities (nats, fp32) of chosen tokens `[tok, n]` at each position, in chunks and
     without a gradient."""
     with torch.no_grad():
         if soft_cap > 0:
-            say_plain(soft_cap)
-            return full_log_probs(student.float(), unembed.float(), bias, soft_cap).gather(1, words)
-        chosen = torch.einsum("td,tnd->tn", student.float(), unembed.T[words].float())
+            warn_full_logits(soft_cap)
+            return full_log_probs(student.float(), unembed.float(), bias, soft_cap).gather(
+                1, tokens
+            )
+        chosen = torch.einsum("td,tnd->tn", student.float(), unembed.T[tokens].float())
         if bias is not None:
-            chosen = chosen + bias[words].float()
+            chosen = chosen + bias[tokens].float()
         return chosen - logsumexp(student, unembed, bias, scoring=True)[:, None]

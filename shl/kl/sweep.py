@@ -6,31 +6,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shl.fast.linear import linear
+from shl.fast import onednn_linear
 from shl.utils.shapes import Bool, Float, Hidden, PerToken, Unembed
 
-PIECE = 1024
-"""Words per product: MKL is up to twice as fast at a batch of them, a thread to each, as at a wide
-one that its threads share."""
+WIDTH = 1024
+"""Tokens of the vocabulary per product: MKL is up to twice as fast at a batch of such products, one
+thread to each, as at a wide one that its threads share."""
 
 
-def chunk(tokens: int, vocab: int) -> int:
-    """Words per chunk: a function of the shape alone, so results repeat bit for bit. A chunk of
-    logits takes 4 MB: larger ones leave the cache, and with smaller ones threads wait for each
-    other more often, which a busy neighbour makes long."""
+def chunk_size(tokens: int, vocab: int) -> int:
+    """Tokens of the vocabulary per chunk: a function of the shape alone, so results repeat bit for
+    bit. A chunk of logits takes 4 MB: larger ones leave the cache, and smaller ones make threads
+    wait for each other more often."""
     return max(1, min(vocab, max(512, (1 << 20) // max(tokens, 1))))
 
 
-def pieces(tokens: int, vocab: int) -> Iterator[tuple[int, int, int]]:
-    """(start, count, width) of chunks that are `count` times `width` words.
+def chunks(tokens: int, vocab: int) -> Iterator[tuple[int, int, int]]:
+    """(start, count, width) of chunks that cover `count` times `width` tokens of the vocabulary.
 
     Example:
-        >>> list(pieces(512, 5000))
+        >>> list(chunks(512, 5000))
         [(0, 2, 1024), (2048, 2, 1024), (4096, 1, 904)]
     """
-    words = chunk(tokens, vocab)
-    width = min(words, PIECE)
-    most = words // width
+    size = chunk_size(tokens, vocab)
+    width = min(size, WIDTH)
+    most = size // width
     start = 0
     while start < vocab:
         count = min(most, (vocab - start) // width)
@@ -39,7 +39,7 @@ def pieces(tokens: int, vocab: int) -> Iterator[tuple[int, int, int]]:
 
 
 class Chunk:
-    """Words of the unembedding, `[count * width, d]`, and their bias, `[count, width]`; fp32."""
+    """A part of the unembedding, `[count * width, d]`, and its bias, `[count, width]`; fp32."""
 
     def __init__(
         self, unembed: Tensor, bias: Tensor | None, start: int, count: int, width: int
@@ -49,33 +49,33 @@ class Chunk:
         self.bias = None if bias is None else bias[start:end].float().view(count, width)
         self.shape = (count, width)
 
-    def products(self, rows: Tensor, room: Tensor) -> Tensor:
-        """`[rows, count, width]`, a view into `room`, without bias."""
+    def logits(self, rows: Tensor, buffer: Tensor) -> Tensor:
+        """`[rows, count, width]` without bias, a view into `buffer`."""
         count, width = self.shape
-        out = room[: count * len(rows) * width].view(count, len(rows), width)
-        shares = self.weight.unflatten(0, self.shape).mT
-        return torch.bmm(rows.expand(count, -1, -1), shares, out=out).transpose(0, 1)
+        out = buffer[: count * len(rows) * width].view(count, len(rows), width)
+        parts = self.weight.unflatten(0, self.shape).mT
+        return torch.bmm(rows.expand(count, -1, -1), parts, out=out).transpose(0, 1)
 
-    def exact_enough(self, rows: Tensor) -> Tensor:
-        """The same by the faster of two libraries, up to twice as far off."""
-        return linear(rows, self.weight).unflatten(1, self.shape)
+    def fast_logits(self, rows: Tensor) -> Tensor:
+        """The same by oneDNN, with up to twice the rounding error."""
+        return onednn_linear(rows, self.weight).unflatten(1, self.shape)
 
     def weighted(self, e: Tensor) -> Tensor:
         """e W, from `[tok, count, width]` to `[tok, d]`."""
-        return linear(e.flatten(1), self.weight.T, deep=True)
+        return onednn_linear(e.flatten(1), self.weight.T)
 
-    def inside(self, room: Tensor, tok: int) -> Tensor:
-        """`[tok, count, width]` of `room`, the words of a token side by side."""
+    def view(self, buffer: Tensor, tok: int) -> Tensor:
+        """`[tok, count, width]` of `buffer`, with a token's numbers side by side."""
         count, width = self.shape
-        return room[: tok * count * width].view(tok, count, width)
+        return buffer[: tok * count * width].view(tok, count, width)
 
 
-def space(tok: int, vocab: int, like: Tensor) -> Tensor:
-    """Room for a chunk, allocated once per sweep: fresh pages cost more than the sums."""
-    return like.new_empty(len(like) * max(count * width for _, count, width in pieces(tok, vocab)))
+def buffer_for(tok: int, vocab: int, like: Tensor) -> Tensor:
+    """Memory for a chunk, allocated once per sweep: fresh pages cost more than the sums."""
+    return like.new_empty(len(like) * max(count * width for _, count, width in chunks(tok, vocab)))
 
 
-# Above this exp(ubar - u) of a single word leaves fp32's safe range; such rows, far from the
+# Above this exp(ubar - u) of a single token leaves fp32's safe range; such rows, far from the
 # reference, take the logsumexp form, whose error is relative to the logits and small there.
 LARGE = 40.0
 
@@ -106,7 +106,8 @@ def sweep(
     *,
     mean_w: Hidden | None = None,
 ) -> Sweep:
-    """Online softmax statistics of h W over chunks of words; with `delta`, of u = delta W too.
+    """Online softmax statistics of h W over chunks of the vocabulary; with `delta`, of u = delta W
+    too.
 
     Two matrix products without `delta`, four with it; three if A is known already (`mean_w`), as
     the divergence is then, which is left out.
@@ -121,39 +122,39 @@ def sweep(
     h = h.float()
     delta = None if delta is None else delta.float()
     rows = h if delta is None else torch.cat([h, delta])
-    room, room_e, room_eu = (space(tok, vocab, like) for like in (rows, h, rows[tok:]))
+    buffer, buffer_e, buffer_eu = (buffer_for(tok, vocab, like) for like in (rows, h, rows[tok:]))
     top = h.new_full((tok, 1), -torch.inf)
     total = h.new_zeros(tok, 1)
     known, mean_w = mean_w, h.new_zeros(tok, d)
-    # u is taken about its mean over the first chunk, so that what all words share cancels before
+    # u is taken about its mean over the first chunk, so that what all tokens share cancels before
     # it is summed.
     centre = h.new_zeros(tok, 1)
     shift = h.new_zeros(tok, 1)  # the running mean of u - centre, around which expm1 is exact
     excess = h.new_zeros(tok, 1)  # sum of e * expm1(shift - u)
     mean_uw = h.new_zeros(tok, d)  # sum of e * u * W
     far: Bool[Tensor, " tok"] = torch.zeros(tok, dtype=torch.bool, device=h.device)
-    for start, count, width in pieces(tok, vocab):
-        words = Chunk(unembed, bias, start, count, width)
-        zu = words.products(rows, room) if known is None else words.exact_enough(rows)
-        z = zu[:tok] if words.bias is None else zu[:tok].add_(words.bias)
+    for start, count, width in chunks(tok, vocab):
+        part = Chunk(unembed, bias, start, count, width)
+        zu = part.logits(rows, buffer) if known is None else part.fast_logits(rows)
+        z = zu[:tok] if part.bias is None else zu[:tok].add_(part.bias)
         new_top = torch.maximum(top, _largest(z))
         rescale = (top - new_top).exp()
-        e = torch.sub(z, new_top[..., None], out=words.inside(room_e, tok)).exp_()
+        e = torch.sub(z, new_top[..., None], out=part.view(buffer_e, tok)).exp_()
         top = new_top
         chunk_total = _sum(e)
         before = total * rescale
         total = before + chunk_total
         if known is None:
-            mean_w.mul_(rescale).add_(words.weighted(e))
+            mean_w.mul_(rescale).add_(part.weighted(e))
         if delta is None:
             continue
-        u, eu = zu[tok:], words.inside(room_eu, tok)
+        u, eu = zu[tok:], part.view(buffer_eu, tok)
         if start == 0:
             centre = _sum(torch.mul(e, u, out=eu)) / total
         torch.mul(e, u.sub_(centre[..., None]), out=eu)
         chunk_first = _sum(eu)
-        mean_uw.mul_(rescale).add_(words.weighted(eu))
-        # The shift moves to the running mean before this chunk's words are added: the earlier
+        mean_uw.mul_(rescale).add_(part.weighted(eu))
+        # The shift moves to the running mean before this chunk's tokens are added: the earlier
         # ones' excess is never negative about their own mean, so nothing large cancels.
         move = (chunk_first - shift * chunk_total) / total
         shift = shift + move
@@ -204,13 +205,13 @@ def logsumexp(
     """
     tok, vocab = len(h), unembed.shape[1]
     h = h.float()
-    room = space(tok, vocab, h)
+    buffer = buffer_for(tok, vocab, h)
     top = h.new_full((tok, 1), -torch.inf)
     total = h.new_zeros(tok, 1)
-    for start, count, width in pieces(tok, vocab):
-        words = Chunk(unembed, bias, start, count, width)
-        z = words.exact_enough(h) if scoring else words.products(h, room)
-        z = z if words.bias is None else z.add_(words.bias)
+    for start, count, width in chunks(tok, vocab):
+        part = Chunk(unembed, bias, start, count, width)
+        z = part.fast_logits(h) if scoring else part.logits(h, buffer)
+        z = z if part.bias is None else z.add_(part.bias)
         new_top = torch.maximum(top, _largest(z))
         chunk_total = _sum(z.sub_(new_top[..., None]).exp_())
         total = total * (top - new_top).exp() + chunk_total

@@ -2,9 +2,9 @@
 
 The matrix products stay with the vendor's library: a `[64, d_model]` fp32 accumulator for a
 d_model of 2560 fits no streaming multiprocessor, so one kernel for everything cannot be. Per chunk
-of words, two products give logits z = h W and u = delta W in fp32; this kernel reads both, moves
-the online statistics of a row, and writes e = exp(z - top) and e u in the weights' dtype for the
-two gradient products. Without delta it leaves out whatever has u in it.
+of the vocabulary, two products give logits z = h W and u = delta W in fp32; this kernel reads
+both, moves the online statistics of a row, and writes e = exp(z - top) and e u in the weights'
+dtype for the two gradient products. Without delta it leaves out whatever has u in it.
 """
 
 import torch
@@ -28,7 +28,7 @@ def _row(  # noqa: ANN202
     e_ptr,  # noqa: ANN001
     eu_ptr,  # noqa: ANN001
     state_ptr,  # noqa: ANN001
-    words,  # noqa: ANN001
+    width,  # noqa: ANN001
     first: tl.constexpr,
     divergence: tl.constexpr,
     large: tl.constexpr,
@@ -36,10 +36,10 @@ def _row(  # noqa: ANN202
 ):
     """One row of one chunk. The state is top, total, centre, shift, excess, far, rescale."""
     row = tl.program_id(0).to(tl.int64)
-    z_ptr += row * words
-    u_ptr += row * words
-    e_ptr += row * words
-    eu_ptr += row * words
+    z_ptr += row * width
+    u_ptr += row * width
+    e_ptr += row * width
+    eu_ptr += row * width
     state_ptr += row * 7
     top = tl.load(state_ptr)
     total = tl.load(state_ptr + 1)
@@ -50,18 +50,18 @@ def _row(  # noqa: ANN202
     at = tl.arange(0, block)
 
     best = tl.full([block], float("-inf"), tl.float32)
-    for start in range(0, words, block):
-        inside = start + at < words
+    for start in range(0, width, block):
+        inside = start + at < width
         best = tl.maximum(best, tl.load(z_ptr + start + at, mask=inside, other=float("-inf")))
     new_top = tl.maximum(top, tl.max(best, 0))
     rescale = tl.exp(top - new_top)
 
     if first and divergence:
-        # What all words share cancels before it is summed, as in `sweep`.
+        # What all tokens share cancels before it is summed, as in `sweep`.
         own = tl.zeros([block], tl.float32)
         shared = tl.zeros([block], tl.float32)
-        for start in range(0, words, block):
-            inside = start + at < words
+        for start in range(0, width, block):
+            inside = start + at < width
             z = tl.load(z_ptr + start + at, mask=inside, other=float("-inf"))
             u = tl.load(u_ptr + start + at, mask=inside, other=0.0)
             e = tl.exp(z - new_top)
@@ -71,8 +71,8 @@ def _row(  # noqa: ANN202
 
     sums = tl.zeros([block], tl.float32)
     firsts = tl.zeros([block], tl.float32)
-    for start in range(0, words, block):
-        inside = start + at < words
+    for start in range(0, width, block):
+        inside = start + at < width
         z = tl.load(z_ptr + start + at, mask=inside, other=float("-inf"))
         e = tl.exp(z - new_top)
         sums += e
@@ -89,7 +89,7 @@ def _row(  # noqa: ANN202
     tl.store(state_ptr + 1, total)
     tl.store(state_ptr + 6, rescale)
     if divergence:
-        # The shift moves to the running mean before this chunk's words are added, as in `sweep`.
+        # The shift moves to the running mean before this chunk's tokens are added, as in `sweep`.
         move = (tl.sum(firsts, 0) - shift * chunk_total) / total
         shift += move
         if not first:
@@ -106,8 +106,8 @@ def _row(  # noqa: ANN202
 
         added = tl.zeros([block], tl.float32)
         above = tl.zeros([block], tl.float32)
-        for start in range(0, words, block):
-            inside = start + at < words
+        for start in range(0, width, block):
+            inside = start + at < width
             z = tl.load(z_ptr + start + at, mask=inside, other=float("-inf"))
             u = tl.load(u_ptr + start + at, mask=inside, other=0.0) - centre
             off = shift - u
@@ -153,16 +153,16 @@ def fused_sweep(
     mean_uw = torch.zeros(tok, d, device=h.device)
     for start in range(0, vocab, step):
         w = unembed[:, start : start + step]
-        words = w.shape[1]
-        z, u = (b[: tok * words].view(tok, words) for b in buffers)
-        e, eu = (b[: tok * words].view(tok, words) for b in outs)
+        width = w.shape[1]
+        z, u = (b[: tok * width].view(tok, width) for b in buffers)
+        e, eu = (b[: tok * width].view(tok, width) for b in outs)
         _product(h16, w, z)
         if delta16 is not None:
             _product(delta16, w, u)
         if bias is not None:
             z += bias[start : start + step].float()
         _row[(tok,)](
-            *(z, u, e, eu, state, words),
+            *(z, u, e, eu, state, width),
             first=start == 0,
             divergence=delta is not None,
             large=LARGE,

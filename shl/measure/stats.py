@@ -20,8 +20,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval of `statistic` over resampled rows of `items` (Efron 1979).
 
-    Rows are resampled whole, so columns that belong together (a model and its base on the same
-    item) stay paired.
+    Rows are resampled whole, so that columns of the same item (a model and its base) stay paired.
+    `scipy.stats.bootstrap` is slower here, and its standard error fails on infinite resamples.
 
     Example:
         >>> import numpy as np
@@ -38,15 +38,17 @@ def bootstrap(
 
 
 def split_half(items: np.ndarray, *, splits: int = 200, seed: int = 0) -> float:
-    """Mean correlation of the column profile between random halves of the rows, stepped up to
-    full length by Spearman-Brown: 2 r / (1 + r). It is no check of validity.
+    """Mean correlation of the column profile between random halves of the rows, corrected to full
+    length by Spearman-Brown: 2 r / (1 + r).
 
     Example:
         >>> import numpy as np
         >>> split_half(np.tile([1.0, 2.0, 3.0], (8, 1)))
         1.0
     """
-    require(len(items) >= 4, f"{len(items)} items cannot be split in halves, it takes four.")
+    require(
+        len(items) >= 4, f"{len(items)} items cannot be split in halves, at least 4 are needed."
+    )
     rng = np.random.default_rng(seed_for(seed, "split"))
     correlations = []
     for _ in range(splits):

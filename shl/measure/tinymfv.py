@@ -1,9 +1,9 @@
 """The public tinymfv, unmodified, as an instrument: `--eval tinymfv`.
 
 The package is `tinymfv` or, since July 2026, `moralmaps`. It takes a transformers model and a
-tokenizer and asks seven-way forced choices in two perspectives and two option orders, which are
-its paraphrases here. The model is `shl.as_hf`'s view, hooks included. The tokenizer is a copy,
-with a minimal chat template where the model has none, and the persona as its system turn.
+tokenizer and poses seven-way forced choices in two perspectives and two option orders, its
+paraphrases. The model is the view of `shl.as_hf`, hooks included. The tokenizer is a copy, with a
+minimal chat template where the model has none, and the persona as its system turn.
 """
 
 import copy
@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
+from scipy.special import log_softmax
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 from shl.config import FOUNDATIONS
-from shl.measure.evaluation import log_softmax, nats_of
+from shl.measure.evaluation import nats_of
 from shl.models.as_hf import as_hf
 from shl.models.tokens import is_chat, tokenizer_of
 from shl.utils.errors import ShlError, require
@@ -38,7 +39,7 @@ MINIMAL = (
     "{% else %}A: {{ m['content'] }}\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
 )
-"""Plain-text models are asked as `shl.generate` asks them."""
+"""Template of plain-text models, the format of `shl.generate`."""
 SCALARS = (
     "top1_acc",
     "informedness",
@@ -49,25 +50,25 @@ SCALARS = (
     "frac_unscorable",
     "mean_nll_prefill",
 )
-"""What its report says in sum."""
+"""The summary numbers of its report."""
 
 
 @dataclass(frozen=True)
 class TinymfvConfig:
-    """How much of tinymfv is asked.
+    """Size of the tinymfv evaluation.
 
     Raises:
         ShlError: a value out of its range.
     """
 
     name: str = "classic"
-    """Its set of vignettes: classic, scifi or ai-actor."""
+    """Set of vignettes: classic, scifi or ai-actor."""
     vignettes: int | None = None
-    """Ask only as many, the same number per foundation as far as it goes; None: all [count]."""
+    """Number of vignettes, balanced over foundations; None: all [count]."""
     think: int = 64
-    """Tokens that the model thinks before it must answer [tokens]."""
+    """Tokens of reasoning before the answer [tokens]."""
     batch_size: int = 8
-    """Vignettes asked together; changes the last bits only [count]."""
+    """Vignettes per batch; changes the last bits only [count]."""
 
     def __post_init__(self) -> None:
         most = self.vignettes is None or self.vignettes >= 4
@@ -81,7 +82,7 @@ def package() -> ModuleType:
     """tinymfv under either of its names.
 
     Raises:
-        ShlError: neither can be imported; the sentence says what to install.
+        ShlError: neither can be imported; the message says what to install.
     """
     for name in PACKAGES:
         if importlib.util.find_spec(name) is not None:
@@ -93,26 +94,26 @@ def package() -> ModuleType:
 
 
 def version_of(module: ModuleType) -> str:
-    """Its distribution's version ("unknown" where it was not installed as one) and a digest of its
-    files, since the version says little of a package that is installed from a commit."""
+    """Version of the distribution ("unknown" if there is none) and a digest of its files, since a
+    package that is installed from a commit keeps its version."""
     try:
-        told = version(PACKAGES[module.__name__])
+        number = version(PACKAGES[module.__name__])
     except PackageNotFoundError:
-        told = "unknown"
+        number = "unknown"
     digest = hashlib.sha256()
     folder = Path(str(module.__file__)).parent
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".py", ".jsonl"):
             digest.update(path.relative_to(folder).as_posix().encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return f"{told} {digest.hexdigest()[:12]}"
+    return f"{number} {digest.hexdigest()[:12]}"
 
 
 class Tinymfv:
-    """An instrument of `shl.love`: the model as it stands and a persona, to what it reads.
+    """An instrument of `shl.love`: scores of a model with its hooks, under a persona or none.
 
     Raises:
-        ShlError: the package is not installed, or does not give what is read from it.
+        ShlError: the package is not installed, or its report has another form.
     """
 
     def __init__(self, config: TinymfvConfig | None = None) -> None:
@@ -120,23 +121,23 @@ class Tinymfv:
         self.package = package()
 
     def __call__(self, model: HookedTransformer, persona: str | None) -> dict[str, Any]:
-        """One reading, as the record holds it (`shift` apart, which takes base's)."""
+        """One reading as a line of the record, except `shift`, which needs base's."""
         report = self.report(as_hf(model), tokenizer_for(model, persona))
         rows: list[Any] = report["per_row"]
-        asked = list(dict.fromkeys(row["condition"] for row in rows))
+        conditions = list(dict.fromkeys(row["condition"] for row in rows))
         by_item: dict[str, dict[str, Any]] = {}
         for row in rows:
             by_item.setdefault(row["id"], {})[row["condition"]] = row
         require(
-            all(list(found) == asked for found in by_item.values()),
-            f"{self.package.__name__} did not ask every vignette in each of {asked}.",
+            all(list(found) == conditions for found in by_item.values()),
+            f"{self.package.__name__} skipped vignettes in some of {conditions}.",
         )
         scores = np.array(
             [
                 [
                     # Sampled thoughts are averaged in probability, as the package does.
                     nats_of(np.array(found[condition][f"lp_{order}_samples"]))
-                    for condition in asked
+                    for condition in conditions
                     for order in ("fwd", "rev")
                 ]
                 for found in by_item.values()
@@ -144,14 +145,16 @@ class Tinymfv:
         )
         require(
             scores.ndim == 3 and scores.shape[2] == len(FOUNDATIONS),
-            f"{self.package.__name__} gave scores of shape {scores.shape}, 7 per answer are read.",
+            f"{self.package.__name__} gave scores of shape {scores.shape}, not 7 per answer.",
         )
         labels = [_label(next(iter(found.values()))) for found in by_item.values()]
         return {
             "package": self.package.__name__,
             "version": version_of(self.package),
             "template": "own" if is_chat(model) else "minimal",
-            "asked": [f"{condition} {order}" for condition in asked for order in ("fwd", "rev")],
+            "asked": [
+                f"{condition} {order}" for condition in conditions for order in ("fwd", "rev")
+            ],
             "labels": labels,
             "log_probs": _nullable(scores),
             "nats": nats(scores),
@@ -185,22 +188,23 @@ class Tinymfv:
 
 
 def nats(scores: np.ndarray) -> dict[str, float]:
-    """Log of the mean probability per foundation, as our own vignettes are read: renormalised
-    over the options, averaged over paraphrases; what has no answer is left out.
+    """Log of the mean probability per foundation, renormalised over the options and averaged over
+    paraphrases as for the built-in vignettes; items without an answer are left out.
 
     Raises:
         ShlError: not one answer.
     """
-    read = scores[np.isfinite(scores).all((1, 2))]
-    require(len(read) > 0, "tinymfv got no answer to any vignette.")
-    return dict(zip(FOUNDATIONS, map(float, nats_of(log_softmax(read.mean(1)))), strict=True))
+    scored = scores[np.isfinite(scores).all((1, 2))]
+    require(len(scored) > 0, "tinymfv got no answer to any vignette.")
+    values = nats_of(log_softmax(scored.mean(1), axis=-1))
+    return dict(zip(FOUNDATIONS, map(float, values), strict=True))
 
 
 def tokenizer_for(model: HookedTransformer, persona: str | None) -> PreTrainedTokenizerBase:
-    """A copy of the model's tokenizer that renders what tinymfv asks for.
+    """A copy of the model's tokenizer that renders tinymfv's chats.
 
-    The persona is the system turn of what the model is to answer; where a template refuses one,
-    it opens the first turn.
+    The persona is the system turn of a prompt to be answered, or the start of the first turn if
+    the template does not accept a system turn.
     """
     tokenizer: Any = copy.deepcopy(tokenizer_of(model))
     if not is_chat(model):
@@ -225,7 +229,7 @@ def tokenizer_for(model: HookedTransformer, persona: str | None) -> PreTrainedTo
 
 
 def _balanced(vignettes: list[Any], count: int) -> list[Any]:
-    """The first of each foundation, the second of each, and so on."""
+    """The first vignette of each foundation, the second of each, and so on."""
     groups: dict[str, list[Any]] = {}
     for vignette in vignettes:
         groups.setdefault(vignette["foundation_coarse"], []).append(vignette)
@@ -234,7 +238,7 @@ def _balanced(vignettes: list[Any], count: int) -> list[Any]:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    """What most people said, the label that the package scores against; else its own."""
+    """The foundation that most raters chose, which the package scores against, else its own."""
     if row["label"] is not None:
         return FOUNDATIONS[int(np.argmax(row["label"]))]
     name = str(row["foundation_coarse"]).lower().replace(" ", "")
@@ -242,7 +246,7 @@ def _label(row: Mapping[str, Any]) -> str:
 
 
 def _nullable(scores: np.ndarray) -> list[list[list[float | None]]]:
-    return [[[_finite(x) for x in asked] for asked in item] for item in scores]
+    return [[[_finite(x) for x in answer] for answer in item] for item in scores]
 
 
 def _finite(value: Any) -> float | None:

@@ -1,10 +1,10 @@
-"""How far an instrument can be trusted on a model: arrays in, a verdict with its figures out.
+"""Validity of an instrument on a model: arrays in, a verdict with its figures out.
 
-Three checks, all of which must pass. *Informedness*: what the reading names on base agrees with
-the labels beyond chance. *Sign*: the positive persona moves every foundation of the axis the way
-the axis expects, against the negative persona, in every paraphrase (stem, option order, frame).
-*Split-half*: the persona contrast is the same profile on either half of the vignettes. None of
-them alone will do: a reading of the prompt's wording is perfectly repeatable, and wrong.
+Three checks, all of which must pass. *Informedness*: the foundations chosen on base agree with the
+labels beyond chance. *Sign*: between the positive and the negative persona every foundation of the
+axis moves the way the axis expects, in every paraphrase (stem, option order, frame). *Split-half*:
+the persona contrast has the same profile on either half of the vignettes. None is enough alone: an
+instrument that reads the prompt's wording is perfectly repeatable, and wrong.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,24 +12,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 
 from shl.config import FOUNDATIONS, EvalConfig
-from shl.measure.evaluation import log_softmax, nats_of
+from shl.measure.evaluation import nats_of
 from shl.measure.stats import bootstrap, split_half
 from shl.utils.errors import require
 
 CHANCE = 0.05
-"""Informedness must have a smaller permutation p than this: the usual level of one test."""
+"""Informedness must have a permutation p below this, the usual level of one test."""
 RELIABLE = 0.7
-"""Least split-half reliability of the persona contrast: the common floor for comparing groups
-(Nunnally 1978), below which half of the profile's variance is noise."""
+"""Least split-half reliability of the persona contrast, the common minimum for comparing groups
+(Nunnally 1978); below it half of the profile's variance is noise."""
 DRAWS = 10_000
-"""Permutations; the smallest p is 1 in this many."""
+"""Permutations; the smallest p is one in this many."""
 
 
 @dataclass(frozen=True)
 class Foundation:
-    """One foundation of the axis: its own informedness, and its contrast over all paraphrases."""
+    """A foundation of the axis: its informedness, and its contrast over all paraphrases."""
 
     informedness: float
     informedness_p: float
@@ -41,11 +42,11 @@ class Foundation:
 
 @dataclass(frozen=True)
 class Validity:
-    """Whether `instrument` is valid on a model, and the figures that decide.
+    """Whether an instrument is valid on a model, and the figures that decide it.
 
     `agreement` is the persona contrast in nats per paraphrase, `agreement_interval` its bootstrap
-    intervals over vignettes; `unscorable` vignettes gave no number in some reading and are left
-    out of `items`.
+    intervals over vignettes; `unscorable` vignettes lack a score in some paraphrase and are not
+    among the `items`.
     """
 
     instrument: str
@@ -61,16 +62,16 @@ class Validity:
     unscorable: int
 
     def event(self) -> dict[str, Any]:
-        """As the record holds it."""
+        """The validity as a line of the record."""
         return asdict(self)
 
 
 def informedness(chosen: np.ndarray, labels: np.ndarray, k: int | None = None) -> float:
     """Multi-class informedness: mean over the labels' classes of TPR - FPR, Youden's J of each
-    class against the rest (Youden 1950; Powers 2011). 0 is chance, whatever the base rates.
+    class against the rest (Youden 1950; Powers 2011). Chance is 0 at any base rates.
 
     Args:
-        k: of this class alone.
+        k: the informedness of this class alone.
 
     Example:
         >>> informedness(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0]))
@@ -82,7 +83,7 @@ def informedness(chosen: np.ndarray, labels: np.ndarray, k: int | None = None) -
 def permutation_p(
     chosen: np.ndarray, labels: np.ndarray, k: int | None = None, *, draws: int = DRAWS
 ) -> float:
-    """Chance that shuffled labels reach the observed informedness (one-sided)."""
+    """Probability that shuffled labels reach the observed informedness (one-sided)."""
     rng = np.random.default_rng(0)
     shuffled = rng.permuted(np.tile(labels, (draws, 1)), axis=1)
     # Sums in another order must not turn a tie into a miss.
@@ -91,16 +92,15 @@ def permutation_p(
 
 
 def _informedness(chosen: np.ndarray, labels: np.ndarray, k: int | None) -> np.ndarray:
-    """Per row of `labels` `[draw, item]`; 0 where there is no second class to tell from."""
+    """Informedness per row of `labels` `[draw, item]`; 0 where there is no second class."""
     classes = np.unique(labels[0])
     if len(classes) < 2 or (k is not None and k not in classes):
         return np.zeros(len(labels))
     each = []
     for f in classes if k is None else [k]:
-        own, said = labels == f, chosen == f
-        hits = (own & said).sum(1)
-        own_count = int(own[0].sum())
-        each.append(hits / own_count - (said.sum() - hits) / (len(chosen) - own_count))
+        positive, predicted = labels == f, chosen == f
+        hits, count = (positive & predicted).sum(1), int(positive[0].sum())
+        each.append(hits / count - (predicted.sum() - hits) / (len(chosen) - count))
     return np.mean(each, axis=0)
 
 
@@ -120,9 +120,9 @@ def validity(
     Args:
         base, plus, minus: `[item, paraphrase, foundation]`, log-probabilities in nats without a
             persona, and under the positive and the negative one; NaN where there is no answer.
-        labels: what each vignette was written for.
+        labels: the foundation that each vignette was written for.
         expected: the axis's sign per foundation.
-        calibrated: whether base's mean over vignettes is taken off first, as completions need it.
+        calibrated: whether base's mean over vignettes is subtracted, as completions need it.
 
     Raises:
         ShlError: arrays that do not belong together, or too few vignettes to split.
@@ -137,19 +137,21 @@ def validity(
         f"labels, all must be (item, paraphrase, {len(FOUNDATIONS)}).",
     )
     scored = np.isfinite(base + plus + minus).all((1, 2))
-    require(int(scored.sum()) >= 4, f"{int(scored.sum())} vignettes have scores, it takes four.")
+    require(
+        int(scored.sum()) >= 4, f"{int(scored.sum())} vignettes have scores, at least 4 are needed."
+    )
     base, plus, minus = base[scored], plus[scored], minus[scored]
     intended = np.array([FOUNDATIONS.index(label) for label in labels])[scored]
     prior = base.mean(0, keepdims=True) if calibrated else np.zeros((1, 1, 1))
     chosen = (base - prior).mean(1).argmax(1)
     j, p = informedness(chosen, intended), permutation_p(chosen, intended)
-    # `[item, asked, foundation]`: each paraphrase alone, and last all of them together.
+    # `[item, paraphrase, foundation]`: each paraphrase alone, and last their mean.
     up, down = (
-        np.concatenate([log_softmax(x - prior), log_softmax((x - prior).mean(1, keepdims=True))], 1)
-        for x in (plus, minus)
+        log_softmax(np.concatenate([x, x.mean(1, keepdims=True)], 1), axis=-1)
+        for x in (plus - prior, minus - prior)
     )
     profile = up[:, -1] - down[:, -1]
-    flat = float(np.ptp(profile.mean(0))) < 1e-12  # no profile, nothing that could repeat itself
+    flat = float(np.ptp(profile.mean(0))) < 1e-12  # no profile, so no correlation
     reliability = 0.0 if flat else split_half(profile)
     agreement: dict[str, list[float]] = {}
     intervals: dict[str, list[tuple[float, float]]] = {}
@@ -166,14 +168,14 @@ def validity(
             j_k, p_k, contrasts[-1], bounds[-1], sign, p_k < CHANCE and j_k > 0 and right
         )
     failed = _failures(j, p, reliability, agreement, each)
-    says = (
+    passed = (
         f"informedness {j:.2f} (permutation p {p:.4f}), the persona contrast has the expected sign "
         f"in every paraphrase, split-half {reliability:.2f}."
     )
     return Validity(
         instrument,
         not failed,
-        f"{'; '.join(failed)}." if failed else says,
+        f"{'; '.join(failed)}." if failed else passed,
         j,
         p,
         reliability,
@@ -186,7 +188,7 @@ def validity(
 
 
 def _agrees(contrasts: Sequence[float], interval: tuple[float, float], sign: int) -> bool:
-    """The expected sign in every paraphrase, and beyond its interval over all of them."""
+    """Whether every paraphrase has the expected sign, and the interval over all excludes 0."""
     return all(sign * c > 0 for c in contrasts) and min(sign * x for x in interval) > 0
 
 
@@ -197,10 +199,10 @@ def _failures(
     agreement: Mapping[str, Sequence[float]],
     each: Mapping[str, Foundation],
 ) -> list[str]:
-    """What did not pass, with the figures."""
+    """The checks that failed, with their figures."""
     failed = []
     if not (p < CHANCE and j > 0):
-        failed.append(f"informedness is {j:.2f} (permutation p {p:.4f}, it takes {CHANCE:g})")
+        failed.append(f"informedness is {j:.2f} (permutation p {p:.4f}, must be below {CHANCE:g})")
     for name, found in each.items():
         contrasts = [*agreement[name], found.contrast]
         if not _agrees(contrasts, found.interval, found.expected):
@@ -209,10 +211,10 @@ def _failures(
             failed.append(
                 f"the persona contrast of {name} is {listed} nats by paraphrase and "
                 f"{found.contrast:+.2f} ({low:+.2f} to {high:+.2f}) over all, "
-                f"{'above' if found.expected > 0 else 'below'} 0 is expected"
+                f"must be {'above' if found.expected > 0 else 'below'} 0"
             )
     if reliability < RELIABLE:
-        failed.append(f"split-half reliability is {reliability:.2f}, it takes {RELIABLE:g}")
+        failed.append(f"split-half reliability is {reliability:.2f}, must be at least {RELIABLE:g}")
     return failed
 
 

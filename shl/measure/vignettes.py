@@ -20,11 +20,12 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.config import FOUNDATIONS, EvalConfig
-from shl.fast.kv_cache import KeyValues
-from shl.hooks.handle import handles_on, suspended
+from shl.fast import KVCache, is_hooked
+from shl.hooks.fingerprint import weights_hash
+from shl.hooks.handle import handles_on, unhooked
 from shl.hooks.sites import final_hidden, readout
 from shl.kl import log_probs_at
-from shl.measure.evaluation import Evaluation, logsumexp, nats_of
+from shl.measure.evaluation import Evaluation, log_mass, nats_of
 from shl.models.generate import prefill, run
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import Prompt, encode, encode_text, is_chat, length_batches
@@ -94,7 +95,7 @@ def read_completions(
 
 def _score_options(
     model: HookedTransformer,
-    start: KeyValues,
+    start: KVCache,
     stem: list[int],
     options: list[list[int]],
     items: int,
@@ -178,7 +179,8 @@ def read_digits(
     return out
 
 
-_BASE: "WeakKeyDictionary[HookedTransformer, dict[str, np.ndarray]]" = WeakKeyDictionary()
+_BASE: "WeakKeyDictionary[HookedTransformer, tuple[str, np.ndarray]]" = WeakKeyDictionary()
+"""Base's raw scores, with the hash of the weights that they were read on."""
 
 
 def evaluate(
@@ -186,7 +188,7 @@ def evaluate(
 ) -> Evaluation:
     """Read the probe on the model as it stands, hooks included.
 
-    Base (this package's hooks suspended) is read once per model, for the prior and the coherence.
+    Base, without any hook, is read once per model and weights, for the prior and the coherence.
 
     Args:
         persona: put before each vignette (system turn of a chat model).
@@ -206,13 +208,16 @@ def evaluate(
             f"a hook has doses or a mask for {handle.rows} rows, the probe reads rows of its own.",
         )
     style = "digits" if is_chat(model) else "completion"
-    fresh = model not in _BASE
+    weights = weights_hash(model)
+    known, base = _BASE.get(model, ("", None))
+    fresh = base is None or known != weights
     if fresh:
-        with suspended(model):
-            _BASE[model] = {"log_probs": _read(model, style, None, config)}
-    base = _BASE[model]["log_probs"]
-    # A reading of base that was taken just now, with nothing of ours on, is the answer itself.
-    plain = fresh and persona is None and not handles_on(model)
+        with unhooked(model):
+            base = _read(model, style, None, config)
+        _BASE[model] = weights, base
+    assert base is not None
+    # Base's own reading was taken just now, if no hook is on.
+    plain = fresh and persona is None and not any(map(is_hooked, model.modules()))
     log_probs = base if plain else _read(model, style, persona, config)
     return reading(style, log_probs, base)
 
@@ -252,7 +257,7 @@ def reading(
             "between -1e5 and 0.",
         )
     prior = base.mean(0, keepdims=True) if style == "completion" else np.zeros((1, 1, 1))
-    base_mass = np.exp(nats_of(logsumexp(base)[:, :, 0]))
+    base_mass = np.exp(nats_of(log_mass(base)))
     require(bool((base_mass > 0).all()), f"base gives valid answers a mass of {base_mass.min()}.")
     return Evaluation(style, labels, log_probs, prior, base_mass)
 
@@ -278,7 +283,7 @@ def remember_base(model: HookedTransformer, reading: Evaluation) -> None:
         f"the reading of base has style {reading.style!r} and {len(reading.labels)} vignettes, "
         f"this model is read in style {style!r} on {len(labels)}.",
     )
-    _BASE[model] = {"log_probs": reading.log_probs}
+    _BASE[model] = weights_hash(model), reading.log_probs
 
 
 def _read(

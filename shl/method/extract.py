@@ -11,14 +11,14 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.hooks.fingerprint import dtype_of, name_of, weights_hash
-from shl.hooks.sites import band, readout
+from shl.hooks.sites import band
 from shl.hooks.steering import Steering
 from shl.hooks.vector import SteeringVector
-from shl.kl import logsumexp, reverse_kl_and_nll
+from shl.kl import logsumexp
 from shl.method.axes import Axis
 from shl.models.activations import residual_at_tag
 from shl.models.generate import generate
-from shl.models.scores import completion_hidden
+from shl.models.scores import completion_hidden, kl_values
 from shl.models.tokens import Prompt
 from shl.utils.errors import require
 from shl.utils.seeds import generator_for
@@ -195,15 +195,11 @@ def random_like(
     ]
     reference = completion_hidden(model, texts)
     ref_lse = logsumexp(reference, model.W_U, model.b_U)
-    targets = torch.tensor([t for text in texts for t in text.tokens], device=reference.device)
 
     def divergence(directions: Mapping[int, Direction]) -> float:
         with Steering(model, directions, dose):
             hidden = completion_hidden(model, texts)
-        kl, _ = reverse_kl_and_nll(
-            hidden, reference, model.W_U, targets, ref_lse=ref_lse, lazy=True, **readout(model)
-        )
-        return float(kl.double().mean())
+        return float(kl_values(model, hidden, reference, ref_lse=ref_lse).double().mean())
 
     aim = divergence(vector.directions)
     require(

@@ -121,7 +121,7 @@ class Capture(Handle):
         super().__init__(model)
         self.last: dict[int, Float[Tensor, "batch d_model"]] = {}
         for layer in layers:
-            self._add(residual_after(model, layer), partial(self._keep, layer))
+            self.add_hook(residual_after(model, layer), partial(self._keep, layer))
 
     def _keep(self, layer: int, h: Tensor) -> None:
         self.last[layer] = h[:, -1].detach().clone()

@@ -8,7 +8,7 @@ where it is given no positions, so a left-padded cache that is continued without
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -19,8 +19,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedCon
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from shl.fast.attention import FastAttention, placed
-from shl.fast.kv_cache import KeyValues
+from shl.fast import KVCache, explicit_positions, is_fast
 from shl.hooks.handle import Handle, running
 from shl.models.generate import run
 from shl.models.tokens import end_ids
@@ -54,7 +53,7 @@ class HookedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.held: KeyValues | None = None
+        self.held: KVCache | None = None
         self.positions: Int[Tensor, "batch key"] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HookedCache":
@@ -64,11 +63,11 @@ class HookedCache(Cache):
             setattr(other, name, copy.deepcopy(getattr(self, name), memo))
         return other
 
-    def begin(self, batch: int, new: int) -> KeyValues:
+    def begin(self, batch: int, new: int) -> KVCache:
         """The keys and values, made at the first tokens; `new` are about to come."""
         if self.held is None or self.positions is None:
             room = max(self.room, new + GROWTH)
-            self.held = KeyValues.empty(self.model, batch, room)
+            self.held = KVCache.empty(self.model, batch, room)
             self.positions = self.held.mask.clone()
         seen = self.held.mask.shape[0]
         require(batch == seen, f"the cache holds {seen} rows, input_ids has {batch}.")
@@ -181,9 +180,6 @@ def as_hf(model: HookedTransformer) -> "HookedForCausalLM":
         `output_attentions`, masks of four dimensions, caches of another kind) ends with one
         sentence.
 
-    Raises:
-        ShlError: a HookedTransformer that was not loaded by this package.
-
     Example:
         >>> import torch
         >>> from shl.models.tiny import tiny_gemma
@@ -215,10 +211,6 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(self, model: HookedTransformer) -> None:
-        require(
-            all(isinstance(block.attn, FastAttention) for block in model.blocks),
-            "as_hf takes a model of shl.load_model, this HookedTransformer is not one.",
-        )
         cfg = model.cfg
         ids: dict[str, Any] = {}
         if model.tokenizer is not None:
@@ -292,7 +284,7 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
         hidden: list[Tensor] = []
         prompts = None if cache.prompts is None else cache.prompts.tolist()
         with (
-            placed(self.hooked, at.clamp(min=0), visible),
+            self._at_positions(at, new, visible, held),
             running(prompts=prompts),
             _watching(self.hooked, hidden) if output_hidden_states else nullcontext(),
         ):
@@ -320,6 +312,21 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=tuple(hidden) if output_hidden_states else None,
         )
         return out.to_tuple() if return_dict is False else out
+
+    def _at_positions(
+        self, at: Tensor, new: Tensor, visible: Tensor | None, held: KVCache
+    ) -> AbstractContextManager[None]:
+        """Run the new tokens at these positions, with these keys visible."""
+        if is_fast(self.hooked):
+            return explicit_positions(self.hooked, at.clamp(min=0), visible)
+        # Stock attention counts positions from the mask.
+        counted = torch.cat([held.mask, new], 1).cumsum(1)[:, -new.shape[1] :] - 1
+        require(
+            visible is None and torch.equal(at, counted.masked_fill(new == 0, -1)),
+            "position_ids or attention_mask differ from what the mask of the cached and new tokens "
+            "gives, which takes a model of load_model(..., fast=True).",
+        )
+        return nullcontext()
 
     def _positions(self, said: Tensor | None, new: Tensor, cache: HookedCache) -> Tensor:
         """Where new tokens stand, `[batch, pos]`; -1 is padding."""
@@ -423,7 +430,7 @@ def _watching(model: HookedTransformer, hidden: list[Tensor]) -> Handle:
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden.append(args[0] if args else kwargs["resid_pre"])
 
-    handle._before(model.blocks[0], before)
+    handle.add_pre_hook(model.blocks[0], before)
     for block in model.blocks:
-        handle._add(block, hidden.append)
+        handle.add_hook(block, hidden.append)
     return handle

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from shl.hooks.adapter import Adapter, check_fits
 from shl.hooks.bake import stack
+from shl.hooks.handle import unhooked
 from shl.hooks.sites import HF_NAMES, Site
 from shl.models.weights import EMBEDDED
 from shl.utils.errors import require
@@ -118,7 +119,7 @@ def export_hf(
         text: where the drift is measured.
 
     Returns:
-        The drift between `baked(model, adapters)` and the folder's model.
+        The drift between `baked(model, adapters)`, without any other hook, and the folder's model.
 
     Raises:
         ShlError: no adapter, or one that does not fit or sits on the residual stream.
@@ -160,7 +161,7 @@ def _drift(
     model: HookedTransformer, adapter: Adapter, folder: str | Path, text: str, dtype: torch.dtype
 ) -> Drift:
     tokens = model.to_tokens(text)
-    with adapter.attach(model):
+    with unhooked(model), adapter.attach(model):
         ours = model(tokens).float()[0].log_softmax(-1).cpu()
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     theirs = merged(tokens.cpu()).logits.float()[0].log_softmax(-1)

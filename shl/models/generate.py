@@ -1,11 +1,11 @@
 """Batched, cached sampling under whatever hooks are on.
 
-TransformerLens's own blocks do the work; only the loop around them is ours: logits for the last
+TransformerLens's blocks do the work; only the loop around them is ours: logits for the last
 position alone, one random stream per row, and finished rows leave the batch.
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -15,9 +15,9 @@ from transformer_lens import HookedTransformer
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from shl.config import GenerateConfig
-from shl.fast.kv_cache import KeyValues
-from shl.fast.topk import applies, top_logits
-from shl.hooks.handle import decoding, handles_on, running
+from shl.fast import KVCache, shortlist_applies, top_logits
+from shl.hooks.bake import fused_decoding
+from shl.hooks.handle import handles_on, running
 from shl.hooks.steering import Steering
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import (
@@ -40,7 +40,7 @@ WORTH = 8
 
 
 def run(
-    model: HookedTransformer, tokens: Tokens, mask: Mask, cache: KeyValues
+    model: HookedTransformer, tokens: Tokens, mask: Mask, cache: KVCache
 ) -> Float[Tensor, "batch pos d_model"]:
     """The residual after the last layer for new tokens, which the cache remembers."""
     return model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=model.cfg.n_layers)
@@ -48,11 +48,11 @@ def run(
 
 def prefill(
     model: HookedTransformer, rows: Sequence[Sequence[int]], *, room: int = 0
-) -> tuple[Float[Tensor, "batch 1 d_model"], KeyValues]:
+) -> tuple[Float[Tensor, "batch 1 d_model"], KVCache]:
     """Run rows of ids: the residual after the last layer at each row's last token, and the cache.
 
-    A prefix that all rows share (a persona, a system turn) is run once, unless somebody's hooks
-    expect every row to pass: per-row doses, or hooks placed through TransformerLens.
+    A prefix that all rows share (a persona, a system turn) is run once, unless hooks
+    need every row to pass: per-row doses, or hooks placed through TransformerLens.
 
     Args:
         room: positions to allocate beyond the prompts.
@@ -68,12 +68,12 @@ def prefill(
     capacity = shared + batch.tokens.shape[1] + room
     if shared:
         head = torch.tensor([rows[0][:shared]], device=batch.tokens.device)
-        once = KeyValues.empty(model, 1, shared)
+        once = KVCache.empty(model, 1, shared)
         run(model, head, torch.ones_like(head), once)
         everyone = torch.zeros(len(rows), dtype=torch.long, device=head.device)
         cache = once.rows(everyone, capacity)
     else:
-        cache = KeyValues.empty(model, len(rows), capacity)
+        cache = KVCache.empty(model, len(rows), capacity)
     return run(model, batch.tokens, batch.mask, cache)[:, -1:], cache
 
 
@@ -108,7 +108,7 @@ def next_logits(
     """
     hidden = model.ln_final(residual)
     cap = model.cfg.output_logits_soft_cap
-    if k and applies(model):
+    if k and shortlist_applies(model):
         bias = model.b_U if bool(model.b_U.any()) else None
         values, ids = top_logits(hidden[:, 0], model.W_U, min(k, model.cfg.d_vocab), bias=bias)
         return apply_softcap(values, cap), ids
@@ -156,8 +156,8 @@ def sample(
     return ids.gather(-1, rank[:, None])[:, 0]
 
 
-LONG = 16
-"""From so many steps in all a call gains from `decoding`, which first copies weights."""
+LONG = 32
+"""From so many steps on a call gains from `fused_decoding`, which first adds up weights."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 64,
     top_p: float = 0.95,
-    batch_size: int = 32,
+    batch_size: int = 48,
     seed: int = 0,
 ) -> list[Completion]:
     """Complete each prompt once; the result is in the order of the prompts.
@@ -248,12 +248,13 @@ def generate(
     long = len(batches) * max_new_tokens >= LONG
 
     def work(indices: list[int]) -> None:
-        decoded = _decode_batch(model, indices, [rows[i] for i in indices], config, seed, long)
+        decoded = _decode_batch(model, indices, [rows[i] for i in indices], config, seed)
         for i, (tokens, ended) in zip(indices, decoded, strict=True):
             text = decode(model, tokens)
             done[i] = Completion(asked[i], text, tuple(tokens), tuple(rows[i]), doses[i], ended)
 
-    in_batches(batches, work, "generation")
+    with torch.no_grad(), fused_decoding(model) if long else nullcontext():
+        in_batches(batches, work, "generation")
     return [done[i] for i in range(len(rows))]
 
 
@@ -276,7 +277,6 @@ def _decode_batch(
     rows: list[list[int]],
     config: GenerateConfig,
     seed: int,
-    long: bool,
 ) -> list[tuple[list[int], bool]]:
     device = model.W_U.device
     draws = torch.stack(
@@ -294,37 +294,34 @@ def _decode_batch(
     out: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
     new: Tensor | None = None
-    with ExitStack() as steps:
-        for step in range(config.max_new_tokens):
-            with running(rows=[indices[i] for i in active], prompts=[len(rows[i]) for i in active]):
-                if new is None:
-                    residual, cache = prefill(model, rows, room=config.max_new_tokens)
-                    if long:
-                        steps.enter_context(decoding(model, len(rows)))
-                else:
-                    residual = run(model, new, torch.ones_like(new), cache)
-                logits, ids = next_logits(model, residual, k=wanted)
-                require_finite(
-                    logits.amax(1),
-                    f"a logit of token {step}",
-                    model,
-                    lambda: [[*rows[i], *out[i]] for i in active],  # noqa: B023
-                    [indices[i] for i in active],
-                )
-            if step < config.min_new_tokens:
-                logits = logits.masked_fill(torch.isin(ids, stop_ids), -torch.inf)
-            chosen = sample(logits, draws[active, step], config, ids)
-            for i, token in zip(active, chosen.tolist(), strict=True):
-                out[i].append(token)
-                ended[i] = _cut_turn_end(model, out[i], ends, step + 1 >= config.min_new_tokens)
-            gone = {row for row, i in enumerate(active) if ended[i]}
-            if len(gone) == len(active):
-                break
-            if gone:
-                order = cache.drop(gone)
-                active = [active[row] for row in order]
-                chosen = chosen[order]
-            new = chosen[:, None]
+    for step in range(config.max_new_tokens):
+        with running(rows=[indices[i] for i in active], prompts=[len(rows[i]) for i in active]):
+            if new is None:
+                residual, cache = prefill(model, rows, room=config.max_new_tokens)
+            else:
+                residual = run(model, new, torch.ones_like(new), cache)
+            logits, ids = next_logits(model, residual, k=wanted)
+            require_finite(
+                logits.amax(1),
+                f"a logit of token {step}",
+                model,
+                lambda: [[*rows[i], *out[i]] for i in active],  # noqa: B023
+                [indices[i] for i in active],
+            )
+        if step < config.min_new_tokens:
+            logits = logits.masked_fill(torch.isin(ids, stop_ids), -torch.inf)
+        chosen = sample(logits, draws[active, step], config, ids)
+        for i, token in zip(active, chosen.tolist(), strict=True):
+            out[i].append(token)
+            ended[i] = _cut_turn_end(model, out[i], ends, step + 1 >= config.min_new_tokens)
+        gone = {row for row, i in enumerate(active) if ended[i]}
+        if len(gone) == len(active):
+            break
+        if gone:
+            order = cache.drop(gone)
+            active = [active[row] for row in order]
+            chosen = chosen[order]
+        new = chosen[:, None]
     return list(zip(out, ended, strict=True))
 
 

@@ -15,7 +15,7 @@ from shl.models.generate import Completion
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import length_batches, pad_left
 from shl.utils.errors import in_batches, require
-from shl.utils.shapes import Float, Tensor
+from shl.utils.shapes import Hidden, PerToken
 
 
 @torch.no_grad()
@@ -79,9 +79,33 @@ def completion_hidden(model: HookedTransformer, completions: Sequence[Completion
     return final_hidden(model, torch.cat(picked))
 
 
+def kl_values(
+    model: HookedTransformer, student: Hidden, ref: Hidden, *, ref_lse: PerToken | None = None
+) -> PerToken:
+    """KL(student || reference) per token of final hidden states, nats, without a derivative.
+
+    Args:
+        ref_lse: `logsumexp` of the reference's logits, if known: one product over the vocabulary
+            less.
+    """
+    output = readout(model)
+    targets = torch.zeros(len(student), dtype=torch.long, device=student.device)
+    lazy = output["soft_cap"] == 0 and ref_lse is not None
+    with torch.no_grad():
+        return reverse_kl_and_nll(
+            student,
+            ref,
+            model.W_U,
+            targets,
+            **output,
+            ref_lse=ref_lse if lazy else None,
+            lazy=lazy,
+        )[0]
+
+
 def token_divergence(
     model: HookedTransformer, completion: Completion, asked: Completion | None = None
-) -> Float[Tensor, " tok"]:
+) -> PerToken:
     """KL(model as it stands || base) per token of one completion, in nats.
 
     Args:
@@ -109,5 +133,4 @@ def token_divergence(
         student = completion_hidden(model, [completion])
         with suspended(model):
             base = completion_hidden(model, [asked])
-        targets = torch.tensor(completion.tokens, device=student.device)
-        return reverse_kl_and_nll(student, base, model.W_U, targets, **readout(model))[0].cpu()
+        return kl_values(model, student, base).cpu()

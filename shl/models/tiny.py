@@ -67,7 +67,7 @@ def tiny_hf(*, n_layers: int = 4, seed: int = 0) -> Gemma3ForCausalLM:
 
 
 def tiny_gemma(
-    *, n_layers: int = 4, seed: int = 0, chat_template: str | None = None
+    *, n_layers: int = 4, seed: int = 0, chat_template: str | None = None, fast: bool = True
 ) -> HookedTransformer:
     """The same model as a HookedTransformer with a character tokenizer.
 
@@ -78,4 +78,4 @@ def tiny_gemma(
     """
     hf = tiny_hf(n_layers=n_layers, seed=seed)
     tokenizer = tiny_tokenizer(chat_template=chat_template)
-    return build_model(hf.config, hf.state_dict(), tokenizer, name="tiny-gemma")
+    return build_model(hf.config, hf.state_dict(), tokenizer, name="tiny-gemma", fast=fast)

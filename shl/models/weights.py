@@ -31,6 +31,8 @@ from transformers import (
     PretrainedConfig,
     modeling_gguf_pytorch_utils,
 )
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
 from shl.utils.errors import ShlError, require
@@ -340,6 +342,18 @@ def hooked_config(
         attn_types=[kinds[layer_type] for layer_type in text.layer_types],
         original_architecture="Gemma3ForCausalLM",
     )
+
+
+def inverse_frequencies(hf_config: PretrainedConfig) -> dict[str, Tensor]:
+    """transformers' inverse frequencies of the rotation, `[d_head / 2]`, by TransformerLens's
+    attention type ("global", "local")."""
+    text: Any = hf_config.get_text_config()
+    if hf_config.model_type == "llama":
+        return {"global": LlamaRotaryEmbedding(text).inv_freq}
+    rotary = Gemma3RotaryEmbedding(text)
+    names = {"global": "full_attention", "local": "sliding_attention"}
+    found = {kind: getattr(rotary, f"{name}_inv_freq", None) for kind, name in names.items()}
+    return {kind: inv_freq for kind, inv_freq in found.items() if inv_freq is not None}
 
 
 def _rope(rope: dict[str, Any], allowed: tuple[str, ...], name: str) -> dict[str, Any]:

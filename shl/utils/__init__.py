@@ -1,1 +1,1 @@
-"""Shapes, errors, seeds and files: nothing of the method."""
+"""Shapes, errors, seeds and files, independent of the method."""

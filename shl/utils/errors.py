@@ -1,4 +1,4 @@
-"""Errors of bad input, and batches that halve when the GPU runs out of memory."""
+"""Errors for invalid input, and batches that are halved when the GPU runs out of memory."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ import torch
 
 
 class ShlError(ValueError):
-    """One sentence that names the value seen and what is allowed.
+    """Invalid input; the message states the value and what is allowed.
 
     Example:
         >>> issubclass(ShlError, ValueError)
@@ -26,10 +26,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def halve(size: int, what: str) -> int:
-    """Half of a batch size that did not fit the GPU's memory, with a warning that says so.
+    """Half of a batch size that did not fit into the GPU's memory; warns about the change.
 
     Raises:
-        ShlError: one row alone did not fit.
+        ShlError: the batch has a single row.
 
     Example:
         >>> import warnings
@@ -40,14 +40,15 @@ def halve(size: int, what: str) -> int:
     """
     if size <= 1:
         raise ShlError(
-            f"the GPU has no memory left for {what} of a single row; use a smaller model or dtype."
+            f"the GPU has too little memory for {what} of a single row; use a smaller model or "
+            "dtype."
         )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     smaller = (size + 1) // 2
     warnings.warn(
-        f"{what} of {size} rows did not fit the GPU's memory, going on with {smaller}; the last "
-        "bits of the results depend on it.",
+        f"{what} of {size} rows did not fit into the GPU's memory, continuing with {smaller}; "
+        "results change in their last bits.",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -55,13 +56,13 @@ def halve(size: int, what: str) -> int:
 
 
 def in_batches(batches: Sequence[list[int]], work: Callable[[list[int]], None], what: str) -> None:
-    """Call `work` on each batch of indices; one that runs out of GPU memory is halved, and so
-    are those after it.
+    """Call `work` on each batch of indices. If one runs out of GPU memory, it and all later batches
+    are halved.
 
-    `work` keeps its results only at its end, so that a batch may be tried again.
+    `work` must store its results only at its end, because a batch may be tried again.
 
     Raises:
-        ShlError: one row alone did not fit.
+        ShlError: a single row does not fit into the GPU's memory.
 
     Example:
         >>> in_batches([[0, 1], [2]], lambda rows: print(rows), "printing")
@@ -79,7 +80,7 @@ def in_batches(batches: Sequence[list[int]], work: Callable[[list[int]], None], 
             work(batch)
             continue
         except torch.OutOfMemoryError:
-            # Halved outside the handler, whose traceback keeps the failed batch's tensors alive.
+            # Halve outside the handler: its traceback keeps the failed batch's tensors alive.
             pass
         limit = halve(len(batch), what)
         pending.append(batch)

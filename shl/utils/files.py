@@ -1,4 +1,4 @@
-"""Safetensors files that say what they are, and notice if they have been changed."""
+"""Safetensors files with a metadata schema and a checksum of the content."""
 
 import contextlib
 import hashlib
@@ -19,15 +19,24 @@ from torch import Tensor
 from shl.utils.errors import ShlError, require
 
 DATA = resources.files("shl") / "data"
-"""Axes, contexts, vignettes and probe, as TOML."""
+"""Folder of the axes, contexts, vignettes and the probe (TOML)."""
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-"""What numbers may be stored as, by safetensors's names."""
-Kinds = Mapping[str, tuple[type, ...]]
-"""The types that each key of a file's metadata may have; no key may be missing or unknown."""
+"""The dtypes that may be stored, by safetensors's names."""
+Schema = Mapping[str, tuple[type, ...]]
+"""The allowed types of each key of a file's metadata; no key may be missing or unknown."""
+NONE = type(None)
+MADE_ON: Schema = {
+    "model": (str,),
+    "weights": (str, NONE),
+    "dtype": (str, NONE),
+    "round": (int, NONE),
+}
+"""The provenance of a vector or adapter: name, `weights_hash` and dtype of its base model, and the
+round of the loop."""
 
 
 def identity(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
-    """SHA-256 of content alone: names, dtypes, shapes, numbers and metadata; no path, no time.
+    """SHA-256 of names, dtypes, shapes, numbers and metadata, independent of path and time.
 
     Example:
         >>> import torch
@@ -43,27 +52,27 @@ def identity(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def check_told(what: object, meta: Mapping[str, Any], kinds: Kinds) -> None:
-    """Raise unless metadata has exactly the keys of `kinds`, with values of their types.
+def require_metadata(what: object, meta: Mapping[str, Any], schema: Schema) -> None:
+    """Raise unless metadata has exactly the keys of `schema`, with values of the right types.
 
-    Numbers must be finite, whole ones from 0 to 2**31 - 1, strings printable.
+    Floats must be finite, integers between 0 and 2**31 - 1, strings printable.
 
     Example:
-        >>> check_told("it", {"layer": -1}, {"layer": (int,)})
+        >>> require_metadata("it", {"layer": -1}, {"layer": (int,)})
         Traceback (most recent call last):
-        shl.utils.errors.ShlError: it says layer = -1, that must be ... from 0 to 2147483647.
+        shl.utils.errors.ShlError: layer in it is -1, it must be ... from 0 to 2147483647.
     """
-    differ = sorted(set(meta) ^ set(kinds))
+    differ = sorted(set(meta) ^ set(schema))
     require(
         not differ,
-        f"the metadata of {what} differs from what there must be at {short(differ)}.",
+        f"the metadata of {what} has missing or unknown keys: {short(differ)}.",
     )
-    for key, allowed in kinds.items():
+    for key, allowed in schema.items():
         value = meta[key]
-        names = " or ".join("none" if t is type(None) else t.__name__ for t in allowed)
+        names = " or ".join("none" if t is NONE else t.__name__ for t in allowed)
         require(
-            type(value) in allowed,  # a bool is no int here
-            f"{what} says {key} = {short(value)}, that must be {names}.",
+            type(value) in allowed,  # not isinstance: a bool is an int
+            f"{key} in {what} is {short(value)}, it must be {names}.",
         )
         if isinstance(value, int):
             ok, rule = 0 <= value < 2**31, "from 0 to 2147483647"
@@ -73,34 +82,33 @@ def check_told(what: object, meta: Mapping[str, Any], kinds: Kinds) -> None:
             ok, rule = value.isprintable(), "printable"
         else:
             continue
-        require(ok, f"{what} says {key} = {short(value)}, that must be {names}, {rule}.")
+        require(ok, f"{key} in {what} is {short(value)}, it must be {names}, {rule}.")
 
 
 def write_safetensors(
     path: str | Path, file_format: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    """Write tensors with metadata and their identity, beside the place and renamed.
+    """Write tensors, metadata and their checksum to one file.
 
     Raises:
-        ShlError: what could not be read back (numbers that are not finite, other dtypes than
-            floating ones), or a place that cannot be written.
+        ShlError: a number is not finite, a dtype is not a float, or the path cannot be written.
     """
-    kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    for key, value in kept.items():
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    for key, value in tensors.items():
         require(
             value.dtype in DTYPES.values(), f"{key} has dtype {value.dtype}, it must be a float."
         )
-        require(bool(torch.isfinite(value).all()), f"{key} holds numbers that are not finite.")
-    told = {"format": file_format, **meta}
-    told["identity"] = identity(kept, told)
-    write_whole(Path(path), save(kept, metadata={"shl": json.dumps(told)}))
+        require(bool(torch.isfinite(value).all()), f"{key} has numbers that are not finite.")
+    meta = {"format": file_format, **meta}
+    meta["identity"] = identity(tensors, meta)
+    write_whole(Path(path), save(tensors, metadata={"shl": json.dumps(meta)}))
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write beside the place and rename, so that a reader never sees half a file.
+    """Write a file atomically: to a temporary file in the same folder, then rename it.
 
     Raises:
-        ShlError: the disk is full, or the folder is read-only or gone; what was there stays.
+        ShlError: the file cannot be written; an existing file is unchanged.
     """
     scratch = path.with_name(f".{path.name}.tmp")
     try:
@@ -116,25 +124,27 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def read_safetensors(
-    path: str | Path, file_format: str, kinds: Kinds
+    path: str | Path, file_format: str, schema: Schema
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata (of `kinds`, `format` and `identity` aside) and tensors of a file that this
-    package wrote.
+    """Metadata (as in `schema`, without `format` and `identity`) and tensors of a file written by
+    `write_safetensors`.
 
     Raises:
-        ShlError: missing, damaged, of another format, changed since it was written, with other
-            metadata, or with numbers that are not finite.
+        ShlError: the file is missing, damaged, modified or of another format, its metadata does not
+            match `schema`, or a number is not finite.
     """
     try:
         with safe_open(str(path), "pt") as file:
             meta = json.loads((file.metadata() or {}).get("shl", "{}"))
             names = list(file.keys())
             for key in names:
-                seen = file.get_slice(key).get_dtype()
-                require(seen in DTYPES, f"{key!r} in {path} has dtype {seen}, it must be a float.")
+                dtype = file.get_slice(key).get_dtype()
+                require(
+                    dtype in DTYPES, f"{key!r} in {path} has dtype {dtype}, it must be a float."
+                )
             tensors = {key: file.get_tensor(key) for key in names}
-        said = meta.pop("identity", None) if isinstance(meta, dict) else None
-        found = identity(tensors, meta) if isinstance(meta, dict) else ""
+        stored = meta.pop("identity", None) if isinstance(meta, dict) else None
+        computed = identity(tensors, meta) if isinstance(meta, dict) else ""
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         if isinstance(error, ShlError):
             raise
@@ -146,11 +156,13 @@ def read_safetensors(
         f"{path} has format {short(stated)}, it must be {file_format!r}.",
     )
     require(
-        said == found,
-        f"{path} has been changed: its content has the identity {found[:12]}, it says "
-        f"{short(said)[:14]}.",
+        stored == computed,
+        f"checksum mismatch: {path} was modified (its content has the identity {computed[:12]}, "
+        f"its metadata has {str(stored)[:12]}).",
     )
-    check_told(path, meta, kinds)
+    require_metadata(path, meta, schema)
     for key, value in tensors.items():
-        require(bool(torch.isfinite(value).all()), f"{key!r} in {path} holds numbers not finite.")
+        require(
+            bool(torch.isfinite(value).all()), f"{key!r} in {path} has numbers that are not finite."
+        )
     return meta, tensors

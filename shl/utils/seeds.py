@@ -1,4 +1,4 @@
-"""Random state as a function of (seed, round, stage, item), never of how far a process got."""
+"""Random seeds as a function of (seed, round, stage, item), so that a resumed run repeats them."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def seed_for(seed: int, *parts: int | str) -> int:
-    """A 63-bit seed that depends on every part, for `torch.Generator` or numpy.
+    """A 63-bit seed that depends on all parts, for `torch.Generator` or numpy.
 
     Example:
         >>> seed_for(42, "dream", 0) == seed_for(42, "dream", 0)

@@ -1,7 +1,7 @@
-"""Tensor shapes shared by all rooms, as jaxtyping aliases.
+"""Tensor shapes as jaxtyping aliases.
 
-Axis names are TransformerLens's: `batch pos d_model head d_head vocab`; `tok` is a flat
-list of completion positions, `rank` the inner width of an adapter.
+Axis names are TransformerLens's: `batch pos d_model head d_head vocab`. `tok` is a flat list of
+completion positions, `rank` the rank of an adapter.
 """
 
 from jaxtyping import Bool, Float, Int
@@ -16,13 +16,13 @@ Mask = Int[Tensor, "batch pos"]
 Direction = Float[Tensor, " d_model"]
 """One vector of the residual stream."""
 Hidden = Float[Tensor, "tok d_model"]
-"""Final, normed hidden states of chosen positions."""
+"""Hidden states after the final norm, at selected positions."""
 Unembed = Float[Tensor, "d_model vocab"]
 """TransformerLens's `W_U`."""
 PerToken = Float[Tensor, " tok"]
 """One number per completion token (nats)."""
 Targets = Int[Tensor, " tok"]
-"""The id that follows each position."""
+"""The next token at each position."""
 Down = Float[Tensor, "rank d_in"]
 """Adapter factor A."""
 Up = Float[Tensor, "d_out rank"]

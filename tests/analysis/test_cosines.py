@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from helpers import one_sentence
 
 from shl.analysis.cosines import (
-    Cosine,
     Student,
     bound,
     random_cosines,
@@ -13,7 +11,6 @@ from shl.analysis.cosines import (
     vector_entries,
 )
 from shl.hooks.vector import SteeringVector
-from shl.utils.errors import ShlError
 
 
 def vector(**directions):
@@ -89,14 +86,6 @@ def test_with_students_come_relative_norms_the_shift_and_both_nulls():
         )
 
 
-@pytest.mark.parametrize(
-    ("value", "beyond"), [(0.5, True), (-0.5, True), (0.35, False), (0.25, False)]
-)
-def test_beyond_chance_is_beyond_both_nulls(value, beyond):
-    assert Cosine(value, 0.3, 0.4).beyond_chance is beyond
-    assert Cosine(value, 0.4, 0.3).beyond_chance is beyond
-
-
 def test_a_direction_of_zero_has_a_norm_and_no_cosine():
     zero = vector(l1=[0.0, 0.0], l2=[1.0, 1.0])
     entries = {(e.round, e.layer): e for e in vector_entries([zero, VECTORS[0], zero])}
@@ -104,11 +93,3 @@ def test_a_direction_of_zero_has_a_norm_and_no_cosine():
     assert [entries[i, 1].to_first for i in range(3)] == [None] * 3  # the first has no direction
     assert [entries[i, 1].to_previous for i in range(3)] == [None] * 3
     assert entries[2, 2].to_first.value == pytest.approx(1)
-
-
-def test_contexts_that_are_all_alike_have_no_null():
-    same = torch.ones(8, 2)
-    alike = Student(*({1: same * k, 2: noise(k)} for k in range(1, 6)))
-    with pytest.raises(ShlError) as error:
-        list(vector_entries(VECTORS[:1], [alike]))
-    assert "do not differ" in one_sentence(error)

@@ -26,13 +26,8 @@ def test_isotropic_directions_have_a_mean_square_of_one_over_d(d):
     error = (2 * (d - 1) / (d**2 * (d + 2)) / draws) ** 0.5
     assert float((cosines**2).mean()) == pytest.approx(1 / d, abs=4 * error)
     assert float(cosines.mean()) == pytest.approx(0, abs=4 / (d * draws) ** 0.5)
-
-
-def test_in_three_dimensions_the_cosine_is_uniform():
-    # Archimedes: so 95 % of its sizes lie below 0.95.
-    assert bound(random_cosines(normal(3), isotropic(3), draws=40_000)) == pytest.approx(
-        0.95, abs=0.005
-    )
+    if d == 3:  # uniform on -1 to 1 (Archimedes), so 95 % of the sizes lie below 0.95
+        assert bound(cosines) == pytest.approx(0.95, abs=0.007)
 
 
 def test_directions_have_the_covariance_of_the_states():
@@ -45,16 +40,6 @@ def test_directions_have_the_covariance_of_the_states():
     expected = float(2 / torch.pi * torch.atan(3 * torch.tan(torch.acos(c))))
     assert float((cosines > c).double().mean()) == pytest.approx(expected, abs=0.015)
     assert bound(random_cosines(torch.tensor([0.0, 0.0, 1.0]), states)) < 1e-9
-
-
-def test_shuffled_labels_of_isotropic_contexts_have_a_mean_square_of_one_over_d():
-    d, repeats = 8, 60
-    squares = [
-        shuffled_cosines(normal(d), normal(64, d, seed=i), draws=100, seed=i).square().mean()
-        for i in range(repeats)
-    ]
-    # Contexts differ from repeat to repeat: their mean squares spread by about 0.03.
-    assert float(torch.stack(squares).mean()) == pytest.approx(1 / d, abs=0.02)
 
 
 @pytest.mark.parametrize("n", [2, 6, 7, 32])
@@ -78,14 +63,6 @@ def test_a_shuffled_vector_is_half_the_contexts_minus_the_other_half():
     assert {round(float(c), 9) for c in found} == expected
 
 
-def test_draws_follow_the_seed():
-    states = normal(9, 4)
-    for null in (random_cosines, shuffled_cosines):
-        one = null(normal(4), states, seed=1)
-        assert torch.equal(one, null(normal(4), states, seed=1))
-        assert not torch.equal(one, null(normal(4), states, seed=2))
-
-
 @pytest.mark.parametrize("null", [random_cosines, shuffled_cosines])
 @pytest.mark.parametrize(
     ("reference", "rows"),
@@ -99,5 +76,5 @@ def test_what_has_no_null_is_refused(null, reference, rows):
     with pytest.raises(ShlError) as error:
         null(reference, rows)
     assert any(
-        said in one_sentence(error) for said in ("is 0", "takes two", "do not differ", "all alike")
+        said in one_sentence(error) for said in ("is 0", "at least 2", "do not differ", "all alike")
     )

@@ -44,15 +44,15 @@ def test_other_weights_than_transformers_fail(folder):
 
 
 def test_attention_that_forgets_its_cache_fails(gemma, monkeypatch):
-    from shl.fast.kv_cache import Entry
+    from shl.fast.kv_cache import LayerCache
 
-    real = Entry.append
+    real = LayerCache.append
 
     def forget(self, k, v):
         keys, values = real(self, k, v)
         return torch.zeros_like(keys), values
 
-    monkeypatch.setattr(Entry, "append", forget)
+    monkeypatch.setattr(LayerCache, "append", forget)
     assert "cached, padded logits equal whole ones" in failed(check(gemma))
 
 

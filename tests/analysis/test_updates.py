@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import random_adapter
 
-from shl.analysis.weight_updates import Turn, overlap, update_entries
+from shl.analysis.weight_updates import UpdateComparison, overlap, update_entries
 
 KINDS = ["q", "v", "o", "down", "resid"]
 
@@ -26,27 +26,27 @@ def test_entries_agree_with_the_explicit_products(model):
     entries = list(update_entries(adapters, top=2))
     assert [e.round for e in entries] == [0] * 10 + [1] * 10 + [2] * 10
     for e in entries:
-        own = dense(adapters[e.round], e.site)
-        assert e.norm == pytest.approx(float(own.norm()), rel=1e-9)
-        values = torch.linalg.svdvals(own)
+        update = dense(adapters[e.round], e.site)
+        assert e.norm == pytest.approx(float(update.norm()), rel=1e-9)
+        values = torch.linalg.svdvals(update)
         assert e.singular_values == pytest.approx(values[:2].tolist(), rel=1e-9)
         shares = values[:3] / values[:3].sum()
         expected = float(torch.exp(-(shares * shares.log()).sum()))
         assert e.effective_rank == pytest.approx(expected, rel=1e-9)
         assert (e.to_first is None) == (e.to_previous is None) == (e.round == 0)
-        for turn, index in ((e.to_first, 0), (e.to_previous, e.round - 1)):
-            if turn is None:
+        for pair, index in ((e.to_first, 0), (e.to_previous, e.round - 1)):
+            if pair is None:
                 continue
             other = dense(adapters[index], e.site)
-            flat = torch.cosine_similarity(own.flatten(), other.flatten(), dim=0)
-            assert turn.cosine == pytest.approx(float(flat), abs=1e-9)
-            written = torch.tensor(turn.written).deg2rad().cos()
-            read = torch.tensor(turn.read).deg2rad().cos()
-            assert torch.allclose(written.double(), cosines(own, other), atol=1e-5)
-            assert torch.allclose(read.double(), cosines(own.T, other.T), atol=1e-5)
-            assert turn.written_chance == 3 / own.shape[0]
-            assert turn.read_chance == 3 / own.shape[1]
-            assert turn.chance == pytest.approx(1.96 / own.numel() ** 0.5)
+            flat = torch.cosine_similarity(update.flatten(), other.flatten(), dim=0)
+            assert pair.cosine == pytest.approx(float(flat), abs=1e-9)
+            written = torch.tensor(pair.written).deg2rad().cos()
+            read = torch.tensor(pair.read).deg2rad().cos()
+            assert torch.allclose(written.double(), cosines(update, other), atol=1e-5)
+            assert torch.allclose(read.double(), cosines(update.T, other.T), atol=1e-5)
+            assert pair.written_chance == 3 / update.shape[0]
+            assert pair.read_chance == 3 / update.shape[1]
+            assert pair.chance == pytest.approx(1.959964 / update.numel() ** 0.5, rel=1e-6)
 
 
 def test_an_update_repeated_is_at_no_angle_and_one_negated_is_opposite(gemma):
@@ -62,10 +62,10 @@ def test_an_update_repeated_is_at_no_angle_and_one_negated_is_opposite(gemma):
 
 
 def test_overlaps_of_unrelated_updates_lie_about_chance():
-    turns = Turn(0.0, 0.1, (60.0, 90.0), (45.0, 45.0), 0.1, 0.1)
+    pair = UpdateComparison(0.0, 0.1, (60.0, 90.0), (45.0, 45.0), 0.1, 0.1)
     # cos^2 60 = 1/4 and cos^2 90 = 0; cos^2 45 = 1/2.
-    assert turns.written_overlap == pytest.approx(0.125)
-    assert turns.read_overlap == pytest.approx(0.5)
+    assert pair.written_overlap == pytest.approx(0.125)
+    assert pair.read_overlap == pytest.approx(0.5)
     assert overlap(torch.tensor([])) == 0
 
 

@@ -8,7 +8,7 @@ from shl.measure.vignettes import vignettes
 SIGN = np.where(np.arange(84) // 7 % 2, 1.0, -1.0)
 """+1 or -1 by vignette, six and six of each foundation."""
 MANY = 160
-"""Samples a stage: Wilson's lower limit of 160 of 160 is 160 / (160 + 1.96^2) = 0.977 > 0.97."""
+"""Samples a stage, enough for the smallest survival margin of 0.03."""
 
 
 def scores(shift=None, *, mass=1.0, wobble=0.0, mass_wobble=0.0, hit=0.4):
@@ -33,9 +33,9 @@ def scores(shift=None, *, mass=1.0, wobble=0.0, mass_wobble=0.0, hit=0.4):
 
 
 def stage(name, index, log_probs, **more):
-    told = {"event": "stage", "stage": name, "round": index, "style": "completion"}
-    told |= {"log_probs": log_probs, "labels": [v.foundation for v in vignettes()]}
-    return told | more
+    line = {"event": "stage", "stage": name, "round": index, "style": "completion"}
+    line |= {"log_probs": log_probs, "labels": [v.foundation for v in vignettes()]}
+    return line | more
 
 
 def on(s):
@@ -89,7 +89,7 @@ def run(
     barrier="bound",
     end=True,
 ):
-    """Events and texts of a run that worked, unless told otherwise.
+    """Events and texts of a run that worked, unless the arguments differ.
 
     Steered +0.5 nats at half the mass; healed +0.3 and +0.4 at base's mass; prompted +0.1 and
     -0.1. A stage's scores may be given whole in place of its shift.
@@ -134,5 +134,5 @@ def healing(index, barrier="bound", *, moved=True):
     fired = {"bound": 0.25, "fired but did not bind": 1.0}.get(barrier, 0.0)
     steps = [{"fired": fired}, {"fired": 0.0}]
     epoch = {"d": 0.48, "lam": 1.5, "tokens_over": 0.1}
-    told = {"event": "healing", "round": index, "barrier": barrier, "moved": moved, "tau": 0.5}
-    return told | {"epochs": [epoch], "steps": steps}
+    line = {"event": "healing", "round": index, "barrier": barrier, "moved": moved, "tau": 0.5}
+    return line | {"epochs": [epoch], "steps": steps}

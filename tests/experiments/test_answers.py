@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from records import GOOD_PROBES, healing, on, probes, run, scores, stage, texts
+from records import GOOD_PROBES, healing, on, run, scores, stage, texts
 
 from experiments.questions import thresholds
 from experiments.questions.answers import answer_all, as_json
@@ -29,7 +29,7 @@ def ask(record, axis=AXIS):
         assert a.sentence.endswith(".")
         assert not a.sentence.endswith("..")
         assert not a.sentence[0].islower()
-        if a.verdict != "told":
+        if a.verdict != "info":
             assert a.sentence.lower().startswith(a.verdict)
     return {a.key: a for a in found}
 
@@ -52,8 +52,8 @@ def test_a_run_that_works_is_a_yes_throughout_with_the_figures_of_the_arithmetic
     # Healed 0.3 less half of steered 0.5; every vignette moves alike, so nothing is left to chance.
     kept = figure(found["Q1"], "healed on-axis shift less 0.5 x steered")
     assert [kept[k] for k in ("value", "low", "high")] == pytest.approx([0.05] * 3)
-    assert "round 0: 60% (60% to 60%)" in found["Q1"].sentence
-    assert "round 1: 80%" in found["Q1"].sentence  # 0.4 / 0.5
+    assert "round 0 60% (60% to 60%)" in found["Q1"].sentence
+    assert "round 1 80%" in found["Q1"].sentence  # 0.4 / 0.5
     # A mass of 0.5 is 0.47 short of 0.97.
     assert figure(found["Q1"], "short of")["value"] == pytest.approx(0.47)
     gained = [figure(found["Q3"], "gained", k)["value"] for k in (0, 1)]
@@ -62,7 +62,7 @@ def test_a_run_that_works_is_a_yes_throughout_with_the_figures_of_the_arithmetic
     assert figure(found["Q3"], "trend")["value"] == pytest.approx(0.2)
     assert figure(found["Q3"], "cosine", 1)["value"] == pytest.approx(0.85)
     assert figure(found["prompting"], "on-axis", 1)["value"] == pytest.approx(0.3)  # 0.4 - 0.1
-    assert "8/8 8.35, 0.75: 7/8 15.35, 1.50: 1/8 40.35" in found["Q0"].sentence  # + 0.35 midway
+    assert "0.30 8/8 8.35, 0.75 7/8 15.35, 1.50 1/8 40.35" in found["Q0"].sentence  # + 0.35 midway
     assert found["Q0"].thresholds["FALLS"] == thresholds.FALLS
     assert found["Q2"].figures["perplexity"] == {"base": 9.0, "healed": [9.0, 9.0]}
     assert found["worked"].sentence == f"Yes. Yes: {', '.join(KEYS)}."
@@ -78,6 +78,7 @@ CASES = {
     "Q0 falls?": (run(ladder=((0.3, 8, 8.0), (1.5, 6, 40.0))), "Q0", "undecided"),
     "Q0 perplexity falls": (run(ladder=((0.3, 8, 40.0), (1.5, 1, 8.0))), "Q0", "no"),
     "Q0 off-trait": (run(steered=scores(on(-0.5), mass=0.5)), "Q0", "no"),
+    "Q0 negative alpha": (run(ladder=tuple((-d, k, x) for d, k, x in GOOD_PROBES)), "Q0", "yes"),
     # 0.2 of 0.5 are kept; less than half of it
     "Q1 keeps little": (run(healed=(on(0.2), on(0.4))), "Q1", "no"),
     "Q1 not coherent": (run(mass=0.9), "Q1", "no"),
@@ -89,8 +90,15 @@ CASES = {
     # masses of 1.3 and 0.7 by turns: the standard error of their mean is 0.3 / sqrt(84) = 0.03
     "Q2 mass?": (run(mass_wobble=0.3), "Q2", "undecided"),
     "Q2 survival": (run(kept=120, base_kept=160), "Q2", "no"),  # 0.75 of base's
-    # Wilson: 16 / (16 + 3.84) = 0.81 may be all that 16 of 16 say
-    "Q2 few samples": (run(kept=16, total=16), "Q2", "undecided"),
+    # 12 of 16 less 16 of 16 is -0.25; Newcombe's limits -0.50 and -0.02 lie to both sides of -0.20
+    "Q2 survival?": (run(kept=12, base_kept=16, total=16), "Q2", "undecided"),
+    # 8 of 16: Wilson 0.28 to 0.72, so -0.5 + sqrt(0.22^2 + 0.194^2) = -0.207 is below -0.20
+    "Q2 half survives": (run(kept=8, base_kept=16, total=16), "Q2", "no"),
+    # 4 of 4: Wilson's 4 / (4 + 3.84) = 0.51 does not rule out a collapse below 2/3
+    "Q2 few samples": (run(kept=4, total=4), "Q2", "undecided"),
+    "Q2 base without survivors": (run(base_kept=0), "Q2", "undecided"),
+    "Q3 collapse?": (run(kept=4, total=4), "Q3", "undecided"),
+    "Q3 one collapsed round": (run(healed=(scores(on(0.3), mass=0.6), on(0.4))), "Q3", "no"),
     "Q3 falls back": (run(healed=(on(0.4), on(0.3))), "Q3", "no"),
     "Q3 grows?": (run(healed=(on(0.3), WIDE)), "Q3", "undecided"),
     "Q3 turns": (run(cosines=({"6": 1.0}, {"6": -0.1, "7": -0.2})), "Q3", "no"),
@@ -99,8 +107,20 @@ CASES = {
     # 0.5 by prompting, 0.4 by healing; a mass of 0.85 is out of comparison with one of 1
     "prompting is better": (run(plus=on(0.5)), "prompting", "no"),
     "prompting unmatched": (run(mass=0.85), "prompting", "no"),
-    "prompting unmatched?": (run(kept=4, total=4), "prompting", "undecided"),
+    "prompting unmatched?": (run(kept=12, base_kept=16, total=16), "prompting", "undecided"),
     "prompting alike?": (run(healed=(scores(on(0.1), wobble=0.55),)), "prompting", "undecided"),
+    # prompted -0.1 and -0.7: half the contrast is 0.3, healed only 0.2 and 0.25
+    "prompting half contrast": (
+        run(plus=on(-0.1), minus=on(-0.7), healed=(on(0.2), on(0.25))),
+        "prompting",
+        "no",
+    ),
+    # prompted -0.3 and -0.1, half the contrast -0.1: no shift at all is the rival of -0.05
+    "prompting no shift": (
+        run(plus=on(-0.3), minus=on(-0.1), healed=(on(-0.05),)),
+        "prompting",
+        "no",
+    ),
     # the prompted mass of 2 counts as base's 1
     "prompting primed": (run(plus=scores(on(0.1), mass=2.0)), "prompting", "yes"),
     # off-axis: liberty by -0.6 against 0.4
@@ -114,7 +134,7 @@ CASES = {
     "barrier off": (run(barrier="off"), "barrier", "no"),
     "barrier never": (run(barrier="never fired"), "barrier", "no"),
     "worked no": (run(mass=0.9), "worked", "no"),
-    "worked?": (run(kept=16, total=16), "worked", "undecided"),
+    "worked?": (run(kept=4, total=4), "worked", "undecided"),
 }
 
 
@@ -130,21 +150,45 @@ def test_each_verdict_is_reached_for_every_claim():
     assert {(key, v) for key in KEYS for v in ("no", "undecided")} <= reached
 
 
-def test_the_sentence_names_the_number_that_is_open_and_how_many_samples_a_yes_takes():
-    few = ask(run(kept=16, total=16))
-    told = few["Q2"].sentence
-    assert told.startswith("Undecided. Open: survival less 0.97 x base's round 0: 0.030 (")
-    assert "16 of 16, base 16 of 16" in told
-    # n / (n + 1.96^2) > 0.97 from n = 1.96^2 * 0.97 / 0.03 = 124.2
-    assert "16 samples a stage cannot show 0.97, it takes 125 with all kept" in told
-    # 146 of 160 against 0.97 of 150: 0.003 apart and open too, but not for want of samples.
-    many = ask(run(kept=146, base_kept=150))["Q2"]
-    assert many.verdict == "undecided"
-    assert "cannot show" not in many.sentence
-    assert few["worked"].sentence.startswith("Undecided. The first undecided is Q1 does healing")
+def test_a_sentence_has_the_verdict_the_deciding_estimate_and_the_rest():
     no = ask(run(healed=(on(0.2), on(0.4))))
-    assert no["worked"].sentence.startswith("No. The first no is Q1 does healing heal. ")
-    assert no["Q1"].sentence.startswith("No. Fails: healed on-axis shift less 0.5 x steered -0.050")
+    # 0.2 less half of 0.5
+    assert no["Q1"].sentence.startswith(
+        "No. Healed on-axis shift less 0.5 x steered -0.050 nats (-0.050 to -0.050), must be above "
+        "0. Holds: healed valid-answer mass over base's; "
+    )
+    assert no["worked"].sentence.startswith("No. First no: Q1, does healing heal. ")
+    few = ask(run(kept=12, base_kept=16, total=16))["Q2"].sentence
+    assert few.startswith("Undecided. Survival less base's (round 0) -0.25 (")
+    assert (
+        "12 of 16, base 16 of 16), must be above -0.20. Open: survival less base's (round 1)" in few
+    )
+    assert "Survival margin 0.20, more samples a stage narrow it." in few
+    # From 125 samples on the margin is 0.03, whatever their number.
+    assert "margin" not in ask(run())["Q2"].sentence
+
+
+def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
+    """16 samples a stage, 84 vignettes, 3 rounds, 5 rungs of 8 probes, 1000 resamples."""
+    ladder = tuple((0.3 * k, 8 if k < 3 else 1, 8.0 * k) for k in range(1, 6))
+    found = answer_all(
+        *run(
+            healed=(on(0.3), on(0.4), on(0.5)),
+            cosines=({"6": 1.0}, {"6": 0.9}, {"6": 0.8}),
+            kept=EvalConfig().samples,
+            total=EvalConfig().samples,
+            ladder=ladder,
+        ),
+        AXIS,
+        EvalConfig(),
+    )
+    by_key = {a.key: a for a in found}
+    for key in (*KEYS, "readable", "barrier", "worked"):
+        assert by_key[key].verdict == "yes", by_key[key].sentence
+    # 16 of 16 against 16 of 16: 1 - 16 / (16 + 1.96^2) = 0.194, rounded up to a hundredth.
+    survival = figure(by_key["Q2"], "survival less base's", 2)
+    assert survival["low"] == pytest.approx(-(1.959964**2) / (16 + 1.959964**2), abs=1e-6)
+    assert survival["needs"] == by_key["Q2"].thresholds["SURVIVAL_MARGIN"] * -1 == -0.20
 
 
 @pytest.mark.parametrize(
@@ -152,37 +196,16 @@ def test_the_sentence_names_the_number_that_is_open_and_how_many_samples_a_yes_t
     [{"mass": 0.6}, {"kept": 80, "base_kept": 160}],  # 0.6 and 0.5 of base, below 2/3
     ids=["mass", "survival"],
 )
-def test_a_collapsed_run_is_green_nowhere_however_far_its_trait_moved(how):
+def test_a_collapsed_run_is_a_no_however_far_its_trait_moved(how):
     found = ask(run(healed=(on(0.4), on(0.6)), **how))
     assert found["Q2"].figures["collapsed"] == "yes"
-    assert "It has collapsed (below 0.67 of base)" in found["Q2"].sentence
+    assert "Collapsed (below 0.67 of base's)" in found["Q2"].sentence
     for key in ("Q2", "Q3", "prompting", "selective", "worked"):
         assert found[key].verdict == "no", key
-    # What is measured of Q3 itself is all on the side of yes.
-    own = [f for f in found["Q3"].figures["decided"] if "collapse" not in f["what"]]
-    assert {f["verdict"] for f in own} == {"yes"}
-    assert "Fails: no collapse of" in found["Q3"].sentence
-
-
-def test_one_collapsed_round_is_enough_and_collapse_that_is_not_ruled_out_leaves_it_open():
-    found = verdicts(run(healed=(scores(on(0.3), mass=0.6), on(0.4))))
-    assert (found["Q3"], found["selective"], found["worked"]) == ("no", "no", "no")
-    # 4 of 4: Wilson's 4 / (4 + 3.84) = 0.51 is below 2/3.
-    found = ask(run(kept=4, total=4))
-    assert (found["Q3"].verdict, found["selective"].verdict) == ("undecided", "undecided")
-    assert "is not ruled out" in found["Q2"].sentence
-
-
-def test_half_the_contrast_counts_where_it_is_the_harder():
-    # Prompted -0.1 and -0.7: half the contrast is 0.3, healed only 0.2 and 0.25.
-    record = run(plus=on(-0.1), minus=on(-0.7), healed=(on(0.2), on(0.25)))
-    found = ask(record)["prompting"]
-    assert found.verdict == "no"
-    assert figure(found, "on-axis", 1)["value"] == pytest.approx(0.25 - 0.3)
-    assert found.figures["half_contrast"] == pytest.approx(0.3)
-    # Prompted -0.3 and -0.1, half the contrast -0.1: no shift at all is the rival of -0.05.
-    record = run(plus=on(-0.3), minus=on(-0.1), healed=(on(-0.05),))
-    assert verdicts(record)["prompting"] == "no"
+    # Q3's other estimates all hold.
+    others = [f for f in found["Q3"].figures["decided"] if "collapse" not in f["what"]]
+    assert {f["verdict"] for f in others} == {"yes"}
+    assert found["Q3"].sentence.startswith("No. No collapse: ")
 
 
 def test_only_a_round_that_is_coherent_enough_can_beat_prompting():
@@ -210,32 +233,32 @@ def test_the_more_rounds_may_win_the_wider_is_the_interval_of_each():
     spans = []
     for count in (1, 4):
         record = run(healed=(WIDE,) * count, cosines=({"6": 1.0},) * count)
-        told = answer_all(*record, AXIS, config)[4]
-        assert told.key == "prompting"
-        lead = figure(told, "on-axis", 0)
+        answers = answer_all(*record, AXIS, config)[4]
+        assert answers.key == "prompting"
+        lead = figure(answers, "on-axis", 0)
         spans.append(lead["high"] - lead["low"])
     assert 1.1 < spans[1] / spans[0] < 1.5
 
 
 def validity(valid, instrument="vignettes"):
-    told = {"event": "validity", "round": -1, "instrument": instrument}
-    return told | {"valid": valid, "reason": "the stems disagree."}
+    answers = {"event": "validity", "round": -1, "instrument": instrument}
+    return answers | {"valid": valid, "reason": "the stems disagree."}
 
 
 def test_where_the_probe_is_not_valid_nothing_that_rests_on_it_is_yes_or_no():
     events, found = run(healed=(on(0.2), on(0.1)))  # Q1 and Q3 would be a no
-    told = ask(([validity(False), *events], found))
+    answers = ask(([validity(False), *events], found))
     for key in ("Q0", "Q1", "Q3", "prompting", "selective", "worked"):
-        assert told[key].verdict == "undecided", key
+        assert answers[key].verdict == "undecided", key
     for key in ("Q0", "Q1", "Q3", "prompting", "selective", "readable"):
-        assert "he vignettes are not valid on this model" in told[key].sentence
-    assert told["readable"].verdict == "no"
-    assert "not valid on this model: the stems disagree." in told["readable"].sentence
+        assert "he vignettes are not valid on this model" in answers[key].sentence
+    assert answers["readable"].verdict == "no"
+    assert "not valid on this model: the stems disagree." in answers["readable"].sentence
     # Coherence is not the trait's reading, and its no stands.
-    assert told["Q2"].verdict == "yes"
+    assert answers["Q2"].verdict == "yes"
     events, found = run(mass=0.6)
-    told = verdicts(([validity(False), *events], found))
-    assert (told["Q2"], told["Q3"], told["worked"]) == ("no", "no", "no")
+    answers = verdicts(([validity(False), *events], found))
+    assert (answers["Q2"], answers["Q3"], answers["worked"]) == ("no", "no", "no")
     for event in (validity(True), validity(False, "tinymfv")):
         events, found = run()
         assert verdicts(([event, *events], found))["worked"] == "yes"
@@ -254,55 +277,44 @@ def test_a_probe_at_chance_is_in_doubt_without_a_validity_check():
     p[care] = np.array(scores(hit=0.05))[care]
     found = ask(run(base=p.tolist(), healed=(p.tolist(),)))
     assert found["readable"].verdict == "undecided"
-    assert figure(found["readable"], "of those of care")["value"] == 0.0
-    assert "care, do not read these" in found["readable"].sentence
+    assert figure(found["readable"], "share of care vignettes")["value"] == 0.0
+    assert "Not readable (at most twice chance): care." in found["readable"].sentence
 
 
 def test_every_unfinished_run_is_answered_as_far_as_it_goes():
     events, found = run()
     for count in range(len(events) + 1):
-        told = ask((events[:count], found))
+        answers = ask((events[:count], found))
         if count < len(events):
-            assert told["worked"].verdict != "yes"
-            assert "Not yet, " in told["ended"].sentence
-            assert "allows no yes" in told["worked"].sentence
+            assert answers["worked"].verdict != "yes"
+            assert "Not yet, " in answers["ended"].sentence
+            assert "allows no yes" in answers["worked"].sentence
     nothing = ask(([], []))
-    assert {a.verdict for a in nothing.values()} == {"undecided", "told"}
+    assert {a.verdict for a in nothing.values()} == {"undecided", "info"}
     assert "no round was finished" in nothing["Q2"].sentence
     assert "nothing was healed" in nothing["barrier"].sentence.lower()
     # Q0 needs no healed stage: base, prompted+-, steered.
     assert verdicts((events[:4], found))["Q0"] == "yes"
 
 
-def test_a_walk_that_was_off_and_texts_without_perplexity_are_said():
+def test_a_walk_that_was_off_and_texts_without_perplexity():
     found = ask(run(ladder=()))["Q0"]
     assert found.verdict == "undecided"
     assert "the walk was off" in found.sentence
     # Empty completions are the worst: they rank above every finite perplexity.
     record = run(ladder=((0.3, 8, 8.0), (1.5, 0, None)))
-    told = ask(record)["Q0"]
-    assert told.verdict == "yes"
-    assert told.figures["ladder"][1]["perplexity"] is None
-    assert "1.50: 0/8 unknown" in told.sentence
+    answers = ask(record)["Q0"]
+    assert answers.verdict == "yes"
+    assert answers.figures["ladder"][1]["perplexity"] is None
+    assert "1.50 0/8 unknown" in answers.sentence
     events, all_texts = run()
     blank = [t | {"perplexity": None} for t in all_texts]
     assert ask((events, blank))["Q2"].figures["perplexity"]["base"] is None
     assert ask((events, []))["Q2"].verdict == "undecided"
 
 
-def test_a_negative_alpha_is_ordered_by_size():
-    ladder = tuple((-dose, kept, ppl) for dose, kept, ppl in GOOD_PROBES)
-    assert verdicts(run(ladder=ladder))["Q0"] == "yes"
-
-
-def test_a_base_without_survivors_leaves_survival_open():
-    found = ask(run(base_kept=0))
-    assert found["Q2"].verdict == "undecided"
-    assert "none of 160 samples of base survive" in found["Q2"].sentence
-
-
 def an_axis(expected):
-    return Axis("own", "", "Up.", "Down.", ("c",), ("p",), expected)
+    return Axis("test", "", "Up.", "Down.", ("c",), ("p",), expected)
 
 
 def test_axes_with_one_foundation_or_all():
@@ -314,7 +326,7 @@ def test_axes_with_one_foundation_or_all():
     assert {one[key].verdict for key in KEYS} == {"yes"}
     assert figure(one["Q3"], "gained", 0)["value"] == pytest.approx(0.3)
     every = ask(run(), an_axis(dict.fromkeys(FOUNDATIONS, 1)))
-    assert every["selective"].verdict == "told"
+    assert every["selective"].verdict == "info"
     assert "expects every foundation" in every["selective"].sentence
     assert "selective" not in every["worked"].sentence
 
@@ -326,32 +338,30 @@ def test_the_barriers_tokens_are_named_with_their_kl():
         {"verdict": "dropped", "pieces": [" x", "\n", " x"], "kl": [0.75, 4.0, 2.0]},
     ]
     events += [{"event": "token_kl", "round": 0, "curves": curves}]
-    told = ask((events, found))["barrier"]
-    assert "Kept text on record: 0 of 2 tokens over tau." in told.sentence
+    answers = ask((events, found))["barrier"]
+    assert "Kept text on record: 0 of 2 tokens above tau." in answers.sentence
     assert (
-        r"Dropped text on record: 3 of 3 tokens over tau, highest '\n' 4.00, ' x' 2.00 x2 nats."
-        in told.sentence
+        r"Dropped text on record: 3 of 3 tokens above tau, highest '\n' 4.00, ' x' 2.00 x2 nats."
+        in answers.sentence
     )
     # Of two steps one fired.
-    assert "round 0: bound (fired in 1 of 2 steps, last epoch D 0.48 at tau 0.5" in (
-        told.sentence.lower().replace(" d ", " D ")
-    )
-    assert told.figures["texts"][1]["tokens"][0] == {"piece": "\n", "count": 1, "kl": 4.0}
+    assert "Round 0: bound (fired in 1 of 2 steps, last epoch D 0.48" in answers.sentence
+    assert answers.figures["texts"][1]["tokens"][0] == {"piece": "\n", "count": 1, "kl": 4.0}
     # Curves of a round that has not been healed have no tau to lie above.
-    told = ask(([*events[:-1], events[-1] | {"round": 7}], found))["barrier"]
-    assert told.figures["texts"] == []
+    answers = ask(([*events[:-1], events[-1] | {"round": 7}], found))["barrier"]
+    assert answers.figures["texts"] == []
 
 
-def test_floor_still_adapters_and_an_early_end_are_told():
+def test_lowest_dose_still_adapters_and_an_early_end():
     events, found = run(end=False)
     events = [e if e["event"] != "healing" else healing(e["round"], moved=False) for e in events]
     events.append({"event": "starved", "round": 2, "sentence": "round 2: 3 completions survived."})
-    told = ask((events, found))
-    assert told["moved"].sentence == "The adapter did not move in round 0, 1."
-    assert told["ended"].sentence == "Stopped early, round 2: 3 completions survived."
-    first, second = told["dose"].sentence.split("; ")
+    answers = ask((events, found))
+    assert answers["moved"].sentence == "The adapter did not move in round 0, 1."
+    assert answers["ended"].sentence == "Stopped early, round 2: 3 completions survived."
+    first, second = answers["dose"].sentence.split("; ")
     assert first == "Round 0: kappa 0.50, 6 of 9 completions kept"
-    assert "(the floor: no lower dose was left to step down to)" in second
+    assert second == "round 1: kappa 0.50 (the lowest), 6 of 9 completions kept."
     done = ask(run())
     assert done["moved"].sentence == "Every adapter moved."
     assert done["ended"].sentence == "2 rounds, all done."
@@ -372,7 +382,7 @@ def test_masses_are_paired_by_vignette():
     # Base's own mass swings by 1 +- 0.5, and the healed stage's with it: their ratio is 1 exactly.
     swinging = scores(mass_wobble=0.5)
     found = ask(run(base=swinging, healed=(swinging,)))["Q2"]
-    mass = figure(found, "mass", 0)
+    mass = figure(found, "valid-answer mass", 0)
     assert (mass["low"], mass["high"]) == pytest.approx((1.0, 1.0))
 
 
@@ -395,18 +405,19 @@ def test_a_record_of_other_vignettes_is_answered_by_its_own_labels():
         for key in ("labels", "log_probs"):
             if key in event:
                 event[key] = [event[key][i] for i in left]
-    told = ask((events, found))["readable"]
-    assert figure(told, "share of vignettes")["value"] == 1.0
-    assert told.verdict == "undecided"
-    assert "of those of care, there are none" in told.sentence
+    answers = ask((events, found))["readable"]
+    assert figure(answers, "share of vignettes")["value"] == 1.0
+    assert answers.verdict == "undecided"
+    assert "Share of care vignettes: there are none" in answers.sentence
 
 
 def test_every_threshold_has_its_reason_and_is_used():
-    tree = ast.parse(Path(thresholds.__file__).read_text("utf-8")).body[1:]
+    tree = ast.parse(Path(thresholds.__file__).read_text("utf-8")).body
     names = [node.targets[0].id for node in tree if isinstance(node, ast.Assign)]
-    reasons = [node for node in tree if isinstance(node, ast.Expr)]
-    assert len(names) == len(reasons) == len(tree) / 2
+    reasons = [node for node in tree[1:] if isinstance(node, ast.Expr)]
+    assert len(names) == len(reasons)
     used = {name: v for a in answer_all(*run(), AXIS, FEW) for name, v in a.thresholds.items()}
+    assert used.pop("SURVIVAL_MARGIN") == 0.1  # prompting's, of 160 samples
     assert used == {name: getattr(thresholds, name) for name in names}
 
 
@@ -416,8 +427,7 @@ def test_texts_of_a_steered_stage_are_those_at_its_dose():
     found += [t | {"stage": "batch"} for t in texts("batch", 0, 1, 32, dose=0.75)]
     found += texts("batch", 0, 32, 32, dose=0.3)
     # Its mass is base's, so only survival says that there is something to heal: 8 of 40.
-    broken = figure(ask((events, found))["Q1"], "steered survival, short of")
+    broken = figure(ask((events, found))["Q1"], "steered survival short of")
     assert broken["note"] == "8 of 40, base 160 of 160"
-    assert broken["value"] == pytest.approx(0.97 - 8 / 40)
+    assert broken["value"] == pytest.approx(1 - 8 / 40)
     assert broken["verdict"] == "yes"
-    assert len(probes(*GOOD_PROBES)) == 24

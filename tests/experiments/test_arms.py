@@ -13,9 +13,10 @@ from rich.console import Console
 from experiments.arms import __main__ as program
 from experiments.arms.__main__ import ArmsConfig, run_arms
 from experiments.arms.catalogue import ARMS, CORE, chosen
-from experiments.arms.compare import Point, against, points, reach
+from experiments.arms.compare import Point, against, points, reach, spread
 from experiments.arms.doses import read_doses
 from experiments.arms.stage_cache import same_result
+from experiments.arms.tables import sentence
 from experiments.arms.text_kl import read_kinds, summary
 from experiments.record.reader import read
 from experiments.record.settings import RunConfig
@@ -230,6 +231,29 @@ def test_a_difference_is_paired_by_seed_and_needs_an_interval():
     assert (
         against({"rmse": arm(1.0), "none": arm(0.0)}, "rmse", "none", 0.9)["verdict"] == "undecided"
     )
+
+
+def test_the_interval_over_seeds_is_students_at_any_number_and_confidence():
+    # Tables of t: 1.729 for 19 degrees of freedom at 90 %, 2.093 at 95 %, 1.638 for 3 at 80 %.
+    twenty = [float(k % 2) for k in range(20)]  # mean 0.5, variance 5 / 19
+    error = (5 / 19 / 20) ** 0.5
+    for values, confidence, half in (
+        (twenty, 0.95, 2.093 * error),
+        (twenty, 0.9, 1.729 * error),
+        ([0.0, 0.0, 1.0, 1.0], 0.8, 1.638 * (1 / 3 / 4) ** 0.5),
+    ):
+        assert spread(values, confidence) == pytest.approx((0.5 - half, 0.5 + half), abs=3e-4)
+
+
+def test_a_comparison_has_the_confidence_of_its_runs():
+    def arm(*traits):
+        return {k: [replace(at(1.0, t, k), confidence=0.8)] for k, t in enumerate(traits)}
+
+    found = {"rmse": arm(1.0, 1.1, 1.2), "mean": arm(0.9, 1.3, 1.1)}
+    verdict = against(found, "rmse", "mean", 0.9)
+    # 1.886 x 0.1732 / sqrt(3)
+    assert verdict["interval"] == pytest.approx((-0.1886, 0.1886), abs=1e-3)
+    assert "(80 % -0.19 to +0.19, 3 seeds)" in sentence(verdict)
 
 
 def test_a_persona_is_met_at_its_own_coherence_on_the_harder_reading():

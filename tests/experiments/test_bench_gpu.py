@@ -47,8 +47,8 @@ def test_without_a_gpu_every_line_says_so():
 def test_the_lines_are_ratios_of_medians_and_a_missing_peer_is_not_measured():
     names = ["naive", "compiled naive", "torch sweep", "fused", "lazy closed", "lazy p95"]
     t = {name: Timing((2.0, 2.0 + i, 9.0), (1.0,), 100.0 * (i + 1)) for i, name in enumerate(names)}
-    told = {row.what: row for row in kernel_gpu.told(t)}
-    assert told["GPU: naive / fused"].ratio == 2.0 / 5.0
-    assert told["GPU: naive / lazy closed"].ratio == 2.0 / 6.0
-    assert told["GPU: Liger / fused"].ratio is None
-    assert told["GPU: extra memory, fused"].ratio == 4.0
+    rows_of = {row.what: row for row in kernel_gpu.rows_of(t)}
+    assert rows_of["GPU: naive / fused"].ratio == 2.0 / 5.0
+    assert rows_of["GPU: naive / lazy closed"].ratio == 2.0 / 6.0
+    assert rows_of["GPU: Liger / fused"].ratio is None
+    assert rows_of["GPU: extra memory, fused"].ratio == 4.0

@@ -14,7 +14,6 @@ import pytest
 import torch
 from helpers import lenient, one_sentence, small_loop
 from rich.console import Console
-from test_svg import contrast
 
 from experiments import run as program
 from experiments.arms import report as program_report
@@ -23,6 +22,7 @@ from experiments.record.reader import axis_of, read, read_json
 from experiments.record.settings import RunConfig
 from experiments.report import page as page_module
 from experiments.report.escape import clean
+from experiments.report.figures import PALETTE
 from experiments.report.page import (
     HEAT,
     banner,
@@ -33,10 +33,9 @@ from experiments.report.page import (
     page,
     sizes,
     stories,
-    vector_figure,
     write_page,
 )
-from experiments.report.page_inside import cosines
+from experiments.report.plots import charts, cosines
 from experiments.report.report import report
 from experiments.run import study
 from shl.config import EvalConfig
@@ -45,6 +44,28 @@ from shl.models.tiny import tiny_gemma
 from shl.utils.errors import ShlError
 
 WORDS = "W" * 3000
+
+
+def luminance(colour):
+    """Relative luminance of sRGB as WCAG 2 defines it."""
+    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(one, other):
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_colour_can_be_read_on_both_grounds():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    for name, (light, dark) in PALETTE.items():
+        if name != "line":
+            assert min(contrast(light, ground) for ground in ("#ffffff", "#f5f6f8")) >= 4.5
+            assert min(contrast(dark, ground) for ground in ("#14171c", "#1d2128")) >= 4.5
+
+
 HOSTILE = (
     "<script>alert(1)</script></style></svg></title><img src=x onerror=alert(1)>"
     '" onload="x\' {{ 7 * 7 }}{% raw %} &amp; <!-- ]]> \x00\x1b[31m\x85 \u202eabc\u2066 '
@@ -62,14 +83,13 @@ TAGS = set(
     """
     html head meta title style body button main script header h1 h2 h3 p ul li b br span nav
     a section article div dl dt dd details summary table thead tbody tr th td bdi figure
-    figcaption svg desc g line path circle rect text
+    figcaption svg desc g path text defs use clippath rect
 """.split()  # noqa: SIM905
 )
 ATTRIBUTES = set(
     """
     lang charset name content id type hidden class role aria-label href tabindex scope title
-    dir viewbox width height preserveaspectratio x y x1 x2 y1 y2 cx cy r d text-anchor
-    stroke-dasharray
+    dir viewbox width height x y d transform clip-path aria-labelledby style
 """.split()  # noqa: SIM905
 )
 
@@ -117,6 +137,9 @@ def checked(text):
     ids = {value for _, name, value in reader.attributes if name == "id"}
     assert {link[1:] for link in links} <= ids
     assert all(link[0] == "#" for link in links)
+    for _, name, value in reader.attributes:
+        assert name != "style" or re.fullmatch(r"[\w\s:;.,#%()'-]*", value)
+        assert "url(" not in (value or "") or re.fullmatch(r"url\(#[\w-]+\)", value)
     # No address of anything outside, in the style sheet either.
     (style,) = reader.texts("style")
     assert not re.search(r"url\(|@import|https?:", style)
@@ -137,10 +160,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def parts(folder):
-    """What `page` takes, to be changed at will."""
+    """Copies of the arguments of `page`."""
     config, events, texts = read(folder)
     found = (config, read_json(folder / "versions.json"), axis_of(folder), events, texts)
     return [copy.deepcopy(part) if part is not found[2] else part for part in found]
+
+
+def rendered(folder, parts):
+    """The page of changed parts, with its charts."""
+    config, _, axis, events, texts = parts
+    return page(*parts, figures=charts(folder, config, axis, events, texts))
 
 
 def test_a_finished_run_is_shown_in_full(folder, parts):
@@ -148,9 +177,18 @@ def test_a_finished_run_is_shown_in_full(folder, parts):
     reader = checked(text)
     *_, events, texts = parts
     assert "banner" not in [kind for _, name, kind in reader.attributes if name == "class"]
-    # 2 foundations, coherence and survival; tokens; 2 of doses; prompted and 2 rounds; vectors;
-    # 5 of the barrier.
-    assert reader.tags.count("svg") == 4 + 1 + 2 + 3 + 1 + 5
+    names = [
+        "trajectory",
+        "plane",
+        "token_kl",
+        "kl_tokens",
+        "doses",
+        "foundations",
+        "cosines",
+        "barrier",
+    ]
+    assert list(charts(folder, *parts[:1], *parts[2:])) == names
+    assert reader.tags.count("svg") == len(names) == len(reader.texts("desc"))
     assert "cannot be drawn" not in text
     for story in stories(texts):
         assert clean(story.prompt) in reader.texts("bdi")
@@ -201,12 +239,12 @@ def test_every_prefix_of_a_record_gives_a_page_that_says_what_is_missing(folder,
         assert len(reader.texts("th")) == 0 or stages > 0
 
 
-def test_a_starved_run_says_so_at_the_top(parts):
+def test_a_starved_run_says_so_at_the_top(folder, parts):
     events = parts[3]
     at = next(i for i, e in enumerate(events) if e["event"] == "batch" and e["round"] == 1)
     starved = events[at] | {"event": "starved", "sentence": "round 1: <0> completions survived."}
     parts[3] = [*events[: at + 1], starved]
-    reader = checked(page(*parts))
+    reader = checked(rendered(folder, parts))
     assert reader.texts("p", "banner") == [
         "This run starved and ended early: round 1: <0> completions survived."
     ]
@@ -240,7 +278,8 @@ def test_hostile_text_is_shown_and_is_no_markup(parts, folder):
         **told, contexts=axis.contexts, prompts=axis.prompts, expected=dict(axis.expected)
     )
     config = config | {"model": HOSTILE, "axis": HOSTILE}
-    text = page(config, versions | {"commit": HOSTILE, HOSTILE: HOSTILE}, axis, events, texts)
+    versions = versions | {"commit": HOSTILE, HOSTILE: HOSTILE}
+    text = rendered(folder, (config, versions, axis, events, texts))
     reader = checked(text)
     assert set(reader.texts("div", "tokens")) == {
         SHOWN * len(curve["kl"])
@@ -260,23 +299,58 @@ def test_hostile_text_is_shown_and_is_no_markup(parts, folder):
     assert reader.texts("title")[0].startswith(SHOWN)
 
 
-def test_numbers_gone_wrong_are_a_sentence_where_the_chart_would_be(parts):
-    for e in parts[3]:
+def test_numbers_gone_wrong_are_a_sentence_where_the_chart_would_be(folder, parts):
+    events = parts[3]
+    for e in events:
         if e["event"] == "stage":
             e["shift"] = dict.fromkeys(e["shift"], 1e300)
         if e["event"] == "token_kl":
             for curve in e["curves"]:
                 curve["kl"] = [1.7e308] * len(curve["kl"])
-    text = page(*parts)
+    text = rendered(folder, parts)
     checked(text)
-    assert text.count("This chart cannot be drawn: 1e+300 cannot be drawn on the axis") >= 2
+    assert text.count("1e+300 cannot be drawn on the axis") >= 2
+    assert text.count("1.7e+308 cannot be drawn on the") >= 1
 
 
-def test_the_whole_comes_first_and_a_verdict_is_shown_once(parts, monkeypatch):
+def numbers(panel, label):
+    (line,) = [line for line in panel.lines if line.get_label() == label]
+    return np.asarray(line.get_ydata(), dtype=float)
+
+
+def test_charts_hold_the_numbers_of_the_record(folder, parts):
+    config, _, axis, events, texts = parts
+    figures = charts(folder, config, axis, events, texts)
+    healed = [e for e in events if e["event"] == "stage" and e["stage"] == "healed"]
+    care, authority, coherence, survival = figures["trajectory"].figure.axes
+    assert numbers(care, "healed").tolist() == [e["shift"]["care"] for e in healed]
+    assert numbers(authority, "healed").tolist() == [e["shift"]["authority"] for e in healed]
+    assert numbers(coherence, "healed").tolist() == [e["coherence"] for e in healed]
+    assert numbers(survival, "healed").tolist() == [e["survival"] for e in healed]
+    assert [tick.get_text() for tick in care.get_xticklabels()] == ["0", "1"]
+    steps = [s for e in events if e["event"] == "healing" for s in e["steps"]]
+    d = figures["barrier"].figure.axes[0]
+    assert numbers(d, "D").tolist() == [s["d"] for s in steps]
+    listed = ", ".join(f"{e['shift']['care']:.3g}" for e in healed)
+    assert f"healed: {listed}." in figures["trajectory"].svg
+
+
+def test_text_in_a_chart_is_no_markup(folder, parts):
+    config, _, axis, events, texts = parts
+    for e in events:
+        if e["event"] == "token_kl":
+            for curve in e["curves"]:
+                curve["pieces"] = ["$<b>&\x00" for _ in curve["kl"]]
+    svg = charts(folder, config, axis, events, texts)["kl_tokens"].svg
+    assert "$&lt;b&gt;&amp;\\x00" in svg
+    assert "<b>" not in svg
+
+
+def test_the_whole_comes_first_and_a_verdict_is_shown_once(folder, parts, monkeypatch):
     told = (
         Answer("Q0", "can we filter?", "yes", "Yes. Holds: it falls.", {}),
         Answer("selective", "on the axis?", "undecided", "Undecided. Open: all.", {}),
-        Answer("dose", "the dose", "told", "No round.", {}),
+        Answer("dose", "the dose", "info", "No round.", {}),
         Answer("worked", "did it work?", "no", "No. Not at all.", {}),
     )
     monkeypatch.setattr("experiments.report.page.answer_all", lambda *_: told)
@@ -285,9 +359,9 @@ def test_the_whole_comes_first_and_a_verdict_is_shown_once(parts, monkeypatch):
         ("", "did it work?", "no", "Not at all."),
         ("Q0", "can we filter?", "yes", "Holds: it falls."),
         ("", "on the axis?", "undecided", "Open: all."),
-        ("", "the dose", "told", "No round."),
+        ("", "the dose", "info", "No round."),
     ]
-    tiles = checked(page(*parts)).texts("li", "tile")
+    tiles = checked(rendered(folder, parts)).texts("li", "tile")
     assert [tile.split() for tile in tiles] == [
         ["\u2717", "no", "did", "it", "work?"],
         ["\u2713", "yes", "Q0", "can", "we", "filter?"],
@@ -314,13 +388,13 @@ def test_heat_shades_by_nats_and_outlines_what_is_above_tau():
         )
 
 
-def test_the_page_marks_the_tokens_of_the_record(parts):
+def test_the_page_marks_the_tokens_of_the_record(folder, parts):
     parts[0]["loop"]["heal"]["tau"] = 99.0  # what was trained with decides, not this
     healing = [e for e in parts[3] if e["event"] == "healing"]
     assert {e["tau"] for e in healing} == {0.01}
     (event, _) = [e for e in parts[3] if e["event"] == "token_kl"]
     event["curves"][0]["kl"] = [0.01, 0.0101, *[0.0] * (len(event["curves"][0]["kl"]) - 2)]
-    reader = checked(page(*parts))
+    reader = checked(rendered(folder, parts))
     titled = [
         (a["title"], a["class"].split())
         for t, a, _ in reader.blocks
@@ -349,13 +423,13 @@ def test_text_can_be_read_on_every_shade():
             assert contrast(text, "#" + "".join(f"{part:02x}" for part in mixed)) >= 4.5
 
 
-def test_an_instrument_that_is_not_valid_is_greyed_with_its_reason(parts):
+def test_an_instrument_that_is_not_valid_is_greyed_with_its_reason(folder, parts):
     own = instruments(parts[3])
     assert set(own) == {"vignettes"}
-    assert own["vignettes"].sentence in page(*parts)
+    assert own["vignettes"].sentence in rendered(folder, parts)
     parts[3][:] = [e for e in parts[3] if e["event"] != "validity"]
     assert instruments(parts[3]) == {}
-    assert "Other instruments" not in page(*parts)
+    assert "Other instruments" not in rendered(folder, parts)
     common = {"seconds": 0.0, "texts": 0, "instrument": "tinymfv"}
     bad = {"event": "validity", "valid": False, "reason": "informedness 0.01 is chance"}
     read_ = {"event": "reading", "nats": {"care": -1.25}, "informedness": 0.01, "note": "x"}
@@ -370,7 +444,7 @@ def test_an_instrument_that_is_not_valid_is_greyed_with_its_reason(parts):
     found = instruments(parts[3])["tinymfv"]
     assert found.columns == ("nats.care", "informedness", "coherence")
     assert found.rows == (("base", ("-1.25", "0.01", "")), ("healed 1", ("-1.25", "0.01", "0.5")))
-    reader = checked(page(*parts))
+    reader = checked(rendered(folder, parts))
     (grey,) = [a for t, a, _ in reader.blocks if t == "div" and "invalid" in a.get("class", "")]
     assert grey["aria-label"] == "readings"
     told = reader.texts("p", "check")
@@ -378,26 +452,25 @@ def test_an_instrument_that_is_not_valid_is_greyed_with_its_reason(parts):
     # The probe's own check stands beside trajectory, table and foundations.
     assert told.count("vignettes valid on this model: 0.61") == 3
     parts[3] = [e | {"valid": False} if e["event"] == "validity" else e for e in parts[3]]
-    reader = checked(page(*parts))
+    reader = checked(rendered(folder, parts))
     assert [
         a["id"] for t, a, _ in reader.blocks if t == "section" and a.get("class") == "invalid"
     ] == ["foundations"]
     # Coherence and survival, half of the trajectory, rest on no reading of the trait.
 
 
-def test_cosines_are_those_of_the_files_to_first_and_last(folder):
+def test_cosines_are_those_to_the_first_and_the_last():
     def vector(*rows):
         return SteeringVector({i: torch.tensor(row) for i, row in enumerate(rows)}, "m", "a", 1)
 
-    # cos((3, 4), (4, 3)) = 24 / 25; the other layer is unchanged.
+    # cos((3, 4), (4, 3)) = 24 / 25; the other layer is unchanged, so the mean is 0.98.
     one, two = vector([3.0, 4.0], [1.0, 0.0]), vector([4.0, 3.0], [1.0, 0.0])
-    drawing = cosines([(0, one), (1, two)]).drawing
-    assert "to the first (round 0): 1, 0.98. to the last (round 1): 0.98, 1." in drawing
-    assert "round 1, cosine 0.98 (0.96 to 1)" in drawing
-    assert vector_figure(folder, read(folder)[1]).drawing is not None
+    (panel,) = cosines([(0, one), (1, two)]).axes
+    assert numbers(panel, "to the first (round 0)") == pytest.approx([1.0, 0.98])
+    assert numbers(panel, "to the last (round 1)") == pytest.approx([0.98, 1.0])
 
 
-def test_a_missing_vector_is_told_in_its_place(folder, tmp_path):
+def test_a_damaged_vector_is_named_in_place_of_its_chart(folder, tmp_path):
     broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / "rounds/1/vector.safetensors").write_bytes(b"x")
     text = write_page(broken).read_text("utf-8")

@@ -7,8 +7,8 @@ import torch
 from helpers import stock, tokens_of
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
+from shl.fast import KVCache
 from shl.fast.attention import FastAttention
-from shl.fast.kv_cache import KeyValues
 
 TOKENS = tokens_of(3, 30)  # Gemma's window is 8
 PADDED = torch.ones_like(TOKENS)
@@ -37,7 +37,7 @@ def test_logits_equal_stock(model, mask):
 @pytest.mark.parametrize("capacity", [0, 64])
 def test_any_cut_of_a_cached_text_equals_the_whole(model, mask, cuts, capacity):
     whole = model(TOKENS, attention_mask=mask)
-    cache = KeyValues.empty(model, 3, capacity)
+    cache = KVCache.empty(model, 3, capacity)
     start = 0
     for end in (*cuts, 30):
         if start == end:
@@ -50,7 +50,7 @@ def test_any_cut_of_a_cached_text_equals_the_whole(model, mask, cuts, capacity):
 
 
 def test_rows_of_a_cache_go_their_own_way(model):
-    cache = KeyValues.empty(model, 3, 10)
+    cache = KVCache.empty(model, 3, 10)
     model(TOKENS[:, :10], attention_mask=PADDED[:, :10], past_kv_cache=cache)
     order = torch.tensor([2, 0, 2])
     other = cache.rows(order, 12)
@@ -66,7 +66,7 @@ def test_rows_of_a_cache_go_their_own_way(model):
     [([0], [2, 1]), ([1], [0, 2]), ([2], [0, 1]), ([0, 1], [2]), ([0, 2], [1]), ([], [0, 1, 2])],
 )
 def test_rows_dropped_in_place_leave_the_others_as_they_were(model, gone, order):
-    cache = KeyValues.empty(model, 3, 30)
+    cache = KVCache.empty(model, 3, 30)
     model(TOKENS[:, :10], attention_mask=PADDED[:, :10], past_kv_cache=cache)
     stores = [entry.keys.data_ptr() for entry in cache.entries]
     assert cache.drop(gone) == order
@@ -154,7 +154,7 @@ def test_a_hook_sees_what_stock_shows_it_and_its_change_counts(model, name, cach
         return seen, torch.cat(kept, 1)
 
     plain = model(TOKENS, attention_mask=PADDED)
-    seen, got = run(KeyValues.empty(model, 3) if cached else None)
+    seen, got = run(KVCache.empty(model, 3) if cached else None)
     with stock(model):
         cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 3) if cached else None
         expected_seen, expected = run(cache)
@@ -189,7 +189,7 @@ def test_without_hooks_no_scores_are_formed(model, monkeypatch):
 
     monkeypatch.setattr(FastAttention, "calculate_attention_scores", refuse)
     model(TOKENS)
-    model(TOKENS[:, :1], past_kv_cache=KeyValues.empty(model, 3))
+    model(TOKENS[:, :1], past_kv_cache=KVCache.empty(model, 3))
     with (
         pytest.raises(AssertionError, match="formed"),
         model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda x, hook: x)]),

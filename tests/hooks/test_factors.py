@@ -5,9 +5,9 @@ import torch
 from helpers import one_sentence, tokens_of
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from shl.fast.kv_cache import KeyValues
+from shl.fast import KVCache
 from shl.hooks.handle import Handle, running
-from shl.hooks.positions import Scope, follow
+from shl.hooks.positions import Scope, track_positions
 from shl.utils.errors import ShlError
 
 AT = torch.tensor([[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]])  # the first row is padded by two
@@ -124,7 +124,7 @@ def seen(model):
     """What `follow` tells of layer 1, forward by forward."""
     told = []
     with Handle(model) as handle:
-        follow(handle, [1, 1], lambda layer, at: told.append((layer, at.tolist())))
+        track_positions(handle, [1, 1], lambda layer, at: told.append((layer, at.tolist())))
         yield told
 
 
@@ -133,7 +133,7 @@ def test_positions_come_from_masks_and_caches(model, seen):
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     new = torch.ones(2, 1, dtype=torch.long)
     caches = (
-        KeyValues.empty(model, 2),
+        KVCache.empty(model, 2),
         TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2),
     )
     for cache in caches:
@@ -149,7 +149,7 @@ def test_a_plain_call_counts_from_zero_and_a_cache_counts_on(model, seen):
     model(tokens_of(1, 3))
     model.run_with_hooks(tokens_of(2, 2))
     model.run_with_cache(tokens_of(1, 2))
-    cache = KeyValues.empty(model, 1)
+    cache = KVCache.empty(model, 1)
     for n in (2, 1, 2):
         model(tokens_of(1, n), past_kv_cache=cache)
     # A run that starts at a later layer has no mask: there the cache alone counts.

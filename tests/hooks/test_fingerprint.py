@@ -4,7 +4,7 @@ import torch
 from helpers import random_adapter
 
 from shl.hooks.bake import baked
-from shl.hooks.fingerprint import LOOKED_AT, _some, dtype_of, name_of, weights_hash
+from shl.hooks.fingerprint import SAMPLED, _sampled, dtype_of, name_of, weights_hash
 from shl.models.load import build_model, load_model
 from shl.models.tiny import tiny_gemma, tiny_hf, tiny_tokenizer
 
@@ -51,13 +51,13 @@ def test_the_layout_in_memory_does_not_matter():
 def test_what_is_looked_at_is_evenly_strided_and_bounded():
     # 300,000 / 65,536 rounded up is 5, which is odd already: 60,000 elements.
     x = torch.arange(300_000.0).view(500, 600)
-    assert torch.equal(_some(x), torch.arange(0.0, 300_000, 5))
+    assert torch.equal(_sampled(x), torch.arange(0.0, 300_000, 5))
     # Of a transposed view the logical order counts: element 1 is row 0, column 1.
-    assert _some(x[:3, :2].T).tolist() == [0, 600, 1200, 1, 601, 1201]
+    assert _sampled(x[:3, :2].T).tolist() == [0, 600, 1200, 1, 601, 1201]
     # 2 ** 18 elements: a stride of 4 would meet a quarter of the columns, 5 meets all of them.
     wide = torch.arange(1024.0).expand(256, 1024)
-    assert len(_some(wide)) <= LOOKED_AT
-    assert len(_some(wide).unique()) == 1024
+    assert len(_sampled(wide)) <= SAMPLED
+    assert len(_sampled(wide).unique()) == 1024
 
 
 def test_a_folder_is_known_by_its_last_part(tmp_path):

@@ -173,14 +173,21 @@ def test_a_model_is_freed_once_its_handles_are_removed():
     assert gone() is None
 
 
-def test_an_argument_is_shown_by_keyword_or_in_first_place(gemma):
+def test_a_pre_hook_sees_arguments_given_either_way(gemma):
     seen = []
     with Handle(gemma) as handle:
-        handle._add(gemma.blocks[0].mlp, lambda x: seen.append(x), argument="x")
+        handle.add_pre_hook(gemma.blocks[0].mlp, lambda args, kwargs: seen.append((args, kwargs)))
         x = torch.ones(1, 1, 32)
         gemma.blocks[0].mlp(x)
         gemma.blocks[0].mlp(x=x)
-    assert [s is x for s in seen] == [True, True]
+    assert seen[0][0][0] is x
+    assert seen[1][1]["x"] is x
+
+
+def test_an_adapter_reads_its_input_given_either_way(gemma):
+    x = torch.ones(1, 1, 32)
+    with random_adapter(gemma, ["up"], (0,)).attach(gemma):
+        assert torch.equal(gemma.blocks[0].mlp(x), gemma.blocks[0].mlp(x=x))
 
 
 def test_row_values_follow_the_rows_that_the_batch_holds():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import hook_count, one_sentence, random_adapter, tokens_of
 
-from shl.fast.kv_cache import KeyValues
+from shl.fast import KVCache
 from shl.hooks.bake import baked
 from shl.hooks.handle import running, suspended
 from shl.hooks.recorder import Recorder
@@ -395,7 +395,7 @@ def test_a_users_own_cached_loop_needs_no_help(model, vector):
     options = {"positions": [2, 7, 13], "gate": "cosine"}
     with vector.steering(model, 1.0, **options):
         whole = model(TOKENS)
-        cache = KeyValues.empty(model, 3)
+        cache = KVCache.empty(model, 3)
         parts = [model(x, past_kv_cache=cache) for x in TOKENS.split([6, 1, 1, 12], 1)]
     assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-4
 

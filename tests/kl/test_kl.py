@@ -15,16 +15,16 @@ WAYS = {"reverse": reverse_kl_and_nll, "forward": forward_kl_and_nll}
 @pytest.fixture
 def chunks(monkeypatch):
     """Twice three words per chunk, so that small vocabularies take several, and a rest."""
-    monkeypatch.setattr(room, "chunk", lambda tokens, vocab: min(vocab, 7))
-    monkeypatch.setattr(room, "PIECE", 3)
+    monkeypatch.setattr(room, "chunk_size", lambda tokens, vocab: min(vocab, 7))
+    monkeypatch.setattr(room, "WIDTH", 3)
 
 
 @given(st.integers(0, 3000), st.integers(1, 300_000))
 def test_chunks_hold_each_word_once_and_no_more_logits_than_they_may(tokens, vocab):
     end = 0
-    for start, count, width in room.pieces(tokens, vocab):
+    for start, count, width in room.chunks(tokens, vocab):
         assert start == end
-        assert 0 < width <= room.PIECE
+        assert 0 < width <= room.WIDTH
         assert tokens * count * width <= max(1 << 20, 512 * tokens)
         end = start + count * width
     assert end == vocab
@@ -94,8 +94,8 @@ def test_values_and_gradients_are_no_further_from_float64_than_naive(chunks, way
 )
 def test_any_small_shape_agrees_with_float64(way, tok, d, vocab, step, seed):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "chunk", lambda tokens, words: min(words, 7))
-        patch.setattr(room, "PIECE", 3)
+        patch.setattr(room, "chunk_size", lambda tokens, words: min(words, 7))
+        patch.setattr(room, "WIDTH", 3)
         # A single token's naive error can be 0 by luck: room for rounding of logits near 30.
         check_against_truth(*case(tok, d, vocab, seed=seed, step=step), way, tolerance=1e-5)
 

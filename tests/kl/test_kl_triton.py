@@ -51,7 +51,7 @@ def test_equals_float64(tok, d, vocab, with_bias):
 def test_many_chunks_equal_one(monkeypatch):
     h, delta, unembed = inputs(3, 8, 5000)
     one = fused_sweep(h, delta, unembed, None)
-    monkeypatch.setattr("shl.kl.triton.CHUNK_BYTES", 1)  # 1024 words at a time
+    monkeypatch.setattr("shl.kl.triton.CHUNK_BYTES", 1)  # 1024 tokens of the vocabulary at a time
     many = fused_sweep(h, delta, unembed, None)
     for a, b in zip(vars(one).values(), vars(many).values(), strict=True):
         assert (a - b).abs().max() <= 1e-5 * (1 + b.abs().max())
@@ -160,7 +160,7 @@ for out, first, divergence in itertools.product(("fp32", "bf16"), (True, False),
         fn=_row,
         signature=kinds
         | dict.fromkeys(("e_ptr", "eu_ptr"), "*" + out)
-        | {"words": "i32"}
+        | {"width": "i32"}
         | dict.fromkeys(fixed, "constexpr"),
         constexprs=dict(zip(fixed, (first, divergence, LARGE, BLOCK))),
     )

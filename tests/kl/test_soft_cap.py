@@ -12,6 +12,7 @@ from shl.models.generate import generate
 from shl.models.load import build_model
 from shl.models.scores import token_nll
 from shl.models.tiny import tiny_hf, tiny_tokenizer
+from shl.utils.errors import ShlError
 
 CAP = 3.0
 
@@ -73,3 +74,9 @@ def test_a_capped_model_is_scored_and_healed_with_its_cap():
     assert healed.steps[-1].nll < healed.steps[0].nll
     assert healed.steps[0].d <= 1e-6
     assert healed.steps[-1].d > 1e-4
+
+
+def test_lazy_is_refused_where_full_logits_are_formed():
+    h, ref, w, targets = inputs()
+    with pytest.raises(ShlError, match="lazy is True with soft_cap 3"):
+        reverse_kl_and_nll(h, ref, w, targets, lazy=True, soft_cap=CAP)

@@ -160,3 +160,19 @@ def test_digits_score_the_same_option_in_both_orders(chat):
         assert found.log_probs[item, order, option] == pytest.approx(float(log_p[word]), abs=2e-4)
     assert np.array_equal(found.prior, np.zeros((1, 1, 1)))  # the two orders are the calibration
     assert evaluate(chat, config=EvalConfig(batch_size=3)).coherence == 1.0
+
+
+def test_base_is_read_without_hooks_and_anew_for_other_weights(gemma):
+    model = gemma
+    halve = [("blocks.1.hook_resid_post", lambda h, hook: 0.5 * h)]
+    plain = tiny_gemma()
+    expected = evaluate(plain)
+    with model.hooks(fwd_hooks=halve):
+        first = evaluate(model)  # the first call is made under somebody's hook
+    assert first.coherence != 1.0
+    assert np.array_equal(evaluate(model).log_probs, expected.log_probs)
+    assert evaluate(model).coherence == 1.0
+    model.blocks[1].mlp.W_out.data.mul_(0.5)  # which torch's version counter does not see
+    edited = evaluate(model)
+    assert edited.coherence == 1.0
+    assert not np.array_equal(edited.log_probs, expected.log_probs)

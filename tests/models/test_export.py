@@ -92,3 +92,16 @@ def test_the_residual_site_is_refused_by_name(pair, tmp_path):
     with pytest.raises(ShlError, match=r"blocks\.0\.resid sits on the residual stream"):
         export_hf(model, adapters, tmp_path / "out", tmp_path / "base")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_drift_is_that_of_the_adapters_whatever_hooks_are_on(pair, tmp_path):
+    model, hf = pair
+    hf.save_pretrained(tmp_path / "source")
+    adapters = rounds(model)[:1]
+    plain = export_hf(model, adapters, tmp_path / "plain", tmp_path / "source")
+    halve = [("blocks.1.hook_resid_post", lambda h, hook: 0.5 * h)]
+    with model.hooks(fwd_hooks=halve), baked(model, rounds(model)[2:]):
+        hooked = export_hf(model, adapters, tmp_path / "hooked", tmp_path / "source")
+        assert hooked == plain
+        assert len(model.hook_dict["blocks.1.hook_resid_post"]._forward_hooks) == 1
+    assert plain.largest < 1e-4

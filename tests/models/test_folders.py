@@ -64,10 +64,29 @@ def test_a_missing_file_is_refused(folder, name):
     assert "cannot be read" in refusal(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", json.dumps({"weight_map": {"a": "gone.safetensors"}})])
-def test_a_broken_index_is_refused(folder, text):
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "cannot be read"),
+        (json.dumps({"weight_map": {"a": "gone.safetensors"}}), "cannot be read"),
+        ("{}", "has no weight_map"),
+        ("[]", "has no weight_map"),
+        (json.dumps({"weight_map": {"a": 3}}), "has no weight_map"),
+    ],
+)
+def test_a_broken_index_is_refused(folder, text, why):
     (folder / "model.safetensors.index.json").write_text(text)
-    assert "cannot be read" in refusal(folder)
+    assert why in refusal(folder)
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, RuntimeError])
+def test_an_error_of_this_package_is_not_blamed_on_the_folder(folder, monkeypatch, error):
+    def broken(*args, **kwargs):
+        raise error("a defect")
+
+    monkeypatch.setattr("shl.models.load.converter", broken)
+    with pytest.raises(error, match="a defect"):
+        load_model(str(folder), device="cpu")
 
 
 def test_an_index_may_not_point_outside_its_folder(folder):

@@ -1,11 +1,13 @@
 """Sampling: batches equal single rows, seeds and doses follow their row, ends are cut clean."""
 
+import inspect
 from importlib import import_module
 
 import pytest
 import torch
 from helpers import hook_count, one_sentence
 
+from shl.config import GenerateConfig
 from shl.hooks.handle import ROWS
 from shl.hooks.vector import SteeringVector
 from shl.models.generate import generate
@@ -212,3 +214,8 @@ def test_inference_mode_changes_no_token(model):
     with torch.inference_mode():
         inside = generate(model, PROMPTS, max_new_tokens=20)
     assert tokens(inside) == tokens(expected)
+
+
+def test_the_defaults_are_those_of_the_settings():
+    defaults = {k: p.default for k, p in inspect.signature(generate).parameters.items()}
+    assert {k: defaults[k] for k in vars(GenerateConfig())} == vars(GenerateConfig())

@@ -42,6 +42,11 @@ def view(model):
     return as_hf(model)
 
 
+@pytest.fixture
+def fast_view(gemma):
+    return as_hf(gemma)
+
+
 @pytest.fixture(scope="module")
 def originals():
     return {"tiny-gemma": tiny_hf(), "tiny-llama": tiny_llama_hf()}
@@ -132,7 +137,19 @@ def test_a_bare_continuation_does_not_see_the_padding(view, hf, mask):
         assert far(continued(view, TOKENS, mask, NEW), alone) <= 1e-5
 
 
-def test_positions_that_are_given_are_used(view, hf):
+def test_stock_attention_counts_positions_from_the_mask(stock_gemma):
+    view = as_hf(stock_gemma)
+    with pytest.raises(ShlError, match="takes a model of load_model"):
+        view(TOKENS, position_ids=2 * torch.arange(20)[None])
+    cache = view(TOKENS).past_key_values
+    hidden = torch.ones(3, 25, dtype=torch.long)
+    hidden[:, 3:6] = 0
+    with pytest.raises(ShlError, match="takes a model of load_model"):
+        view(NEW, attention_mask=hidden, past_key_values=cache)
+
+
+def test_positions_that_are_given_are_used(fast_view, originals):
+    view, hf = fast_view, originals["tiny-gemma"]
     gaps = torch.arange(20)[None] * 2  # a rotation sees differences, so a shift would not show
     ours, theirs = (m(TOKENS, position_ids=gaps).logits for m in (view, hf))
     assert far(ours, theirs) <= 1e-5
@@ -144,7 +161,8 @@ def test_positions_that_are_given_are_used(view, hf):
     assert far(counted, hf(NEW, **asked).logits) <= 1e-5
 
 
-def test_hiding_cached_tokens_later_moves_no_position(view, hf):
+def test_hiding_cached_tokens_later_moves_no_position(fast_view, originals):
+    view, hf = fast_view, originals["tiny-gemma"]
     hidden = torch.ones(3, 25, dtype=torch.long)
     hidden[:, 3:6] = 0
     logits = []

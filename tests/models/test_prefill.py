@@ -20,7 +20,9 @@ class Widths(Handle):
     def __init__(self, model):
         super().__init__(model)
         self.seen = []
-        self._add(model.blocks[0].hook_resid_pre, lambda h: self.seen.append(tuple(h.shape[:2])))
+        self.add_hook(
+            model.blocks[0].hook_resid_pre, lambda h: self.seen.append(tuple(h.shape[:2]))
+        )
 
 
 def test_equals_each_row_alone(model):

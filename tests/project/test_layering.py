@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "shl": ["utils", "config", "fast", "hooks", "kl", "models", "measure", "method", "analysis"],
-    "experiments": ["record", "questions", "report", "run", "arms"],
+    "experiments": ["record", "questions", "report", "run", "arms", "checks", "bench"],
 }
 """Lowest first; a package imports only from itself and from those before it."""
 MODULES = [path for top in PACKAGES for path in sorted((ROOT / top).rglob("*.py"))]

@@ -35,6 +35,29 @@ def hf():
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def test_the_forward_is_as_exact_as_transformers_past_the_window(model, hf):
+    """Root mean square error of 600 random tokens' logits against float64."""
+    tokens = torch.randint(10, 262_000, (1, 600), generator=torch.Generator().manual_seed(0))
+    some = torch.randperm(262_144, generator=torch.Generator().manual_seed(1))[:4000]
+    readout = model.W_U[:, some].double()
+    last = model.cfg.n_layers
+
+    def error(hidden, exact):
+        return float((hidden[0].double() @ readout - exact).square().mean().sqrt())
+
+    with torch.no_grad():
+        theirs = hf.model(tokens).last_hidden_state
+        fast = model.ln_final(model(tokens, stop_at_layer=last))
+        exact = hf.double().model(tokens).last_hidden_state[0] @ readout
+        plain = load_model(device="cpu", fast=False)
+        stock = plain.ln_final(plain(tokens, stop_at_layer=last))
+    bound = error(theirs, exact)
+    assert 1e-6 < bound < 1e-3
+    assert error(fast, exact) <= 1.5 * bound
+    # Stock TransformerLens rounds the rotation's angles in another way.
+    assert error(stock, exact) <= 8 * bound
+
+
 def test_the_real_model_agrees_with_transformers_and_batches_with_single_rows(model, hf):
     rows = [encode(model, prompt) for prompt in PROMPTS]
     assert len(rows[0]) > len(rows[1]) + 4

@@ -149,7 +149,7 @@ def test_every_stage_names_itself_and_its_round(monkeypatch):
 
 def test_a_gradient_that_goes_wrong_names_its_site(gemma, monkeypatch):
     texts = generate(gemma, PROMPTS[:2], max_new_tokens=4, min_new_tokens=2)
-    step = import_module("shl.method.heal")
+    step = import_module("shl.method.barrier")
     penalty = step.singular_value_penalty
 
     def broken(adapter):

@@ -3,23 +3,19 @@
 import numpy as np
 import pytest
 
-from experiments.questions.estimates import difference, needed, rank_correlation, wilson
+from experiments.questions.estimates import difference, spearman, wilson
+from experiments.questions.thresholds import survival_margin
 
 
 def column(kept, total):
     return [i < kept for i in range(total)]
 
 
-def test_wilson_by_its_own_equation():
-    # The limits are where |share - p| = z sqrt(p (1 - p) / n).
-    for kept, total in ((0, 9), (3, 16), (8, 16), (16, 16)):
-        for limit in wilson(kept, total):
-            if 0 < limit < 1:
-                off = abs(kept / total - limit) / (limit * (1 - limit) / total) ** 0.5
-                assert off == pytest.approx(1.959964, rel=1e-5)
-    # 16 / (16 + 3.8415): all kept is no certainty.
-    assert wilson(16, 16)[0] == pytest.approx(16 / 19.8415, abs=1e-5)
-    assert wilson(0, 9)[0] == 0.0
+def test_wilson():
+    # 16 / (16 + 1.96^2): all kept is no certainty.
+    assert wilson(16, 16) == pytest.approx((16 / 19.8415, 1.0), abs=1e-5)
+    # At 80 % z is 1.28155: 16 / (16 + 1.6424).
+    assert wilson(16, 16, 0.8)[0] == pytest.approx(16 / 17.6424, abs=1e-5)
 
 
 def test_a_difference_is_newcombes():
@@ -52,20 +48,25 @@ def test_pairs_that_agree_narrow_it_and_it_covers_about_as_often_as_it_says():
     assert 380 - 13 <= hits <= 400
 
 
-def test_needed_is_the_first_number_that_shows_it():
-    for factor in (0.5, 0.9, 0.97):
-        n = needed(factor, 0.95)
-        for count, shown in ((n, True), (n - 1, False)):
-            low = difference([True] * count, [True] * count, factor=factor)[1]
-            assert (low > 0) is shown
+@pytest.mark.parametrize("n", [1, 8, 16, 50, 125, 1000])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_all_kept_in_both_is_within_the_survival_margin_and_half_is_not(n, confidence):
+    margin = survival_margin(0.97, n, confidence)
+    kept, half = column(n, n), column(n // 2, n)
+    assert difference(kept, kept, confidence=confidence)[1] > -margin
+    if n >= 16:
+        assert difference(half, kept, confidence=confidence)[2] <= -margin
+    if n >= 8:
+        assert margin <= 1 / 3  # inside what counts as a collapse
+    # z^2 / (8 + z^2) = 0.324, z^2 / (125 + z^2) = 0.0298; at 80 % z is 1.2816, 1.642 / 9.642 = 0.17
+    known = {(8, 0.95): 0.33, (8, 0.8): 0.18, (125, 0.95): 0.03, (1000, 0.95): 0.03}
+    assert margin == known.get((n, confidence), margin)
+    assert survival_margin(0.9, n, confidence) == max(0.1, margin)
 
 
-def test_rank_correlation_by_hand():
+def test_spearman_by_hand():
     # Ranks 1.5 1.5 3 and 1 2 3: covariance (0.5 + 0 + 1) / 3, variances 1.5 / 3 and 2 / 3.
-    pairs = np.array([[5.0, 1.0], [5.0, 7.0], [6.0, np.inf]])
-    assert rank_correlation(pairs) == pytest.approx(0.5 / (0.5 * 2 / 3) ** 0.5)
-    assert rank_correlation(pairs * [1, -1]) == pytest.approx(-0.5 / (1 / 3) ** 0.5)
-    assert rank_correlation(np.array([[1.0, 2.0], [1.0, 3.0]])) == 0.0
-    # Ranks 1.5 1.5 3 4 against 1 2 3 4: products 4.5, squares 4.5 and 5.
-    ties = np.array([[1.0, 1.0], [1.0, 2.0], [2.0, 3.0], [9.0, 4.0]])
-    assert rank_correlation(ties) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    a, b = np.array([5.0, 5.0, 6.0]), np.array([1.0, 7.0, np.inf])
+    assert spearman(a, b) == pytest.approx(0.5 / (0.5 * 2 / 3) ** 0.5)
+    assert spearman(a, -b) == pytest.approx(-0.5 / (1 / 3) ** 0.5)
+    assert spearman(np.ones(3), b) == spearman(a, np.full(3, np.inf)) == 0.0

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shl.fast.topk import Rough, applies, top_logits
+from shl.fast.topk import Rough, shortlist_applies, top_logits
 from shl.models.generate import generate
 from shl.models.tiny import tiny_gemma
 
@@ -156,9 +156,9 @@ def test_a_hidden_state_that_is_not_finite_gives_logits_that_are_not():
 @pytest.mark.parametrize("name", ["unembed", "unembed.hook_in", "unembed.hook_out"])
 def test_steps_aside_where_logits_are_hooked(gemma, name, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert applies(gemma)
+    assert shortlist_applies(gemma)
     handle = gemma.get_submodule(name).register_forward_hook(lambda *_: None)
-    assert not applies(gemma)
+    assert not shortlist_applies(gemma)
     handle.remove()
 
 

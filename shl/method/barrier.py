@@ -1,0 +1,228 @@
+"""The loss of one training step: NLL and the KL barrier of a batch, and their gradients.
+
+    loss = mean over completions of [ mean_t NLL_t + lam * relu(D - tau) ],
+    D = aggregate over t of KL(student || reference) at position t
+
+Only completion positions are unembedded. Both terms' gradients are formed at the final hidden
+states, where they can be measured apart, and go back through the model together.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from shl.config import HealConfig
+from shl.hooks.adapter import Adapter, singular_value_penalty
+from shl.hooks.handle import Handle, suspended
+from shl.hooks.sites import readout
+from shl.kl import (
+    aggregate,
+    differentiable_nll,
+    forward_kl_and_nll,
+    logsumexp,
+    reverse_kl_and_nll,
+)
+from shl.models.generate import Completion
+from shl.models.nan_checks import NotFiniteError, require_finite
+from shl.models.scores import completion_hidden
+from shl.utils.errors import halve, in_batches
+from shl.utils.shapes import Hidden, PerToken
+
+Reference = tuple[Hidden, PerToken]
+"""The reference's hidden states at a batch's completion positions, and their log-sum-exp."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What the forward and backward pass of a batch gave; means over its completions."""
+
+    nll: float  # nats per token
+    d: float  # nats
+    fired: float  # share of completions with D > tau
+    tokens_over: float  # share of tokens with divergence > tau
+    grad_nll: float  # 2-norm of the gradient at the final hidden states
+    grad_barrier: float  # likewise, lam included
+
+
+class Barrier:
+    """Batches of completions with their reference, and the loss's gradient on each of them.
+
+    The reference's hidden states depend on frozen weights alone, so they are computed once. A batch
+    goes through the model `config.rows` completions at a time; where a GPU's memory is too small,
+    that number is halved. The KL's gradient is formed on demand (2 + 3 f products over the
+    vocabulary for a share f of completions with D > tau) or at once (4), whichever the last step
+    suggests is cheaper.
+
+    Args:
+        model: with the adapter on it.
+        adapter: what is trained.
+        handle: the adapter's hooks.
+        batches: completions, each with at least one token.
+        fired: share of completions with D > tau in the step before, 1 at the start.
+    """
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        adapter: Adapter,
+        handle: Handle,
+        batches: Sequence[Sequence[Completion]],
+        config: HealConfig,
+        *,
+        fired: float = 1.0,
+    ) -> None:
+        self.model, self.adapter, self.batches, self.config = model, adapter, batches, config
+        self._rows = config.rows or config.batch_size
+        self._fired = fired
+        self._references: list[Reference] = []
+        if config.divergence != "none":
+            # base pauses every hook of ours, the previous student only the new adapter.
+            paused = () if config.reference == "base" else (handle,)
+            with torch.no_grad(), suspended(model, *paused):
+                self._references = [self._reference(batch) for batch in batches]
+
+    def _reference(self, batch: Sequence[Completion]) -> Reference:
+        """As many rows at a time as in training, so that a fresh adapter has a KL of exactly 0."""
+        parts: list[Hidden] = []
+
+        def work(rows: list[int]) -> None:
+            parts.append(completion_hidden(self.model, [batch[i] for i in rows]))
+
+        each = [
+            list(range(len(batch)))[i : i + self._rows] for i in range(0, len(batch), self._rows)
+        ]
+        in_batches(each, work, "the reference")
+        states = torch.cat(parts)
+        return states, logsumexp(states, self.model.W_U, self.model.b_U)
+
+    def backward(self, k: int, lam: float) -> LossTerms:
+        """Set the adapter's gradient to that of batch k's loss.
+
+        Raises:
+            NotFiniteError: hidden states or losses that are not finite, with the site.
+            ShlError: one completion alone does not fit the GPU's memory.
+        """
+        size = len(self.batches[k])
+        while True:
+            for parameter in self.adapter.parameters():
+                parameter.grad = None
+            try:
+                parts = [
+                    self._part(k, range(i, min(i + self._rows, size)), lam)
+                    for i in range(0, size, self._rows)
+                ]
+                break
+            except torch.OutOfMemoryError:
+                # Halved outside the handler, whose traceback keeps the failed tensors alive.
+                pass
+            self._rows = halve(min(self._rows, size), "training")
+        if self.config.sv_penalty > 0:
+            (self.config.sv_penalty * singular_value_penalty(self.adapter)).backward()
+        terms = _joined(parts)
+        if not math.isfinite(terms.nll + terms.d):
+            raise NotFiniteError(
+                f"the loss has NLL {terms.nll} and D {terms.d}, both must be finite."
+            )
+        self._fired = terms.fired
+        return terms
+
+    def _part(self, k: int, rows: range, lam: float) -> tuple[float, float, LossTerms]:
+        """Some rows of a batch: their share of its completions and of its tokens, their terms."""
+        model, config, whole = self.model, self.config, self.batches[k]
+        batch = [whole[i] for i in rows]
+        share = len(batch) / len(whole)
+        before, width, total = (
+            sum(len(c.tokens) for c in part) for part in (whole[: rows.start], batch, whole)
+        )
+        hidden = completion_hidden(model, batch)
+        require_finite(
+            hidden.detach(),
+            "a hidden state",
+            model,
+            lambda: [[*c.prompt_tokens, *c.tokens] for c in batch],
+        )
+        targets = torch.tensor([t for c in batch for t in c.tokens], device=hidden.device)
+        sizes = [len(c.tokens) for c in batch]
+        leaf = hidden.detach().requires_grad_(True)
+        barrier = None
+        if not self._references:
+            nll = differentiable_nll(leaf, model.W_U, targets, **readout(model))
+            kl, d = torch.zeros_like(nll), torch.zeros(len(batch), device=nll.device)
+        else:
+            states, ref_lse = (x[before : before + width] for x in self._references[k])
+            kl, nll = self._divergence(leaf, states, ref_lse, targets)
+            d = torch.stack([aggregate(part, config.aggregate) for part in kl.split(sizes)])
+            barrier = lam * torch.relu(d - config.tau).mean()
+        nll_term = torch.stack([part.mean() for part in nll.split(sizes)]).mean()
+        (grad_nll,) = torch.autograd.grad(nll_term, leaf, retain_graph=True)
+        grad_barrier = torch.zeros_like(grad_nll)
+        if barrier is not None:
+            (grad_barrier,) = torch.autograd.grad(barrier, leaf)
+        gradient = grad_nll + grad_barrier
+        hidden.backward(gradient * share if share < 1 else gradient)
+        terms = LossTerms(
+            nll=float(nll_term.detach()),
+            d=float(d.detach().mean()),
+            fired=float((d > config.tau).float().mean()),
+            tokens_over=float((kl.detach() > config.tau).float().mean()),
+            grad_nll=share * float(grad_nll.norm()),
+            grad_barrier=share * float(grad_barrier.norm()),
+        )
+        return share, width / total, terms
+
+    def _divergence(
+        self, student: Hidden, states: Hidden, ref_lse: PerToken, targets: Tensor
+    ) -> tuple[PerToken, PerToken]:
+        model, output = self.model, readout(self.model)
+        if self.config.divergence == "kl_fwd":
+            return forward_kl_and_nll(student, states, model.W_U, targets, **output)
+        lazy = self._fired < 2 / 3 and output["soft_cap"] == 0
+        return reverse_kl_and_nll(
+            student,
+            states,
+            model.W_U,
+            targets,
+            **output,
+            ref_lse=ref_lse if lazy else None,
+            lazy=lazy,
+        )
+
+
+def _joined(parts: Sequence[tuple[float, float, LossTerms]]) -> LossTerms:
+    """Means over completions (over tokens, for the share of tokens); norms over all of them."""
+    if len(parts) == 1:
+        return parts[0][2]
+    return LossTerms(
+        nll=sum(share * t.nll for share, _, t in parts),
+        d=sum(share * t.d for share, _, t in parts),
+        fired=sum(share * t.fired for share, _, t in parts),
+        tokens_over=sum(tokens * t.tokens_over for _, tokens, t in parts),
+        grad_nll=sum(t.grad_nll**2 for *_, t in parts) ** 0.5,
+        grad_barrier=sum(t.grad_barrier**2 for *_, t in parts) ** 0.5,
+    )
+
+
+def clip_gradient(adapter: Adapter, limit: float) -> float:
+    """Scale the gradient of A and B down to a 2-norm of `limit`; the norm before that.
+
+    Raises:
+        NotFiniteError: a gradient that is not finite, with its site.
+    """
+    gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
+    total = torch.nn.utils.get_total_norm(gradients)
+    norm = float(total)
+    if math.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(adapter.parameters(), limit, total)
+        return norm
+    for site in adapter.sites:
+        for factor, table in (("A", adapter.down), ("B", adapter.up)):
+            grad: Tensor | None = table[site.name].grad
+            if grad is not None and not bool(torch.isfinite(grad).all()):
+                raise NotFiniteError(
+                    f"the gradient of {factor} at {site.name} is not finite, it must be."
+                )
+    raise NotFiniteError(f"the gradient's norm is {norm}, it must be finite.")
