@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def kl_tokens(events: Sequence[Event]) -> Figure:
     for panel, curve in zip(panels, curves, strict=True):
         kl = np.array(curve["kl"])
         panel.set_title("KL to base [nats]")
-        finite(panel, "y", kl)
+        finite(panel, "y", curve["kl"])
         panel.set_title(
             f"KL to base [nats], {curve['verdict']} at dose {curve['dose']:.2f}: mean "
             f"{kl.mean():.2f}, rmse {(kl**2).mean() ** 0.5:.2f}, max {kl.max():.2f}"
@@ -264,6 +264,7 @@ def foundations(events: Sequence[Event], axis: Axis) -> Figure:
     for panel, (title, group) in zip(panels, found, strict=True):
         panel.set(title=title, xlabel="shift from base [nats]")
         panel.grid(axis="x")
+        panel.xaxis.set_major_locator(MaxNLocator(5))
         for e, aside in zip(group, (-0.13, 0.13), strict=False):
             colour, marker, _ = LOOKS[e["stage"]]
             series(
@@ -277,7 +278,7 @@ def foundations(events: Sequence[Event], axis: Axis) -> Figure:
         rule(panel, 0.0, LOOKS["base"], "base", along="x")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    layout(figure, left=1.05, gap=0.25)
+    layout(figure, left=1.05, gap=0.35)
     return figure
 
 
@@ -312,7 +313,7 @@ def barrier(events: Sequence[Event]) -> Figure:
     healing = of_round(events, "healing")
     require(bool(healing), "no round has been trained.")
     steps = [step for e in healing for step in e["steps"]]
-    starts = np.cumsum([0, *(len(e["steps"]) for e in healing)])[1:-1]
+    starts = list(accumulate(len(e["steps"]) for e in healing[:-1]))
     figure, panels = grid(5, 3, (3.3, 1.8), sharex=True)
     for panel, (title, lines) in zip(
         panels,
@@ -366,7 +367,7 @@ def charts(
     level = f"{100 * confidence:g} %"
     present = {e["stage"] if e["event"] == "stage" else e["event"] for e in events}
     healing = of_round(events, "healing")
-    starts = np.cumsum([0, *(len(e["steps"]) for e in healing)])
+    starts = accumulate((len(e["steps"]) for e in healing), initial=0)
     where = ", ".join(
         f"round {e['round']} from step {at}" for e, at in zip(healing, starts, strict=False)
     )
