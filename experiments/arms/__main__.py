@@ -22,7 +22,7 @@ from experiments.arms.doses import measure_doses
 from experiments.arms.report import compare
 from experiments.arms.stage_cache import StageCache
 from experiments.arms.text_kl import FILE as TEXTS
-from experiments.arms.text_kl import measure_kinds
+from experiments.arms.text_kl import measure_texts
 from experiments.record.command import command, say, wide_console
 from experiments.record.journal import read_lines
 from experiments.record.reader import RecordReader, is_finished, require_same_run
@@ -131,7 +131,7 @@ def _measure_extras(folder: Path, shared: RunConfig, load: Load, console: Consol
             _place(folder, "steered", loop.seed) / DOSES, record, load(), axis, loop, stop
         )
         say(console, "per-token KL of prompted, kept and incoherent text")
-        measure_kinds(_place(folder, "steered", loop.seed) / TEXTS, record, load(), loop, stop)
+        measure_texts(_place(folder, "steered", loop.seed) / TEXTS, record, load(), loop, stop)
 
 
 def main() -> None:

@@ -130,7 +130,7 @@ def _shift(
 
 
 @dataclass(frozen=True)
-class Spot:
+class SeedMean:
     """An arm's mean over seeds after a round or at a dose."""
 
     label: str
@@ -140,7 +140,7 @@ class Spot:
     interval: tuple[float, float]
 
 
-def spots(paths: Sequence[Sequence[Point]], key: str) -> list[Spot]:
+def seed_means(paths: Sequence[Sequence[Point]], key: str) -> list[SeedMean]:
     """Means over seeds with the least and the greatest; for one seed, the trait's interval over
     vignettes.
 
@@ -151,7 +151,7 @@ def spots(paths: Sequence[Sequence[Point]], key: str) -> list[Spot]:
         xs, ys = [getattr(point, key) for point in step], [point.trait for point in step]
         many = len(step) > 1
         found.append(
-            Spot(
+            SeedMean(
                 step[0].label,
                 fmean(xs),
                 (min(xs), max(xs)) if many else None,

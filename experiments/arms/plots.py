@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from experiments.arms.compare import LEVELS, Found, spots
-from experiments.arms.text_kl import HOWS, KINDS, sizes
+from experiments.arms.compare import LEVELS, Found, seed_means
+from experiments.arms.text_kl import GROUPS, HOWS, sizes
 from experiments.record.journal import Line
 from experiments.report.figures import (
     HUES,
@@ -39,7 +39,7 @@ def plane(found: Found) -> Figure:
         panel.set(title="on-axis trait shift from base [nats]", xlabel=f"{key} / base")
         panel.grid(axis="x")
         drawn = {
-            arm: (look, spots(paths, key))
+            arm: (look, seed_means(paths, key))
             for (arm, by_seed), look in zip(found.items(), looks(len(found)), strict=True)
             if (paths := [path for path in by_seed.values() if path])
         }
@@ -78,7 +78,7 @@ def text_kl(lines: Sequence[Line], tau: float) -> Figure:
     groups: dict[str, Look] = {
         group: (colour, "", dash)
         for group, colour, dash in zip(
-            KINDS, ("blue", "green", "red"), ("-", "--", "-."), strict=True
+            GROUPS, ("blue", "green", "red"), ("-", "--", "-."), strict=True
         )
     }
     figure, panels = grid(len(HOWS), 2, sharey=True)

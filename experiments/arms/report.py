@@ -16,7 +16,7 @@ from experiments.arms.tables import (
     verdicts,
 )
 from experiments.arms.text_kl import FILE as TEXTS
-from experiments.arms.text_kl import kinds_tau, read_kinds, summary
+from experiments.arms.text_kl import method_tau, read_texts, summary
 from experiments.record.command import command, say, wide_console
 from experiments.record.journal import write
 from experiments.record.status import RunFolder
@@ -40,7 +40,7 @@ def compare(folder: Path, console: Console) -> None:
     require(bool(found), f"{folder} holds no arm that has measured base.")
     rows, answers = columns(found), verdicts(found)
     listed = "".join(f"- {question(v)} {sentence(v)}\n" for v in answers)
-    texts = [t for path in sorted(folder.glob(f"steered/seed*/{TEXTS}")) for t in read_kinds(path)]
+    texts = [t for path in sorted(folder.glob(f"steered/seed*/{TEXTS}")) for t in read_texts(path)]
     values: dict[str, Any] = {"arms": table(found), "verdicts": answers}
     if texts:
         values["texts"] = summary(texts)
@@ -49,7 +49,7 @@ def compare(folder: Path, console: Console) -> None:
         console.print(text, markup=False, highlight=False)
     write(folder / "arms.md", f"{markdown(rows)}\n{listed}\n{legend()}")
     write(folder / "arms.json", json.dumps(values, indent=2) + "\n")
-    figures = charts(found, texts, kinds_tau(folder) if texts else None)
+    figures = charts(found, texts, method_tau(folder) if texts else None)
     write_pngs(folder, figures.values())
     write_page(folder, found, texts, figures)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.arms.catalogue import ARMS
 from experiments.arms.compare import LEVELS, Found, against, table
-from experiments.arms.text_kl import HOWS, KINDS
+from experiments.arms.text_kl import GROUPS, HOWS
 from shl.config import EvalConfig
 
 RIVALS = ("persona", "prompted", "steered", "none", "mean", "p95", "random", "unsteered")
@@ -84,7 +84,7 @@ def _cell(number: Mapping[str, Any], form: str) -> str:
 def text_kl_sentences(summary: Mapping[str, Any]) -> list[str]:
     """The per-token KL of each group of text, and how well it separates the groups."""
     lines = []
-    for group in KINDS:
+    for group in GROUPS:
         if not summary["texts"][group]:
             lines.append(f"{group}: no text of this group.")
             continue

@@ -27,13 +27,13 @@ from shl.models.generate import without_persona
 from shl.models.scores import token_divergence
 
 FILE = "kinds.jsonl"
-KINDS = ("prompted", "kept", "incoherent")
+GROUPS = ("prompted", "kept", "incoherent")
 HOWS = ("mean", "rmse", "p95", "max")
 SHORTEST = 20
 """Texts with fewer tokens are left out: their upper quantiles mean little [tokens]."""
 
 
-def measure_kinds(
+def measure_texts(
     path: Path, past: RecordReader, model: HookedTransformer, loop: LoopConfig, stop: Stop
 ) -> None:
     """Write one line per text: its group, dose and per-token KL.
@@ -80,12 +80,12 @@ def _texts(resume: Resume) -> Iterator[tuple[str, Verdict]]:
         yield from ((kind, v) for v in group if len(v.completion.tokens) >= SHORTEST)
 
 
-def read_kinds(path: Path) -> list[Line]:
+def read_texts(path: Path) -> list[Line]:
     """The measured texts."""
     return read_lines(path)[1:]
 
 
-def kinds_tau(folder: Path) -> float:
+def method_tau(folder: Path) -> float:
     """tau of the method's arm, nats."""
     return float(RecordReader(next(folder.glob("rmse/seed*"))).settings["loop"]["heal"]["tau"])
 
@@ -101,7 +101,7 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
     `auc` is the probability that a text of the second group has the larger value (0.5: no
     separation); `spiky` is the median of rmse over mean, 1 where all tokens diverge alike.
     """
-    values = {kind: {how: sizes(lines, kind, how) for how in HOWS} for kind in KINDS}
+    values = {kind: {how: sizes(lines, kind, how) for how in HOWS} for kind in GROUPS}
     medians = {
         kind: {how: _median(found) for how, found in by_how.items()}
         for kind, by_how in values.items()
@@ -112,7 +112,7 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
     }
     pairs = (("prompted", "incoherent"), ("kept", "incoherent"), ("prompted", "kept"))
     return {
-        "texts": {kind: len(values[kind]["mean"]) for kind in KINDS},
+        "texts": {kind: len(values[kind]["mean"]) for kind in GROUPS},
         "medians": medians,
         "spiky": spiky,
         "auc": {

@@ -17,7 +17,7 @@ from experiments.arms.compare import Point, against, points, reach, spread
 from experiments.arms.doses import read_doses
 from experiments.arms.stage_cache import same_result
 from experiments.arms.tables import sentence
-from experiments.arms.text_kl import read_kinds, summary
+from experiments.arms.text_kl import read_texts, summary
 from experiments.record.reader import read
 from experiments.record.settings import RunConfig
 from experiments.run import study
@@ -116,14 +116,14 @@ def test_the_comparison_has_every_arm_every_dose_and_all_three_kinds_asked_for(f
     lines = read_doses(folder / "steered" / "seed42" / "doses.jsonl")
     assert lines[-1]["nats"] == pytest.approx(stages["steered", 0]["nats"], abs=1e-6)
     assert plt.get_fignums() == []
-    files = {"arms.md", "arms.json", "arms.png", "kinds.png", "report.html"}
+    files = {"arms.md", "arms.json", "arms.png", "text_kl.png", "report.html"}
     assert files <= {p.name for p in folder.iterdir()}
     told = json.loads((folder / "arms.json").read_text())
     assert {row["arm"] for row in told["arms"]} == set(found)
 
 
 def test_each_kind_of_text_is_measured_under_what_made_it(folder):
-    lines = read_kinds(folder / "steered" / "seed42" / "kinds.jsonl")
+    lines = read_texts(folder / "steered" / "seed42" / "kinds.jsonl")
     assert {line["kind"] for line in lines} == {"prompted", "kept", "incoherent"}
     model = tiny_gemma()
     vector = SteeringVector.load(folder / "rmse/seed42/rounds/0/vector.safetensors")
