@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import one_sentence
+from transformers import modeling_gguf_pytorch_utils as gguf_reader
+from transformers.utils import logging
 
 from shl.models import weights
 from shl.models.weights import EMBEDDED, Embedded, cache_folder, embedded_folder, model_folder
@@ -162,3 +164,22 @@ def test_names_lead_to_their_folder(convert, monkeypatch, tmp_path):
     assert model_folder(str(tmp_path)) == tmp_path
     (tmp_path / "config.json").unlink()
     assert "no config.json" in refusal(lambda: model_folder(str(tmp_path)))
+
+
+def test_a_conversion_shows_no_progress_bar_and_leaves_them_as_they_were(capfd):
+    def bars():
+        for tqdm in (logging.tqdm, gguf_reader.tqdm):
+            list(tqdm(range(3), desc="a bar"))
+        return capfd.readouterr().err.count("a bar") > 1
+
+    assert bars()
+    with weights._no_progress_bars():
+        assert not bars()
+    assert bars()
+    logging.disable_progress_bar()
+    try:
+        with weights._no_progress_bars():
+            pass
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()
