@@ -7,7 +7,6 @@ import pytest
 from helpers import kl_by_hand, lenient, log_p_by_hand, one_sentence, small_loop
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib import pyplot as plt
 from rich.console import Console
 
 from experiments.arms import __main__ as program
@@ -15,6 +14,7 @@ from experiments.arms.__main__ import ArmsConfig, run_arms
 from experiments.arms.catalogue import ARMS, CORE, chosen
 from experiments.arms.compare import Point, against, points, reach, spread
 from experiments.arms.doses import read_doses
+from experiments.arms.plots import plane, text_kl
 from experiments.arms.stage_cache import same_result
 from experiments.arms.tables import sentence
 from experiments.arms.text_kl import read_texts, summary
@@ -115,7 +115,6 @@ def test_the_comparison_has_every_arm_every_dose_and_all_three_kinds_asked_for(f
     # The dose at the top of the ladder is where the round's own steered stage was read.
     lines = read_doses(folder / "steered" / "seed42" / "doses.jsonl")
     assert lines[-1]["nats"] == pytest.approx(stages["steered", 0]["nats"], abs=1e-6)
-    assert plt.get_fignums() == []
     files = {"arms.md", "arms.json", "arms.png", "text_kl.png", "report.html"}
     assert files <= {p.name for p in folder.iterdir()}
     told = json.loads((folder / "arms.json").read_text())
@@ -280,6 +279,35 @@ def test_kinds_are_told_apart_by_what_differs():
     assert found["auc"]["kept < incoherent"]["rmse"] is None
     assert found["spiky"]["prompted"] == 1.0
     assert found["spiky"]["incoherent"] == 2.0
+
+
+def test_the_plane_has_the_mean_of_each_arm_from_base_and_the_range_over_seeds():
+    def path(*traits):
+        return [Point("a", 0, str(i), t, (t - 1, t + 1), 0.5, 0.8) for i, t in enumerate(traits)]
+
+    mass, survival = plane({"rmse": {0: path(1.0, 2.0), 1: path(2.0, 4.0)}, "none": {0: path(7.0)},
+                            "persona": {0: path(0.5)}, "mean": {0: []}}).axes  # fmt: skip
+    lines = {line.get_label(): line for line in mass.lines}
+    assert list(lines["rmse"].get_xdata()) == [1.0, 0.5, 0.5]
+    assert list(lines["rmse"].get_ydata()) == [0.0, 1.5, 3.0]
+    assert list(lines["persona"].get_ydata()) == [0.5]
+    assert "mean" not in lines
+    spans = [part[:, 1].tolist() for lines in mass.collections for part in lines.get_segments()]
+    # rmse: least and greatest seed; none: its interval.
+    assert {(1.0, 2.0), (2.0, 4.0), (6.0, 8.0)} <= set(map(tuple, spans))
+    assert list(survival.lines[0].get_xdata()) == [1.0, 0.8, 0.8]
+    assert [text.get_text() for text in mass.texts] == ["0", "1", "0", "0"]
+
+
+def test_the_text_kl_chart_is_the_share_of_texts_at_or_below_each_aggregate():
+    texts = [{"kind": "kept", "kl": [0.1, 0.3]}, {"kind": "kept", "kl": [0.4, 1.0]}]
+    mean, *_, largest = text_kl(texts, 0.5).axes
+    # Means 0.2 and 0.7, maxima 0.3 and 1; each of two texts is a half.
+    for panel, values in ((mean, [0.2, 0.7]), (largest, [0.3, 1.0])):
+        line, tau = panel.lines
+        assert list(line.get_xdata())[1:] == pytest.approx(values)
+        assert list(line.get_ydata())[1:] == [0.5, 1.0]
+        assert list(tau.get_xdata()) == [0.5, 0.5]
 
 
 def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(folder, monkeypatch):

@@ -1,8 +1,7 @@
-"""report.html: whatever a record holds is shown and nothing of it is markup."""
+"""report.html: it contains what the record contains, as text, and its charts the right numbers."""
 
 import copy
 import io
-import json
 import re
 import shutil
 import sys
@@ -17,61 +16,38 @@ from rich.console import Console
 
 from experiments import run as program
 from experiments.arms import report as program_report
-from experiments.questions.estimates import Answer
-from experiments.record.reader import axis_of, read, read_json
+from experiments.questions.estimates import Answer, wilson
+from experiments.record.reader import axis_of, of_round, read, read_json, stages
 from experiments.record.settings import RunConfig
 from experiments.report import page as page_module
+from experiments.report import plots
 from experiments.report.escape import clean
-from experiments.report.figures import PALETTE
-from experiments.report.page import (
-    HEAT,
-    banner,
-    cards,
-    cost,
-    heat,
-    instruments,
-    page,
-    sizes,
-    stories,
-    write_page,
+from experiments.report.figures import (
+    PALETTE,
+    chart,
+    ecdf,
+    grid,
+    layout,
+    looks,
+    rule,
+    series,
+    styled,
 )
-from experiments.report.plots import charts, cosines
+from experiments.report.page import HEAT, cards, cost, heat, instruments, page, sizes, write_page
 from experiments.report.report import report
+from experiments.report.tables import ladders
 from experiments.run import study
-from shl.config import EvalConfig
+from shl.config import FOUNDATIONS, EvalConfig
 from shl.hooks.vector import SteeringVector
 from shl.models.tiny import tiny_gemma
 from shl.utils.errors import ShlError
 
-WORDS = "W" * 3000
-
-
-def luminance(colour):
-    """Relative luminance of sRGB as WCAG 2 defines it."""
-    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
-
-
-def contrast(one, other):
-    high, low = sorted((luminance(one), luminance(other)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_every_colour_can_be_read_on_both_grounds():
-    assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    for name, (light, dark) in PALETTE.items():
-        if name != "line":
-            assert min(contrast(light, ground) for ground in ("#ffffff", "#f5f6f8")) >= 4.5
-            assert min(contrast(dark, ground) for ground in ("#14171c", "#1d2128")) >= 4.5
-
-
 HOSTILE = (
     "<script>alert(1)</script></style></svg></title><img src=x onerror=alert(1)>"
-    '" onload="x\' {{ 7 * 7 }}{% raw %} &amp; <!-- ]]> \x00\x1b[31m\x85 \u202eabc\u2066 '
-    f"\u05d0\u05d1\r\n\ttwo lines {WORDS}"
+    '" onload="x\' {{ 7 * 7 }}{% raw %} &amp; <!-- ]]> $x^2$ stroke: #b83227; \x00\x1b[31m\x85 '
+    f"\u202eabc\u2066 \u05d0\u05d1\r\n\ttwo lines {'W' * 3000}"
 )
-SHOWN = (
+CLEAN = (
     HOSTILE.replace("\x00", "\u2400")
     .replace("\x1b", "\u241b")
     .replace("\r", "\u240d")
@@ -83,66 +59,69 @@ TAGS = set(
     """
     html head meta title style body button main script header h1 h2 h3 p ul li b br span nav
     a section article div dl dt dd details summary table thead tbody tr th td bdi figure
-    figcaption svg desc g path text defs use clippath rect
+    figcaption svg desc defs g path use clippath rect text
 """.split()  # noqa: SIM905
 )
 ATTRIBUTES = set(
     """
-    lang charset name content id type hidden class role aria-label href tabindex scope title
-    dir viewbox width height x y d transform clip-path aria-labelledby style
+    lang charset name content id type hidden class role aria-label aria-labelledby href tabindex
+    scope title dir viewbox width height x y d style transform clip-path
 """.split()  # noqa: SIM905
 )
 
 
 class Reader(HTMLParser):
-    """What a browser would make of a page: elements, attributes and text by class of its block."""
+    """What a browser would make of a page: elements with their attributes and text."""
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.attributes, self.blocks, self.open, self.ids = [], [], [], [], []
+        self.blocks, self.open = [], []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *pair) for pair in attrs]
         self.blocks.append((tag, dict(attrs), []))
-        if tag not in ("meta", "br", "link"):
-            self.open.append((tag, self.blocks[-1]))
+        if tag not in ("meta", "br"):
+            self.open.append(self.blocks[-1])
 
     def handle_endtag(self, tag):
-        name, _ = self.open.pop()
-        assert name == tag, f"</{tag}> ends <{name}>"
+        assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
-        for _, block in self.open:
-            block[2].append(data)
+        for _, _, parts in self.open:
+            parts.append(data)
 
-    def texts(self, tag, kind=None):
+    def texts(self, tag, style=None):
         return [
-            "".join(words)
-            for name, attrs, words in self.blocks
-            if name == tag and (kind is None or kind in (attrs.get("class") or "").split())
+            "".join(parts)
+            for name, attrs, parts in self.blocks
+            if name == tag and (style is None or style in (attrs.get("class") or "").split())
         ]
 
 
 def checked(text):
-    """The page, read; nothing in it but what the templates and charts hold."""
+    """The page, read: only known elements, nothing from outside, charts with title and text."""
     reader = Reader(text)
     assert reader.open == []
-    assert set(reader.tags) <= TAGS
-    assert {name for _, name, _ in reader.attributes} <= ATTRIBUTES
-    assert reader.tags.count("script") == reader.tags.count("style") == 1
-    links = [value for _, name, value in reader.attributes if name == "href"]
-    ids = {value for _, name, value in reader.attributes if name == "id"}
-    assert {link[1:] for link in links} <= ids
-    assert all(link[0] == "#" for link in links)
-    for _, name, value in reader.attributes:
-        assert name != "style" or re.fullmatch(r"[\w\s:;.,#%()'-]*", value)
-        assert "url(" not in (value or "") or re.fullmatch(r"url\(#[\w-]+\)", value)
-    # No address of anything outside, in the style sheet either.
+    tags = [tag for tag, _, _ in reader.blocks]
+    pairs = [pair for _, attrs, _ in reader.blocks for pair in attrs.items()]
+    assert set(tags) <= TAGS
+    assert {name for name, _ in pairs} <= ATTRIBUTES
+    assert tags.count("script") == tags.count("style") == 1
+    ids = [value for name, value in pairs if name == "id"]
+    assert len(set(ids)) == len(ids)
+    links = [value for name, value in pairs if name == "href"]
+    links += re.findall(
+        r"url\((.*?)\)", " ".join(v for n, v in pairs if n in ("clip-path", "style"))
+    )
+    assert all(link[0] == "#" and link[1:] in ids for link in links)
     (style,) = reader.texts("style")
     assert not re.search(r"url\(|@import|https?:", style)
+    texts = {attrs["id"]: "".join(parts) for _, attrs, parts in reader.blocks if "id" in attrs}
+    for tag, attrs, _ in reader.blocks:
+        if tag == "svg":
+            assert attrs["role"] == "img"
+            assert all(texts[name] for name in attrs["aria-labelledby"].split())
     return reader
 
 
@@ -160,48 +139,43 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def parts(folder):
-    """Copies of the arguments of `page`."""
+    """Config, versions, axis, events and texts of the run, to be changed at will."""
     config, events, texts = read(folder)
-    found = (config, read_json(folder / "versions.json"), axis_of(folder), events, texts)
-    return [copy.deepcopy(part) if part is not found[2] else part for part in found]
+    versions = read_json(folder / "versions.json")
+    return [
+        *map(copy.deepcopy, (config, versions)),
+        axis_of(folder),
+        *map(copy.deepcopy, (events, texts)),
+    ]
 
 
-def rendered(folder, parts):
-    """The page of changed parts, with its charts."""
+def drawn(folder, parts):
+    """The page with its charts."""
     config, _, axis, events, texts = parts
-    return page(*parts, figures=charts(folder, config, axis, events, texts))
+    return page(*parts, figures=plots.charts(folder, config, axis, events, texts))
 
 
-def test_a_finished_run_is_shown_in_full(folder, parts):
+def test_a_finished_run_has_every_section_and_chart(folder, parts):
     text = (folder / "report.html").read_text("utf-8")
     reader = checked(text)
-    *_, events, texts = parts
-    assert "banner" not in [kind for _, name, kind in reader.attributes if name == "class"]
-    names = [
-        "trajectory",
-        "plane",
-        "token_kl",
-        "kl_tokens",
-        "doses",
-        "foundations",
-        "cosines",
-        "barrier",
-    ]
-    assert list(charts(folder, *parts[:1], *parts[2:])) == names
-    assert reader.tags.count("svg") == len(names) == len(reader.texts("desc"))
-    assert "cannot be drawn" not in text
-    for story in stories(texts):
+    events, texts = parts[3:]
+    assert reader.texts("p", "banner") == []
+    names = {v["aria-label"] for t, v, _ in reader.blocks if v.get("class") == "plot"}
+    assert names == {"trajectory", "plane", "token kl", "kl tokens", "doses", "foundations",
+                     "cosines", "barrier"}  # fmt: skip
+    for story in page_module.stories(texts):
         assert clean(story.prompt) in reader.texts("bdi")
-    for found in [c for e in events if e["event"] == "token_kl" for c in e["curves"]]:
-        assert clean("".join(found["pieces"])) in reader.texts("div", "tokens")
+    for curve in [c for e in events if e["event"] == "token_kl" for c in e["curves"]]:
+        assert clean("".join(curve["pieces"])) in reader.texts("div", "tokens")
     assert text.count("min_real_words") == 1
     assert "peak memory, resident" in reader.texts("dt")
 
 
-def test_the_same_record_gives_the_same_bytes_and_only_cost_tells_of_processes(folder, tmp_path):
+def test_the_same_record_gives_the_same_bytes_and_only_cost_depends_on_processes(folder, tmp_path):
     before = (folder / "report.html").read_bytes()
     other = shutil.copytree(folder, tmp_path / "elsewhere")
-    assert write_page(other).read_bytes() == before
+    assert write_page(other, pngs=True).read_bytes() == before
+    assert all((other / p.name).read_bytes() == p.read_bytes() for p in folder.glob("*.png"))
     (other / "processes.jsonl").unlink()
     after = write_page(other).read_bytes()
     cut = re.compile(rb'<section id="cost">.*?</section>', re.DOTALL)
@@ -212,31 +186,26 @@ def test_the_same_record_gives_the_same_bytes_and_only_cost_tells_of_processes(f
             cost(read(folder)[1], [{"event": "end", "peak_bytes": peak}])
         assert "must be bytes by kind" in one_sentence(error)
     two = [{"event": "begin"}, {"peak_bytes": {"resident": 2 * 10**9}}, {"event": "begin"}]
-    told = dict(cost(read(folder)[1], [*two, {"peak_bytes": {"resident": 3 * 10**9}}]))
-    assert (told["processes"], told["peak memory, resident"]) == ("2 on record", "3.00 GB")
+    lines = dict(cost(read(folder)[1], [*two, {"peak_bytes": {"resident": 3 * 10**9}}]))
+    assert (lines["processes"], lines["peak memory, resident"]) == ("2 on record", "3.00 GB")
 
 
-def test_every_prefix_of_a_record_gives_a_page_that_says_what_is_missing(folder, tmp_path):
+def test_a_record_that_ends_early_gives_a_page_that_says_what_is_missing(folder, tmp_path):
     lines = (folder / "events.jsonl").read_text("utf-8").splitlines(keepends=True)
     cut = shutil.copytree(folder, tmp_path / "cut")
-    for count in range(len(lines) + 1):
-        # Cut off in the middle of the next line.
-        rest = lines[count][:40] if count < len(lines) else ""
-        (cut / "events.jsonl").write_text("".join(lines[:count]) + rest, "utf-8")
+    second = next(i for i, line in enumerate(lines) if '"round": 1' in line)
+    for count, line in enumerate(lines[: second + 1]):
+        # The next line is cut off in the middle.
+        (cut / "events.jsonl").write_text("".join(lines[:count]) + line[:40], "utf-8")
         if count == 0:
             with pytest.raises(ShlError) as error:
                 write_page(cut)
             assert "had not begun" in one_sentence(error)
             continue
         reader = checked(write_page(cut).read_text("utf-8"))
-        told = reader.texts("p", "banner")
-        if count == len(lines):
-            assert told == []
-        else:
-            assert told[0].startswith("This run is unfinished: its record ends after ")
-            assert "round" in told[0]
-        stages = sum(json.loads(line)["event"] == "stage" for line in lines[:count])
-        assert len(reader.texts("th")) == 0 or stages > 0
+        (banner,) = reader.texts("p", "banner")
+        assert banner.startswith("This run is unfinished: its record ends after ")
+        assert bool(reader.texts("th")) == any('"stage":' in x for x in lines[:count])
 
 
 def test_a_starved_run_says_so_at_the_top(folder, parts):
@@ -244,116 +213,72 @@ def test_a_starved_run_says_so_at_the_top(folder, parts):
     at = next(i for i, e in enumerate(events) if e["event"] == "batch" and e["round"] == 1)
     starved = events[at] | {"event": "starved", "sentence": "round 1: <0> completions survived."}
     parts[3] = [*events[: at + 1], starved]
-    reader = checked(rendered(folder, parts))
-    assert reader.texts("p", "banner") == [
+    assert checked(drawn(folder, parts)).texts("p", "banner") == [
         "This run starved and ended early: round 1: <0> completions survived."
     ]
-    assert banner(events, 2) == ""
 
 
-def test_hostile_text_is_shown_and_is_no_markup(parts, folder):
+def test_hostile_text_is_text(folder, parts):
     config, versions, axis, events, texts = parts
-    # Two prompts are 3 kB of one word; every text is hostile, and so are tokens and reasons.
+    prompt = texts[0]["prompt"]
     for t in texts:
         t["text"], t["reasons"] = HOSTILE, [HOSTILE]
-    for t in texts[:1]:
-        for other in [o for o in texts if o["prompt"] == t["prompt"] and o is not t]:
-            other["prompt"] = HOSTILE
-        t["prompt"] = HOSTILE
+        t["prompt"] = HOSTILE if t["prompt"] == prompt else t["prompt"]
     for e in events:
-        if e["event"] == "token_kl":
-            for curve in e["curves"]:
-                curve["pieces"] = [HOSTILE] * len(curve["kl"])
-                curve["prompt"], curve["reasons"] = HOSTILE, [HOSTILE]
+        for curve in e.get("curves", ()):
+            curve["pieces"] = [HOSTILE, "$x^2$ & <b>", *[HOSTILE[-1000:]] * (len(curve["kl"]) - 2)]
+            curve["prompt"], curve["reasons"] = HOSTILE, [HOSTILE]
         if e["event"] == "healing":
             e["barrier"] = HOSTILE
-    events.append({"event": "validity", "instrument": HOSTILE, "valid": False, "reason": HOSTILE,
-                   "round": -1, "seconds": 0.0, "texts": 0})  # fmt: skip
-    events.append({"event": "reading", "instrument": HOSTILE, "stage": HOSTILE, HOSTILE: 1.0,
-                   "round": 0, "seconds": 0.0, "texts": 0})  # fmt: skip
+    common = {"instrument": HOSTILE, "seconds": 0.0, "texts": 0}
+    events.append(common | {"event": "validity", "valid": False, "reason": HOSTILE, "round": -1})
+    events.append(common | {"event": "reading", "stage": HOSTILE, HOSTILE: 1.0, "round": 0})
     events.append(events[-1] | {"event": "starved", "sentence": HOSTILE, "round": 1})
-    words = ("name", "description", "positive", "negative")
-    told = {word: f"{HOSTILE}{i}" for i, word in enumerate(words)}
-    axis = type(axis)(
-        **told, contexts=axis.contexts, prompts=axis.prompts, expected=dict(axis.expected)
+    named = {key: f"{HOSTILE}{key}" for key in ("name", "description", "positive", "negative")}
+    parts[2] = type(axis)(
+        **named, contexts=axis.contexts, prompts=axis.prompts, expected=dict(axis.expected)
     )
-    config = config | {"model": HOSTILE, "axis": HOSTILE}
-    versions = versions | {"commit": HOSTILE, HOSTILE: HOSTILE}
-    text = rendered(folder, (config, versions, axis, events, texts))
-    reader = checked(text)
-    assert set(reader.texts("div", "tokens")) == {
-        SHOWN * len(curve["kl"])
-        for e in events
-        if e["event"] == "token_kl"
-        for curve in e["curves"]
-    }
-    own = [t for t in reader.texts("div", "text") if t not in reader.texts("div", "tokens")]
-    assert set(own) == {SHOWN}
-    bdis = reader.texts("bdi")
-    assert f"{SHOWN}0" in bdis
-    assert f"{SHOWN}3" in bdis
-    assert f"not valid on this model: {SHOWN}" in bdis
-    assert any(SHOWN in t for t in reader.texts("p", "banner"))
-    assert any(SHOWN in t for t in reader.texts("li"))
-    assert {SHOWN} <= set(reader.texts("th")) | set(reader.texts("dd"))
-    assert reader.texts("title")[0].startswith(SHOWN)
+    parts[0], parts[1] = config | {"model": HOSTILE}, versions | {"commit": HOSTILE, HOSTILE: "x"}
+    reader = checked(drawn(folder, parts))
+    tokens = reader.texts("div", "tokens")
+    assert all(text.startswith(f"{CLEAN}$x^2$ & <b>") for text in tokens)
+    assert set(reader.texts("div", "text")) - set(tokens) == {CLEAN}
+    assert {f"{CLEAN}name", f"{CLEAN}negative", f"not valid on this model: {CLEAN}"} <= set(
+        reader.texts("bdi")
+    )
+    assert any(CLEAN in t for t in reader.texts("p", "banner"))
+    assert any(CLEAN in t for t in reader.texts("li"))
+    assert CLEAN in reader.texts("dt")
+    assert reader.texts("title")[0].startswith(CLEAN)
+    # Of a token in a chart, the first characters.
+    assert {"$x^2$ & <b>", "<script>aler"} <= set(reader.texts("text"))
 
 
-def test_numbers_gone_wrong_are_a_sentence_where_the_chart_would_be(folder, parts):
-    events = parts[3]
-    for e in events:
+def test_numbers_that_cannot_be_drawn_are_a_sentence_in_place_of_the_chart(folder, parts, tmp_path):
+    for e in parts[3]:
         if e["event"] == "stage":
             e["shift"] = dict.fromkeys(e["shift"], 1e300)
-        if e["event"] == "token_kl":
-            for curve in e["curves"]:
-                curve["kl"] = [1.7e308] * len(curve["kl"])
-    text = rendered(folder, parts)
-    checked(text)
-    assert text.count("1e+300 cannot be drawn on the axis") >= 2
-    assert text.count("1.7e+308 cannot be drawn on the") >= 1
+        for curve in e.get("curves", ()):
+            curve["kl"] = [1.7e308] * len(curve["kl"])
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / "rounds/1/vector.safetensors").write_bytes(b"x")
+    reader = checked(drawn(broken, parts))
+    problems = reader.texts("p", "banner")
+    # trajectory, distribution, bars, foundations and cosines; plane, doses and barrier are left.
+    assert len(problems) == 5
+    assert "This chart cannot be drawn: 1e+300 cannot be drawn on the axis" in problems[0]
+    assert sum("vector.safetensors" in problem for problem in problems) == 1
+    assert len(reader.texts("svg")) == 3
 
 
-def numbers(panel, label):
-    (line,) = [line for line in panel.lines if line.get_label() == label]
-    return np.asarray(line.get_ydata(), dtype=float)
-
-
-def test_charts_hold_the_numbers_of_the_record(folder, parts):
-    config, _, axis, events, texts = parts
-    figures = charts(folder, config, axis, events, texts)
-    healed = [e for e in events if e["event"] == "stage" and e["stage"] == "healed"]
-    care, authority, coherence, survival = figures["trajectory"].figure.axes
-    assert numbers(care, "healed").tolist() == [e["shift"]["care"] for e in healed]
-    assert numbers(authority, "healed").tolist() == [e["shift"]["authority"] for e in healed]
-    assert numbers(coherence, "healed").tolist() == [e["coherence"] for e in healed]
-    assert numbers(survival, "healed").tolist() == [e["survival"] for e in healed]
-    assert [tick.get_text() for tick in care.get_xticklabels()] == ["0", "1"]
-    steps = [s for e in events if e["event"] == "healing" for s in e["steps"]]
-    d = figures["barrier"].figure.axes[0]
-    assert numbers(d, "D").tolist() == [s["d"] for s in steps]
-    listed = ", ".join(f"{e['shift']['care']:.3g}" for e in healed)
-    assert f"healed: {listed}." in figures["trajectory"].svg
-
-
-def test_text_in_a_chart_is_no_markup(folder, parts):
-    config, _, axis, events, texts = parts
-    for e in events:
-        if e["event"] == "token_kl":
-            for curve in e["curves"]:
-                curve["pieces"] = ["$<b>&\x00" for _ in curve["kl"]]
-    svg = charts(folder, config, axis, events, texts)["kl_tokens"].svg
-    assert "$&lt;b&gt;&amp;\\x00" in svg
-    assert "<b>" not in svg
-
-
-def test_the_whole_comes_first_and_a_verdict_is_shown_once(folder, parts, monkeypatch):
-    told = (
+def test_the_overall_answer_is_first_and_a_verdict_is_printed_once(parts, monkeypatch):
+    answers = (
         Answer("Q0", "can we filter?", "yes", "Yes. Holds: it falls.", {}),
         Answer("selective", "on the axis?", "undecided", "Undecided. Open: all.", {}),
         Answer("dose", "the dose", "info", "No round.", {}),
         Answer("worked", "did it work?", "no", "No. Not at all.", {}),
     )
-    monkeypatch.setattr("experiments.report.page.answer_all", lambda *_: told)
+    monkeypatch.setattr("experiments.report.page.answer_all", lambda *_: answers)
     found = cards(parts[3], parts[4], parts[2], EvalConfig())
     assert [(c.key, c.question, c.verdict, c.sentence) for c in found] == [
         ("", "did it work?", "no", "Not at all."),
@@ -361,15 +286,13 @@ def test_the_whole_comes_first_and_a_verdict_is_shown_once(folder, parts, monkey
         ("", "on the axis?", "undecided", "Open: all."),
         ("", "the dose", "info", "No round."),
     ]
-    tiles = checked(rendered(folder, parts)).texts("li", "tile")
-    assert [tile.split() for tile in tiles] == [
-        ["\u2717", "no", "did", "it", "work?"],
-        ["\u2713", "yes", "Q0", "can", "we", "filter?"],
-        ["?", "undecided", "on", "the", "axis?"],
-    ]
+    tiles = checked(page(*parts)).texts("li", "tile")
+    assert [" ".join(tile.split()) for tile in tiles] == [
+        "\u2717 no did it work?", "\u2713 yes Q0 can we filter?", "? undecided on the axis?",
+    ]  # fmt: skip
 
 
-def test_heat_shades_by_nats_and_outlines_what_is_above_tau():
+def test_heat_shades_by_nats_and_outlines_tokens_above_tau(folder, parts):
     kl = [0.0, 0.0099, 0.01, 0.5, 0.5001, 9.0, 10.0, 400.0]
     curve = {"verdict": "kept", "reasons": [], "dose": 1.0, "pieces": list("abcdefgh"), "kl": kl}
     found = heat(curve, 0.5)
@@ -378,104 +301,193 @@ def test_heat_shades_by_nats_and_outlines_what_is_above_tau():
     assert [token[3] for token in found.tokens] == [False] * 4 + [True] * 4
     assert found.over == 4
     for values in (kl, [2.0], np.random.default_rng(1).exponential(size=61).tolist()):
-        assert sizes(values) == pytest.approx(
-            {
-                "mean": np.mean(values),
-                "rmse": np.sqrt(np.mean(np.square(values))),
-                "p95": np.quantile(values, 0.95),
-                "max": np.max(values),
-            }
-        )
+        rmse, p95 = np.sqrt(np.mean(np.square(values))), np.quantile(values, 0.95)
+        expected = {"mean": np.mean(values), "rmse": rmse, "p95": p95, "max": np.max(values)}
+        assert sizes(values) == pytest.approx(expected)
+    # The page outlines by the tau of the training, 0.01, whatever the setting says.
+    parts[0]["loop"]["heal"]["tau"] = 99.0
+    first = next(e for e in parts[3] if e["event"] == "token_kl")["curves"][0]
+    first["kl"] = [0.01, 0.0101, *[0.0] * (len(first["kl"]) - 2)]
+    spans = [a for t, a, _ in checked(drawn(folder, parts)).blocks if t == "span" and "title" in a]
+    assert [(a["title"], "over" in a["class"].split()) for a in spans[:3]] == [
+        ("0.010 nats", False), ("0.010 nats", True), ("0.000 nats", False),
+    ]  # fmt: skip
 
 
-def test_the_page_marks_the_tokens_of_the_record(folder, parts):
-    parts[0]["loop"]["heal"]["tau"] = 99.0  # what was trained with decides, not this
-    healing = [e for e in parts[3] if e["event"] == "healing"]
-    assert {e["tau"] for e in healing} == {0.01}
-    (event, _) = [e for e in parts[3] if e["event"] == "token_kl"]
-    event["curves"][0]["kl"] = [0.01, 0.0101, *[0.0] * (len(event["curves"][0]["kl"]) - 2)]
-    reader = checked(rendered(folder, parts))
-    titled = [
-        (a["title"], a["class"].split())
-        for t, a, _ in reader.blocks
-        if t == "span" and "title" in a
-    ]
-    assert [(title, "over" in kinds) for title, kinds in titled[:3]] == [
-        ("0.010 nats", False),
-        ("0.010 nats", True),
-        ("0.000 nats", False),
-    ]
+def contrast(one, other):
+    """Contrast ratio of two sRGB colours as WCAG 2 defines it."""
+
+    def luminance(colour):
+        parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
 
 
-def test_text_can_be_read_on_every_shade():
+def test_every_colour_can_be_read_on_both_grounds_and_text_on_every_shade():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    for name, colours in PALETTE.items():
+        for colour, grounds in zip(
+            colours, (("#ffffff", "#f5f6f8"), ("#14171c", "#1d2128")), strict=True
+        ):
+            assert name == "line" or min(contrast(colour, ground) for ground in grounds) >= 4.5
     css = (Path(page_module.__file__).parent / "templates" / "page.css").read_text("utf-8")
-    heats = re.findall(r"--heat: (\d+) (\d+) (\d+); --full: (\d+)%", css)
-    for heat_of, panel, text in zip(
-        heats, ("#f5f6f8", "#1d2128"), ("#1c2128", "#e6e9ee"), strict=True
+    shades = re.findall(r"--heat: (\d+) (\d+) (\d+); --full: (\d+)%", css)
+    for (*colour, full), panel, text in zip(
+        [tuple(map(int, shade)) for shade in shades],
+        ("#f5f6f8", "#1d2128"),
+        PALETTE["text"],
+        strict=True,
     ):
-        *colour, full = map(int, heat_of)
         ground = [int(panel[i : i + 2], 16) for i in (1, 3, 5)]
-        for k in range(8):
-            share = full / 100 * k / 7
+        for share in np.arange(8) / 7 * full / 100:
             mixed = [
                 round(share * a + (1 - share) * b) for a, b in zip(colour, ground, strict=True)
             ]
             assert contrast(text, "#" + "".join(f"{part:02x}" for part in mixed)) >= 4.5
 
 
-def test_an_instrument_that_is_not_valid_is_greyed_with_its_reason(folder, parts):
-    own = instruments(parts[3])
-    assert set(own) == {"vignettes"}
-    assert own["vignettes"].sentence in rendered(folder, parts)
-    parts[3][:] = [e for e in parts[3] if e["event"] != "validity"]
-    assert instruments(parts[3]) == {}
-    assert "Other instruments" not in rendered(folder, parts)
+def test_an_invalid_instrument_is_greyed_with_its_reason(parts):
+    assert instruments(parts[3])["vignettes"].sentence in page(*parts)
     common = {"seconds": 0.0, "texts": 0, "instrument": "tinymfv"}
     bad = {"event": "validity", "valid": False, "reason": "informedness 0.01 is chance"}
     read_ = {"event": "reading", "nats": {"care": -1.25}, "informedness": 0.01, "note": "x"}
-    more = [
+    fine = {"event": "validity", "instrument": "vignettes", "valid": True, "reason": "0.61",
+            "round": -1, "seconds": 0.0, "texts": 0}  # fmt: skip
+    rest = [e for e in parts[3] if e["event"] != "validity"]
+    parts[3] = [
+        rest[0],
         bad | common | {"round": -1},
         read_ | common | {"stage": "base", "round": -1},
         read_ | common | {"stage": "healed", "round": 1, "coherence": 0.5},
+        fine,
+        *rest[1:],
     ]
-    fine = {"event": "validity", "instrument": "vignettes", "valid": True, "reason": "0.61",
-            "round": -1, "seconds": 0.0, "texts": 0}  # fmt: skip
-    parts[3] = [parts[3][0], *more, fine, *parts[3][1:]]
     found = instruments(parts[3])["tinymfv"]
     assert found.columns == ("nats.care", "informedness", "coherence")
     assert found.rows == (("base", ("-1.25", "0.01", "")), ("healed 1", ("-1.25", "0.01", "0.5")))
-    reader = checked(rendered(folder, parts))
+    reader = checked(page(*parts))
     (grey,) = [a for t, a, _ in reader.blocks if t == "div" and "invalid" in a.get("class", "")]
     assert grey["aria-label"] == "readings"
-    told = reader.texts("p", "check")
-    assert "tinymfv not valid on this model: informedness 0.01 is chance" in told
-    # The probe's own check stands beside trajectory, table and foundations.
-    assert told.count("vignettes valid on this model: 0.61") == 3
-    parts[3] = [e | {"valid": False} if e["event"] == "validity" else e for e in parts[3]]
-    reader = checked(rendered(folder, parts))
-    assert [
-        a["id"] for t, a, _ in reader.blocks if t == "section" and a.get("class") == "invalid"
-    ] == ["foundations"]
-    # Coherence and survival, half of the trajectory, rest on no reading of the trait.
+    checks = reader.texts("p", "check")
+    assert "tinymfv not valid on this model: informedness 0.01 is chance" in checks
+    assert "vignettes valid on this model: 0.61" in checks
 
 
-def test_cosines_are_those_to_the_first_and_the_last():
+def numbers(panel):
+    """Of each named series, its values along y."""
+    return {line.get_label(): list(line.get_ydata()) for line in panel.lines}
+
+
+def spans(panel):
+    """Ends of all whiskers along y."""
+    return [part[:, 1].tolist() for lines in panel.collections for part in lines.get_segments()]
+
+
+def test_charts_contain_the_numbers_of_the_record(folder, parts):
+    config, _, axis, events, texts = parts
+    steered, healed = stages(events, "steered"), stages(events, "healed")
+    figure = plots.trajectory(events, axis, 0.8)
+    care, _, coherence, survival = figure.axes
+    assert numbers(care)["steered"] == [e["shift"]["care"] for e in steered]
+    assert spans(care) == [e["shift_interval"]["care"] for e in (*steered, *healed)]
+    assert numbers(coherence)["healed"] == [e["coherence"] for e in healed]
+    ends = wilson(round(healed[0]["survival"] * healed[0]["samples"]), healed[0]["samples"], 0.8)
+    assert spans(survival)[2] == pytest.approx(ends)
+    (panel,) = plots.plane(events).axes
+    assert numbers(panel)["healed"] == [e["nats"]["authority"] for e in healed]
+    assert [t.get_text() for t in panel.texts if t.get_text()] == ["0", "1"] * 2
+    persona, first, _ = plots.foundations(events, axis).axes
+    lines = {line.get_label(): list(line.get_xdata()) for line in first.lines}
+    assert lines["healed"] == [healed[0]["shift"][name] for name in FOUNDATIONS]
+    assert "authority \u25bc" in [t.get_text() for t in persona.get_yticklabels()]
+    left, right = plots.doses(events, texts, config["loop"]).axes
+    ladder = ladders(texts)[0]
+    assert numbers(left)["round 0"] == [r["kept"] / r["generated"] for r in ladder]
+    assert numbers(right)["round 0"] == [r["perplexity"] for r in ladder]
+    d = plots.barrier(events).axes[0]
+    assert numbers(d)["D"] == [s["d"] for e in of_round(events, "healing") for s in e["steps"]]
+    curves = of_round(events, "token_kl")[0]["curves"]
+    for panel, curve in zip(plots.kl_tokens(events).axes, curves, strict=True):
+        assert [bar.get_height() for bar in panel.patches] == curve["kl"]
+        assert f"mean {np.mean(curve['kl']):.2f}" in panel.get_title(loc="left")
+    kept = [v for e in of_round(events, "token_kl") for c in e["curves"] if c["verdict"] == "kept"
+            for v in c["kl"]]  # fmt: skip
+    (panel,) = plots.token_kl(events, 0.01).axes
+    line = next(line for line in panel.lines if line.get_label().startswith("kept"))
+    for value, share in zip(line.get_xdata()[1:], line.get_ydata()[1:], strict=True):
+        assert share <= np.mean(np.maximum(kept, plots.LEAST_KL) <= value) + 1e-12
+    assert line.get_ydata()[-1] == 1
+
+
+def test_captions_name_the_confidence_that_was_set(folder, parts):
+    parts[0]["loop"]["eval"]["confidence"] = 0.8
+    text = drawn(folder, parts)
+    assert "80 % Wilson intervals" in text
+    assert "95 %" not in re.sub(r'<section id="answers">.*?</section>', "", text, flags=re.DOTALL)
+
+
+def test_cosines_are_those_of_the_vectors_to_first_and_last():
     def vector(*rows):
         return SteeringVector({i: torch.tensor(row) for i, row in enumerate(rows)}, "m", "a", 1)
 
     # cos((3, 4), (4, 3)) = 24 / 25; the other layer is unchanged, so the mean is 0.98.
     one, two = vector([3.0, 4.0], [1.0, 0.0]), vector([4.0, 3.0], [1.0, 0.0])
-    (panel,) = cosines([(0, one), (1, two)]).axes
-    assert numbers(panel, "to the first (round 0)") == pytest.approx([1.0, 0.98])
-    assert numbers(panel, "to the last (round 1)") == pytest.approx([0.98, 1.0])
+    (panel,) = plots.cosines([(0, one), (1, two)]).axes
+    assert numbers(panel)["to the first (round 0)"] == pytest.approx([1.0, 0.98])
+    assert numbers(panel)["to the last (round 1)"] == pytest.approx([0.98, 1.0])
+    assert spans(panel)[1] == pytest.approx([0.96, 1.0])
 
 
-def test_a_damaged_vector_is_named_in_place_of_its_chart(folder, tmp_path):
-    broken = shutil.copytree(folder, tmp_path / "broken")
-    (broken / "rounds/1/vector.safetensors").write_bytes(b"x")
-    text = write_page(broken).read_text("utf-8")
-    checked(text)
-    assert "This chart cannot be drawn: " in text
+@styled
+def small_figure(values, label="s"):
+    figure, (panel, other) = grid(2, 2)
+    panel.set(title="up", xlabel="across")
+    series(
+        panel, range(len(values)), values, ("red", "o", "-"), label, y_spans=[(0, 2)] * len(values)
+    )
+    rule(panel, 1.0, ("grey", "", "--"), "base", span=(0.5, 1.5))
+    other.set(title="share", xlabel="KL")
+    ecdf(other, {"kept": (("blue", "", "-"), [0.2, 0.4, 0.4, 3.0])}, 0.01, 0.5)
+    layout(figure)
+    return figure
+
+
+def test_a_figure_becomes_svg_that_belongs_to_its_page():
+    label = "</text><script>$\\frac{1}{2}$ fill: #b83227; url(#x)"
+    one = chart("one", "", lambda: small_figure([1.0, 1.5], label))
+    other = chart("other", "", lambda: small_figure([1.0, 1.5]))
+    assert one.svg == one.svg
+    reader = checked(f"<html><style></style><script></script>{one.svg}{other.svg}</html>")
+    assert label in reader.texts("text")
+    assert f"{label}: 1, 1.5." in reader.texts("desc")[0]
+    # Colours are those of the page, but for text that only looks like one.
+    assert len(re.findall("#[0-9a-f]{6}", one.svg)) == one.svg.count("#b83227") == 2
+    assert one.svg.count("var(--red)") >= 2
+
+
+def test_the_distribution_is_the_share_at_or_below():
+    line = small_figure([1.0]).axes[1].lines[0]
+    # Of four values, one is at or below 0.2, three at or below 0.4, four at or below 3.
+    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == {
+        0.2: 0.25,
+        0.4: 0.75,
+        3: 1,
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e13])
+def test_a_number_that_an_axis_cannot_hold_is_refused(value):
+    found = chart("one", "caption", lambda: small_figure([1.0, value]))
+    assert found.figure is None
+    assert found.problem == f"{value:g} cannot be drawn on the axis 'up'."
+
+
+def test_many_series_differ_in_colour_marker_or_dash():
+    assert len(set(looks(24))) == 24
+    assert len({look[0] for look in looks(12)}) == len({look[1] for look in looks(12)}) == 12
 
 
 def test_the_command_takes_a_folder_or_the_newest(folder, tmp_path, monkeypatch, capsys):
@@ -485,10 +497,10 @@ def test_the_command_takes_a_folder_or_the_newest(folder, tmp_path, monkeypatch,
         program_report.main()
     assert stop.value.code == 2
     assert "there is no run folder" in capsys.readouterr().err
-    own = shutil.copytree(folder, tmp_path / "runs" / "own")
+    other = shutil.copytree(folder, tmp_path / "runs" / "other")
     names = ("report.html", "table.md", "answers.json", "diary.md", "trajectory.png")
     for name in names:
-        (own / name).unlink()
+        (other / name).unlink()
     program_report.main()
-    assert all((own / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    assert all((other / name).read_bytes() == (folder / name).read_bytes() for name in names)
     assert "report.html" in capsys.readouterr().out
