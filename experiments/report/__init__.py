@@ -1,1 +1,1 @@
-"""What is shown of a run: table, answers, page and plots, from its record alone."""
+"""Reports of a run: table, answers, diary, page and charts, from its record alone."""

@@ -1,4 +1,4 @@
-"""The diary: what the steered model dreamt and what the healed one says by day, same prompt."""
+"""The diary: texts of base, the steered model and its healed student to the same prompts."""
 
 from collections.abc import Sequence
 
@@ -6,38 +6,37 @@ from experiments.record.reader import Event
 
 
 def diary(texts: Sequence[Event], per_round: int = 3) -> str:
-    """Markdown, from texts.jsonl: per round, the first prompts that both stages answered."""
+    """Markdown of texts.jsonl: per round, the first prompts that both stages answered."""
     lines = ["# Diary", ""]
-    by_day = {(t["round"], t["prompt"]): t for t in texts if t["stage"] == "healed"}
+    healed = {(t["round"], t["prompt"]): t for t in texts if t["stage"] == "healed"}
     base = {t["prompt"]: t for t in texts if t["stage"] == "base"}
-    # Of the texts, not of the settings: those may ask for any number of rounds.
     for index in sorted({t["round"] for t in texts if t["round"] >= 0}):
         lines += [f"## Round {index}", ""]
-        dreamt = [t for t in texts if t["round"] == index and t["stage"] == "batch"]
-        shown: set[str] = set()
-        for t in dreamt:
+        steered = [t for t in texts if t["round"] == index and t["stage"] == "batch"]
+        listed: set[str] = set()
+        for t in steered:
             prompt = t["prompt"]
-            if prompt in shown or (index, prompt) not in by_day:
+            if prompt in listed or (index, prompt) not in healed:
                 continue
-            shown.add(prompt)
+            listed.add(prompt)
             verdict = ", ".join(t["reasons"]) or "kept"
             lines += [
                 f"### {prompt}",
                 "",
                 f"**base** {_quote(base.get(prompt))}",
                 "",
-                f"**dreamt** (dose {t['dose']:.2f}, {verdict}) {_quote(t)}",
+                f"**steered** (dose {t['dose']:.2f}, {verdict}) {_quote(t)}",
                 "",
-                f"**by day** {_quote(by_day[index, prompt])}",
+                f"**healed** {_quote(healed[index, prompt])}",
                 "",
             ]
-            if len(shown) == per_round:
+            if len(listed) == per_round:
                 break
     return "\n".join(lines)
 
 
 def _quote(t: Event | None) -> str:
-    """A model's text in a code fence of its own, so that nothing in it is markup."""
+    """A model's text in a code fence longer than any in it, so that nothing in it is markup."""
     if t is None:
         return "(no answer)"
     fence = "`" * 3

@@ -1,7 +1,7 @@
 """Text of models and users for a page: no character is invisible or reorders its neighbours."""
 
 _TABLE: dict[int, int | str] = {
-    # Control characters have pictures of their own.
+    # Unicode has a picture for each control character.
     **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
     0x7F: 0x2421,
     # C1 controls, characters without width, marks of direction, surrogates, noncharacters.

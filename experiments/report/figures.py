@@ -148,12 +148,12 @@ def write_pngs(folder: Path, charts: Iterable[Chart]) -> None:
 
 
 def description(figure: Figure) -> str:
-    """Titles, series and numbers of a figure in words, for screen readers."""
+    """Titles, series and numbers of a figure as text, for screen readers."""
     parts = []
     for panel in figure.axes:
         parts.append(f"{panel.get_title(loc='left')}, {panel.get_xlabel()}.")
         for line in panel.lines:
-            # Reference lines have a transform of another kind.
+            # Reference lines are not in data coordinates.
             if str(line.get_label()).startswith("_") or line.get_transform() is not panel.transData:
                 continue
             # Categories run downward, and their values are along x.

@@ -173,7 +173,7 @@ def kl_tokens(events: Sequence[Event]) -> Figure:
         )
         panel.bar(range(len(kl)), kl, color=HUES[VERDICTS[curve["verdict"]]])
         rule(panel, tau, ("text", "", ":"), f"tau {tau:g}")
-        # A page of text as one label would leave no room for the panel.
+        # A token may be a page of text, which would cover the panel.
         texts = [drawable(clean(repr(piece[:16])[1:-1]), FONT)[:12] for piece in curve["pieces"]]
         panel.set_xticks(
             range(len(kl)), texts, rotation=90, rotation_mode="anchor", ha="right", va="center",

@@ -1,8 +1,7 @@
-"""Pictures of what is inside a run; every function returns a matplotlib `Figure`.
+"""Figures of what is inside a run; every public function returns a matplotlib `Figure`.
 
-The numbers come from `Ledger`, `logit_lens`, `token_divergence` and `dose_response`; nothing is
-computed here that cannot be had without drawing. It takes matplotlib (the extra `pictures`), so
-`import shl` leaves it out: `from shl import pictures`.
+The numbers come from `Ledger`, `logit_lens`, `token_divergence` and `dose_response`. It needs
+matplotlib (the extra `pictures`), so `import shl` leaves it out: `from shl import pictures`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from shl.utils.errors import require
 from shl.utils.shapes import Direction
 
 FONT, MONO = FontProperties("DejaVu Sans"), FontProperties("DejaVu Sans Mono")
-"""Shipped with matplotlib; what they cannot draw becomes an empty square."""
+"""Shipped with matplotlib; a character that they lack is drawn as an empty square."""
 COLUMNS = 92
 """Characters in a line of drawn text."""
 
@@ -39,7 +38,7 @@ def one_panel(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def released(figure: Figure) -> Figure:
-    """Out of pyplot's list, or a notebook would show the figure a second time."""
+    """The figure, closed in pyplot: a notebook would display an open one a second time."""
     plt.close(figure)
     return figure
 
@@ -54,7 +53,7 @@ def cell(
     font: FontProperties,
     size: float,
 ) -> None:
-    """A coloured box, one line high, with its text in the middle in black or white."""
+    """A coloured box, one line high, with centred text in black or white."""
     panel.add_patch(Rectangle((x, y), width, 1, color=colour, lw=0))
     red, green, blue, _ = colour
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
@@ -97,8 +96,8 @@ def drawable(text: str, font: FontProperties) -> str:
         >>> drawable("café 希", FONT)
         'café □'
     """
-    own = get_font(findfont(font))
-    return "".join(c if c.isprintable() and own.get_char_index(ord(c)) else "\u25a1" for c in text)
+    glyphs = get_font(findfont(font))
+    return "".join(c if c.isprintable() and glyphs.get_char_index(ord(c)) else "\u25a1" for c in text)
 
 
 def lens(
@@ -108,15 +107,15 @@ def lens(
     *,
     keep: Callable[[str], bool] | None = None,
 ) -> Figure:
-    """Logit lens: the `k` words that each direction raises and lowers most, with their scores.
+    """Logit lens: the `k` tokens that each direction raises and lowers most, with their scores.
 
     Args:
         directions: `vector.directions`, or `strongest_directions(model, adapter)` of dW, whose
             two sides may be swapped.
-        keep: which words may be listed, given their text (`str.isascii`); None is all of them.
+        keep: which tokens may be listed, given their text (`str.isascii`); None allows all.
 
     Raises:
-        ShlError: no direction, or one that has no words.
+        ShlError: no direction, or one that has no tokens.
 
     Example:
         >>> from shl.method.axes import load_axis
@@ -130,15 +129,15 @@ def lens(
     rows = [logit_lens(model, v, k, keep=keep) for v in directions.values()]
     labels = [f"layer {key}" if isinstance(key, int) else key for key in directions]
     chance = largest_by_chance(model.cfg.d_vocab)
-    # Scores that chance reaches are pale.
+    # Scores within chance are pale.
     norm = Normalize(-2.2 * chance, 2.2 * chance)
     figure, panel = one_panel(1.4 + 1.12 * 2 * k, 1.1 + 0.36 * len(rows))
     colours = mpl.colormaps["PuOr_r"]
     for y, row in enumerate(rows):
-        for side, words in enumerate((row.raised, row.lowered)):
-            for i, (word, z) in enumerate(words):
+        for side, tokens in enumerate((row.raised, row.lowered)):
+            for i, (token, z) in enumerate(tokens):
                 x = side * (k + 0.25) + i
-                text = drawable(word.replace(" ", "\u00b7"), FONT)
+                text = drawable(token.replace(" ", "\u00b7"), FONT)
                 text = text if len(text) <= 14 else text[:13] + "\u2026"
                 cell(panel, x, y, 1.0, f"{text}\n{z:+.1f}", colours(norm(z)), FONT, 7)
     panel.set(xlim=(0, 2 * k + 0.25), ylim=(len(rows), 0))
@@ -159,7 +158,7 @@ def divergence(
 ) -> Figure:
     """Per-token KL(model as it stands || base) over the text of each completion.
 
-    Call it under the hooks that are to be seen (a steering vector, adapters).
+    Call it inside the hooks to be measured (a steering vector, adapters).
 
     Args:
         tau: nats, from which a token counts as above the barrier in the titles.
@@ -185,7 +184,7 @@ def divergence(
     norm = PowerNorm(0.5, 0, max(float(kl.max()) for kl in values) or 1.0)
     colours = mpl.colormaps["YlOrBr"]
     placed = [wrapped([decode(model, [t]) for t in c.tokens]) for c in completions]
-    heights = [1 + max(line for line, _, _ in words) for words in placed]
+    heights = [1 + max(line for line, _, _ in tokens) for tokens in placed]
     figure, axes = plt.subplots(
         len(placed),
         1,
@@ -194,8 +193,8 @@ def divergence(
         layout="constrained",
         squeeze=False,
     )
-    for panel, words, kl, height in zip(axes[:, 0], placed, values, heights, strict=True):
-        for (line, column, text), value in zip(words, kl, strict=True):
+    for panel, tokens, kl, height in zip(axes[:, 0], placed, values, heights, strict=True):
+        for (line, column, text), value in zip(tokens, kl, strict=True):
             cell(panel, column, line, len(text), text, colours(norm(value)), MONO, 8)
         panel.set(xlim=(0, COLUMNS), ylim=(height, 0), xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
@@ -214,7 +213,7 @@ __all__ = ["cosines", "divergence", "lens", "norms", "response"]
 
 
 def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
-    """Heat of one cosine per layer x round; those that chance gives too are in brackets.
+    """Heat map of a cosine per layer and round; those within chance are in brackets.
 
     Args:
         to: `to_first`, `to_previous` or `to_shift` (the internalised shift, which takes a ledger
@@ -245,7 +244,7 @@ def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
     require(not np.isnan(grid).all(), f"the ledger has no cosine {to!r}; the shift takes a model.")
     layers = ledger.layers
     figure, panel = one_panel(3.5 + 0.75 * grid.shape[1], 1.5 + 0.34 * len(layers))
-    # What has no cosine is grey, since white is 0.
+    # A missing cosine is grey, since white is 0.
     colours = mpl.colormaps["RdBu_r"].with_extremes(bad="#cccccc")
     image = panel.imshow(
         grid, cmap=colours, vmin=-1, vmax=1, origin="lower", aspect="auto", interpolation="nearest"
@@ -280,8 +279,8 @@ def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
 
 
 def norms(ledger: Ledger) -> Figure:
-    """Norms by layer, one line per round: the vector's own; with a model also relative to the
-    residual stream, and the internalised shift's.
+    """Norms by layer, one line per round: of the vector, with a model also relative to the
+    residual stream, and of the internalised shift.
 
     Args:
         ledger: of any run.
@@ -303,12 +302,12 @@ def norms(ledger: Ledger) -> Figure:
         "relative_norm": "norm of the vector /\nmean norm of the residual",
         "shift_norm": "norm of the internalised shift\n[units of the residual stream]",
     }
-    shown = {key: text for key, text in panels.items() if not np.isnan(ledger.grid(key)).all()}
+    present = {key: text for key, text in panels.items() if not np.isnan(ledger.grid(key)).all()}
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(0.6 + 3.1 * len(shown), 3.2), layout="constrained", squeeze=False
+        1, len(present), figsize=(0.6 + 3.1 * len(present), 3.2), layout="constrained", squeeze=False
     )
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(ledger.rounds)))
-    for panel, (key, text) in zip(axes[0], shown.items(), strict=True):
+    for panel, (key, text) in zip(axes[0], present.items(), strict=True):
         for index, values in enumerate(ledger.grid(key).T):
             panel.plot(
                 ledger.layers,
