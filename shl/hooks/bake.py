@@ -144,7 +144,7 @@ class Materialised(Handle):
     def _pause(self, paused: bool) -> None:
         for parameter, base, effective in self.swaps:
             parameter.data = base if paused else effective
-        # One that was removed inside `suspended` stays off where that ends.
+        # A handle removed inside `suspended` must not be restored when that ends.
         self._live = not paused and not self._removed
 
     def remove(self) -> None:
@@ -166,52 +166,52 @@ def baked(
     mask: Bool[Tensor, "batch pos"] | None = None,
     positions: Positions | None = None,
 ) -> Baked | Materialised:
-    """Apply finished adapters, in order, while the returned context lasts; none is base itself.
+    """Apply trained adapters in sequence until the returned context manager ends.
 
     Args:
-        materialise: put the sum into the weights instead (base's tensors are kept aside and come
-            back bit for bit): nothing more per token, one more copy of the adapted weights.
-        fused: let a long `generate` put the stack into the weights until it ends, where no other
-            hook is on an adapted site (`fused_decoding`); False spares that copy of the weights.
-        dose: times the updates are added; a number, or one per row of the batch.
-        mask: True where they act, by row and absolute position in the row's own tokens; they do
-            not act beyond the mask's width.
-        positions: which absolute positions they act on, in every row.
+        materialise: merge the adapters into the weights (base's tensors are kept and restored
+            exactly): no cost per token, one more copy of the adapted weights.
+        fused: allow a long `generate` to merge the stack into the weights while it runs, if no
+            other hook is on an adapted site (`fused_decoding`); False saves that copy.
+        dose: factor of the updates; a number, or one per row of the batch.
+        mask: True where they act, by row and absolute position without padding; they do not act
+            beyond the mask's width.
+        positions: absolute positions on which they act, in every row.
 
     Raises:
-        ShlError: an adapter made for another model or other sites; a dose, mask or positions out
-            of range; to materialise, an adapter on the residual stream, a second stack, or
-            anything but one dose for all tokens, which weights cannot express.
+        ShlError: an adapter was made for another model or other sites; dose, mask or positions are
+            out of range; or, with `materialise`, an adapter is on the residual stream, the model
+            has a materialised stack, or dose, mask or positions are given.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
         >>> model = tiny_gemma()
         >>> with baked(model, []):
-        ...     logits = model("plain TransformerLens from here")
+        ...     logits = model("Hello?")
     """
     scope = Scope(model, dose, mask=mask, positions=positions)
     if not materialise:
         return Baked(model, adapters, scope, fused=fused)
     require(
         scope.whole,
-        "weights act on every token alike; bake as hooks to give a dose, mask or positions.",
+        "weights act on every token alike; bake as hooks to use a dose, mask or positions.",
     )
     return Materialised(model, adapters)
 
 
 @contextmanager
 def fused_decoding(model: HookedTransformer) -> Iterator[None]:
-    """Hold the baked stacks of `model` in the weights, in place of their hooks, for the body.
+    """Merge the baked stacks of `model` into the weights inside the body, instead of hooks.
 
-    A step of decoding is then as fast as base's. It applies to fast models (`load_model`) with fp32
-    weights on a CPU, without derivatives, to stacks that act on every token alike and whose sites
-    have no other hooks; all others keep their hooks. Logits differ in their last bits.
+    A decoding step is then as fast as base's. It applies to fast models with fp32 weights on a CPU
+    without gradients, and to stacks with a dose of 1 for every token whose sites have no other
+    hooks; other stacks keep their hooks. Logits differ in their last bits.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
         >>> model = tiny_gemma()
         >>> with torch.no_grad(), fused_decoding(model):
-        ...     logits = model("as before")
+        ...     logits = model("Hello?")
     """
     stacks = [h for h in handles_on(model) if isinstance(h, Baked) and _fusible(h)]
     others = any(isinstance(h, Materialised) for h in handles_on(model))

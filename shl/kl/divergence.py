@@ -1,6 +1,6 @@
 """Per-token KL and NLL from final hidden states, without a `[tok, vocab]` tensor, and aggregates.
 
-Student and reference share one frozen unembedding W, so their logits differ by u = delta W with
+Student and reference share one frozen unembedding W, so their logits differ by u = delta W, where
 delta = h - h_ref. With p = softmax(h W), q = softmax(h_ref W), F = logsumexp, A = E_p[W]:
 
     KL(p || q) = delta . A - F(h) + F(h_ref)          a Bregman divergence of F
@@ -36,9 +36,9 @@ def naive_kl_and_nll(
     reverse: bool = True,
     soft_cap: float = 0.0,
 ) -> tuple[PerToken, PerToken]:
-    """The plain reference: two full logits, two log-softmaxes, in the inputs' own dtype.
+    """The direct computation from two full logits and log-softmaxes, in the inputs' dtype.
 
-    For tests, benches, and models whose logits are soft-capped after the unembedding.
+    For tests, benchmarks, and models that soft-cap their logits.
     """
     log_p = full_log_probs(student, unembed, bias, soft_cap)
     log_q = full_log_probs(ref, unembed, bias, soft_cap)
@@ -60,7 +60,7 @@ def full_log_probs(
 
 
 def warn_full_logits(soft_cap: float) -> None:
-    """Warn the caller's caller that full logits are formed."""
+    """Warn, at the caller's caller, that full logits are formed."""
     warnings.warn(
         f"the logits are soft-capped at {soft_cap:g}, so they are formed in full: slow, and "
         "[tok, vocab] in memory.",
@@ -73,10 +73,10 @@ _FUSED: ContextVar[bool] = ContextVar("shl_fused", default=False)
 
 @contextmanager
 def fused() -> Iterator[None]:
-    """Let the Triton kernel do the elementwise part of the sweeps in the body.
+    """Use the Triton kernel for the elementwise part of the sweeps inside the body.
 
-    Off by default: the kernel is tested under Triton's interpreter and was never timed on a GPU.
-    Needs the `triton` package.
+    Off by default: the kernel is tested in Triton's interpreter and was not timed on a GPU. Needs
+    the `triton` package.
     """
     token = _FUSED.set(True)
     try:
@@ -93,7 +93,7 @@ def _sweep(
     mean_w: Hidden | None = None,
 ) -> Sweep:
     if _FUSED.get():
-        # Triton is no requirement, and slow to import.
+        # Triton is an optional dependency and slow to import.
         from shl.kl.triton import fused_sweep
 
         return fused_sweep(student, delta, unembed, bias, mean_w=mean_w)
@@ -101,8 +101,11 @@ def _sweep(
 
 
 class Divergence(torch.autograd.Function):
-    """(kl, nll) whose backward only scales gradients that forward has already formed; lazily,
-    that of the KL is formed in backward, for the rows that have an upstream gradient."""
+    """(kl, nll) whose backward scales gradients that forward has computed.
+
+    With `lazy` the KL's gradient is computed in backward, for rows with a non-zero upstream
+    gradient.
+    """
 
     @staticmethod
     def forward(
@@ -118,38 +121,38 @@ class Divergence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """KL and NLL per token, `[tok]` each; without a reference the KL is 0."""
         student = h.detach().float()
-        # delta before the product: never the difference of two large logits.
+        # Subtract before the product: the difference of two large logits would lose precision.
         delta = None if h_ref is None else student - h_ref.detach().float()
         kl = torch.zeros(len(student), device=student.device)
         grad_kl = torch.zeros_like(student)
         if h_ref is None or delta is None:
-            own = _sweep(student, None, unembed, bias)
+            at_student = _sweep(student, None, unembed, bias)
         elif not reverse:
-            own = _sweep(student, None, unembed, bias)
-            other = _sweep(h_ref.detach(), -delta, unembed, bias)
-            assert other.kl is not None
-            kl, grad_kl = other.kl, own.mean_w - other.mean_w
+            at_student = _sweep(student, None, unembed, bias)
+            at_ref = _sweep(h_ref.detach(), -delta, unembed, bias)
+            assert at_ref.kl is not None
+            kl, grad_kl = at_ref.kl, at_student.mean_w - at_ref.mean_w
         elif lazy:
-            own = _sweep(student, None, unembed, bias)
+            at_student = _sweep(student, None, unembed, bias)
             ref_lse = logsumexp(h_ref, unembed, bias) if ref_lse is None else ref_lse
-            kl = (delta * own.mean_w).sum(1) - own.lse + ref_lse
+            kl = (delta * at_student.mean_w).sum(1) - at_student.lse + ref_lse
         else:
-            own = _sweep(student, delta, unembed, bias)
-            assert own.kl is not None
-            assert own.grad_kl is not None
-            kl, grad_kl = own.kl, own.grad_kl
+            at_student = _sweep(student, delta, unembed, bias)
+            assert at_student.kl is not None
+            assert at_student.grad_kl is not None
+            kl, grad_kl = at_student.kl, at_student.grad_kl
         target_w = unembed.T[targets].float()
-        nll = own.lse - (student * target_w).sum(1)
+        nll = at_student.lse - (student * target_w).sum(1)
         if bias is not None:
             nll = nll - bias[targets].float()
         ctx.lazy = lazy and reverse and delta is not None
-        ctx.save_for_backward(grad_kl, own.mean_w, target_w, student, delta, unembed, bias)
+        ctx.save_for_backward(grad_kl, at_student.mean_w, target_w, student, delta, unembed, bias)
         ctx.dtype = h.dtype
         return kl, nll
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """From upstream gradients of KL and NLL, `[tok]` each, to that of `h`, `[tok, d]`."""
+        """The gradient of `h`, `[tok, d]`, from those of KL and NLL, `[tok]` each."""
         grad_kl, mean_w, target_w, student, delta, unembed, bias = ctx.saved_tensors
         kl_up, nll_up = upstream
         if ctx.lazy:
@@ -163,7 +166,7 @@ class Divergence(torch.autograd.Function):
 
 
 def aggregate(kl: PerToken, how: str) -> Float[Tensor, ""]:
-    """One number D for a completion's per-token divergences, in nats.
+    """The aggregate D of a completion's per-token divergences, in nats.
 
     Args:
         kl: `[tok]`, nats.
@@ -171,7 +174,7 @@ def aggregate(kl: PerToken, how: str) -> Float[Tensor, ""]:
             quantile. At all-zero `kl` the gradient of rmse is exactly 0.
 
     Raises:
-        ShlError: no token, or an unknown aggregate.
+        ShlError: `kl` is empty, or the aggregate is unknown.
 
     Example:
         >>> import torch
@@ -179,11 +182,11 @@ def aggregate(kl: PerToken, how: str) -> Float[Tensor, ""]:
         >>> [round(float(aggregate(kl, how)), 2) for how in ("mean", "rmse", "p95", "max")]
         [0.38, 1.54, 3.82, 8.1]
     """
-    require(len(kl) > 0, "a completion without tokens has no divergence to aggregate.")
+    require(len(kl) > 0, "a completion without tokens has no divergence, kl must not be empty.")
     if how == "mean":
         return kl.mean()
     if how == "rmse":
-        # vector_norm's gradient at the origin is 0, where that of sqrt is infinite.
+        # vector_norm's gradient at the origin is 0; that of sqrt is infinite.
         return torch.linalg.vector_norm(kl) / len(kl) ** 0.5
     if how == "max":
         return kl.amax()
@@ -207,23 +210,24 @@ def reverse_kl_and_nll(
     """KL(student || reference) and -log p_student(target) per token, without allocating logits.
 
     Args:
-        student: `[tok, d_model]`, final and normed; the only input that gets a gradient.
-        ref: `[tok, d_model]`, of the reference, through the same unembedding.
+        student: `[tok, d_model]`, final hidden states after the norm; the only input that gets a
+            gradient.
+        ref: `[tok, d_model]`, the reference's, with the same unembedding.
         unembed: `[d_model, vocab]`, TransformerLens's `W_U`, frozen.
-        targets: `[tok]`, the id that follows each position.
-        bias: `[vocab]`, TransformerLens's `b_U`, where it is not 0.
-        ref_lse: `[tok]`, `logsumexp` of the reference's logits, if known; only `lazy` uses it.
-        lazy: form the KL's gradient in backward, for rows with a non-zero upstream only: two
-            products if none has one and `ref_lse` is given, and three more for those that do,
-            against four. The KL's absolute error is then up to 1e-5.
-        soft_cap: logits become cap * tanh(logits / cap) if it is above 0. They are no longer
-            linear in h then, so full logits are formed, with a warning.
+        targets: `[tok]`, the next token at each position.
+        bias: `[vocab]`, TransformerLens's `b_U`, if it is not 0.
+        ref_lse: `[tok]`, `logsumexp` of the reference's logits, if known; only with `lazy`.
+        lazy: compute the KL's gradient in backward, only for rows with a non-zero upstream
+            gradient. It takes two products over the vocabulary (with `ref_lse`), and three more for
+            those rows, instead of four. The KL's absolute error is then up to 1e-5.
+        soft_cap: if above 0, logits become cap * tanh(logits / cap). They are then not linear in h,
+            so full logits are formed, with a warning.
 
     Raises:
-        ShlError: `ref_lse` without `lazy`, or `lazy` with `soft_cap`, which would be ignored.
+        ShlError: `ref_lse` is given without `lazy`, or `lazy` with `soft_cap`.
 
     Returns:
-        kl and nll, `[tok]` each, nats, fp32, each with its own per-token upstream gradient.
+        kl and nll, `[tok]` each, in nats and fp32.
 
     Example:
         >>> import torch
@@ -270,7 +274,7 @@ def differentiable_nll(
     bias: Float[Tensor, " vocab"] | None = None,
     soft_cap: float = 0.0,
 ) -> PerToken:
-    """NLL per token with its gradient, at half the products of a divergence."""
+    """NLL per token with its gradient, at half the cost of a divergence."""
     if soft_cap > 0:
         warn_full_logits(soft_cap)
         log_p = full_log_probs(student, unembed, bias, soft_cap)
@@ -286,7 +290,7 @@ def nll(
     bias: Float[Tensor, " vocab"] | None = None,
     soft_cap: float = 0.0,
 ) -> PerToken:
-    """-log p(target) per token in nats, in chunks, without a gradient: for scoring.
+    """-log p(target) per token in nats, in chunks and without a gradient, for scoring.
 
     Example:
         >>> import torch
@@ -304,7 +308,7 @@ def log_probs_at(
     bias: Float[Tensor, " vocab"] | None = None,
     soft_cap: float = 0.0,
 ) -> Float[Tensor, "tok n"]:
-    """Log-probabilities (nats, fp32) of chosen tokens `[tok, n]` at each position, in chunks and
+    """Log-probabilities (nats, fp32) of given tokens `[tok, n]` at each position, in chunks and
     without a gradient."""
     with torch.no_grad():
         if soft_cap > 0:

@@ -1,4 +1,4 @@
-"""One pass over vocabulary chunks: softmax statistics of h W without a `[tok, vocab]` tensor."""
+"""A pass over vocabulary chunks: softmax statistics of h W without a `[tok, vocab]` tensor."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from shl.fast import onednn_linear
 from shl.utils.shapes import Bool, Float, Hidden, PerToken, Unembed
 
 WIDTH = 1024
-"""Tokens of the vocabulary per product: MKL is up to twice as fast at a batch of such products, one
-thread to each, as at a wide one that its threads share."""
+"""Tokens of the vocabulary per product. MKL is up to twice as fast at a batch of such products, one
+per thread, as at one wide product that all threads share."""
 
 
 def chunk_size(tokens: int, vocab: int) -> int:
-    """Tokens of the vocabulary per chunk: a function of the shape alone, so results repeat bit for
-    bit. A chunk of logits takes 4 MB: larger ones leave the cache, and smaller ones make threads
-    wait for each other more often."""
+    """Tokens of the vocabulary per chunk, a function of the shape alone, so that results are
+    reproducible. A chunk of logits has 4 MB: larger ones exceed the CPU's cache, smaller ones
+    synchronise threads more often."""
     return max(1, min(vocab, max(512, (1 << 20) // max(tokens, 1))))
 
 
 def chunks(tokens: int, vocab: int) -> Iterator[tuple[int, int, int]]:
-    """(start, count, width) of chunks that cover `count` times `width` tokens of the vocabulary.
+    """(start, count, width) of chunks, each with `count` times `width` tokens of the vocabulary.
 
     Example:
         >>> list(chunks(512, 5000))
@@ -57,7 +57,7 @@ class Chunk:
         return torch.bmm(rows.expand(count, -1, -1), parts, out=out).transpose(0, 1)
 
     def fast_logits(self, rows: Tensor) -> Tensor:
-        """The same by oneDNN, with up to twice the rounding error."""
+        """As `logits`, by oneDNN, with up to twice the rounding error."""
         return onednn_linear(rows, self.weight).unflatten(1, self.shape)
 
     def weighted(self, e: Tensor) -> Tensor:
@@ -65,24 +65,24 @@ class Chunk:
         return onednn_linear(e.flatten(1), self.weight.T)
 
     def view(self, buffer: Tensor, tok: int) -> Tensor:
-        """`[tok, count, width]` of `buffer`, with a token's numbers side by side."""
+        """A contiguous `[tok, count, width]` view of `buffer`."""
         count, width = self.shape
         return buffer[: tok * count * width].view(tok, count, width)
 
 
 def buffer_for(tok: int, vocab: int, like: Tensor) -> Tensor:
-    """Memory for a chunk, allocated once per sweep: fresh pages cost more than the sums."""
+    """Memory for a chunk, allocated once per sweep, because allocation costs more than the sums."""
     return like.new_empty(len(like) * max(count * width for _, count, width in chunks(tok, vocab)))
 
 
-# Above this exp(ubar - u) of a single token leaves fp32's safe range; such rows, far from the
-# reference, take the logsumexp form, whose error is relative to the logits and small there.
+# For larger ubar - u, exp(ubar - u) exceeds fp32's safe range. Such rows are far from the
+# reference and use the logsumexp form, whose error is relative to the logits and small there.
 LARGE = 40.0
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What one pass over the vocabulary leaves, per token."""
+    """The result of one pass over the vocabulary, per token."""
 
     lse: PerToken  # F(h)
     mean_w: Hidden  # A = E_p[W]
@@ -106,11 +106,10 @@ def sweep(
     *,
     mean_w: Hidden | None = None,
 ) -> Sweep:
-    """Online softmax statistics of h W over chunks of the vocabulary; with `delta`, of u = delta W
-    too.
+    """Online softmax statistics of h W, and with `delta` of u = delta W, over vocabulary chunks.
 
-    Two matrix products without `delta`, four with it; three if A is known already (`mean_w`), as
-    the divergence is then, which is left out.
+    Takes two matrix products without `delta` and four with it. With `mean_w` (A, from an earlier
+    sweep) it takes three and computes the KL's gradient only.
 
     Example:
         >>> import torch
@@ -126,8 +125,8 @@ def sweep(
     top = h.new_full((tok, 1), -torch.inf)
     total = h.new_zeros(tok, 1)
     known, mean_w = mean_w, h.new_zeros(tok, d)
-    # u is taken about its mean over the first chunk, so that what all tokens share cancels before
-    # it is summed.
+    # The mean of u over the first chunk is subtracted from u, so that a common offset cancels
+    # before summation.
     centre = h.new_zeros(tok, 1)
     shift = h.new_zeros(tok, 1)  # the running mean of u - centre, around which expm1 is exact
     excess = h.new_zeros(tok, 1)  # sum of e * expm1(shift - u)
@@ -154,12 +153,12 @@ def sweep(
         torch.mul(e, u.sub_(centre[..., None]), out=eu)
         chunk_first = _sum(eu)
         mean_uw.mul_(rescale).add_(part.weighted(eu))
-        # The shift moves to the running mean before this chunk's tokens are added: the earlier
-        # ones' excess is never negative about their own mean, so nothing large cancels.
+        # Update the shift to the running mean before adding this chunk's tokens. The excess of
+        # earlier tokens about their mean is not negative, so there is no large cancellation.
         move = (chunk_first - shift * chunk_total) / total
         shift = shift + move
         if known is not None:
-            continue  # the divergence itself is known too
+            continue  # the caller has the KL already
         if start > 0:
             far |= move[:, 0] > LARGE
             move = move.clamp(max=LARGE)
@@ -192,11 +191,11 @@ def logsumexp(
     *,
     scoring: bool = False,
 ) -> PerToken:
-    """F(h) alone: one matrix product.
+    """F(h) = logsumexp(h W), by one matrix product.
 
     Args:
-        scoring: take the faster product, up to twice as far off (some 1e-5 nats) and not bit for
-            bit what `sweep` gives: not for a difference of two values that are nearly equal.
+        scoring: use the faster product, with up to twice the error (about 1e-5 nats) and not
+            bit-identical to `sweep`; unsuitable for differences of nearly equal values.
 
     Example:
         >>> import torch

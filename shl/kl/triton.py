@@ -1,10 +1,10 @@
-"""The sweep's elementwise part as one Triton kernel per chunk, for GPUs.
+"""The elementwise part of the sweep as a Triton kernel, for GPUs.
 
-The matrix products stay with the vendor's library: a `[64, d_model]` fp32 accumulator for a
-d_model of 2560 fits no streaming multiprocessor, so one kernel for everything cannot be. Per chunk
-of the vocabulary, two products give logits z = h W and u = delta W in fp32; this kernel reads
-both, moves the online statistics of a row, and writes e = exp(z - top) and e u in the weights'
-dtype for the two gradient products. Without delta it leaves out whatever has u in it.
+Matrix products stay with cuBLAS: a single kernel would need a `[64, d_model]` fp32 accumulator,
+which for d_model 2560 does not fit into a streaming multiprocessor. Per chunk of the vocabulary two
+products give logits z = h W and u = delta W in fp32. The kernel reads both, updates the online
+statistics of each row, and writes e = exp(z - top) and e u in the weights' dtype for the two
+gradient products. Without delta everything that involves u is omitted.
 """
 
 import torch
@@ -16,9 +16,9 @@ from shl.kl.sweep import LARGE, Sweep, logsumexp
 from shl.utils.shapes import Float, Hidden, Unembed
 
 BLOCK = 1024
-"""Words that a row's program handles at a time."""
+"""Tokens of the vocabulary per iteration of a row's program."""
 CHUNK_BYTES = 1 << 28
-"""Workspace for one chunk's z and u, fp32."""
+"""Workspace for z and u of one chunk, fp32."""
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _row(  # noqa: ANN202
     large: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One row of one chunk. The state is top, total, centre, shift, excess, far, rescale."""
+    """Process a row of a chunk; the state is top, total, centre, shift, excess, far, rescale."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * width
     u_ptr += row * width
@@ -57,17 +57,17 @@ def _row(  # noqa: ANN202
     rescale = tl.exp(top - new_top)
 
     if first and divergence:
-        # What all tokens share cancels before it is summed, as in `sweep`.
-        own = tl.zeros([block], tl.float32)
+        # Subtract a common offset before summation, as in `sweep`.
+        weights = tl.zeros([block], tl.float32)
         shared = tl.zeros([block], tl.float32)
         for start in range(0, width, block):
             inside = start + at < width
             z = tl.load(z_ptr + start + at, mask=inside, other=float("-inf"))
             u = tl.load(u_ptr + start + at, mask=inside, other=0.0)
             e = tl.exp(z - new_top)
-            own += e
+            weights += e
             shared += e * u
-        centre = tl.sum(shared, 0) / tl.sum(own, 0)
+        centre = tl.sum(shared, 0) / tl.sum(weights, 0)
 
     sums = tl.zeros([block], tl.float32)
     firsts = tl.zeros([block], tl.float32)
@@ -89,13 +89,13 @@ def _row(  # noqa: ANN202
     tl.store(state_ptr + 1, total)
     tl.store(state_ptr + 6, rescale)
     if divergence:
-        # The shift moves to the running mean before this chunk's tokens are added, as in `sweep`.
+        # Update the shift to the running mean before adding this chunk's tokens, as in `sweep`.
         move = (tl.sum(firsts, 0) - shift * chunk_total) / total
         shift += move
         if not first:
             far = tl.maximum(far, tl.where(move > large, 1.0, 0.0))
             move = tl.minimum(move, large)
-            # Kahan's expm1: exp(x) - 1 loses digits near 0, and log(exp(x)) loses the same ones.
+            # Kahan's expm1: the rounding errors of exp(x) - 1 and log(exp(x)) near 0 cancel.
             grown = tl.exp(move)
             close = (grown != 1.0) & (tl.abs(move) < 0.5)
             more = tl.where(
@@ -134,7 +134,7 @@ def fused_sweep(
 ) -> Sweep:
     """`shl.kl.sweep.sweep` through the Triton kernel, with the same arguments.
 
-    Products are taken in the weights' dtype with fp32 results; everything else is fp32.
+    Matrix products take factors in the weights' dtype and return fp32; everything else is fp32.
 
     Example:
         >>> h, w = torch.ones(1, 2), torch.ones(2, 8)
@@ -187,7 +187,7 @@ def fused_sweep(
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b in fp32, whatever the dtype of the factors."""
+    """a @ b with an fp32 result, for factors of any dtype."""
     if a.dtype == torch.float32:
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     if a.is_cuda:

@@ -25,8 +25,8 @@ def _linear_sites(adapter: Adapter) -> tuple[Site, ...]:
     for site in adapter.sites:
         require(
             site.kind in HF_NAMES,
-            f"{site.name} sits on the residual stream, where no weight can take it in; it cannot "
-            "be exported.",
+            f"{site.name} is on the residual stream, which has no weight to merge it into; it "
+            "cannot be exported.",
         )
     return adapter.sites
 

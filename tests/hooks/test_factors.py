@@ -85,7 +85,7 @@ def test_what_kind_of_scope_it_is(gemma):
         ({"mask": torch.ones(2, 513, dtype=torch.bool)}, "(2, 513)"),
         ({"mask": torch.ones(2, 0, dtype=torch.bool)}, "(2, 0)"),
         ({"positions": []}, "positions is []"),
-        ({"positions": [-1]}, "positions is [-1], it must name some of 0 to 511"),
+        ({"positions": [-1]}, "positions is [-1], it must have at least one of 0 to 511"),
         ({"positions": [512]}, "positions is [512]"),
         ({"positions": range(510, 514)}, "positions is range(510, 514)"),
         ({"positions": slice(-3, None)}, "positions is slice(-3, None, None)"),

@@ -95,12 +95,12 @@ def test_a_handle_is_removed_once_even_inside_suspended(model):
 
 def test_the_residual_site_and_a_second_stack_are_refused(model):
     before = storage(model)
-    with pytest.raises(ShlError, match=r"blocks\.0\.resid sits on the residual stream"):
+    with pytest.raises(ShlError, match=r"blocks\.0\.resid is on the residual stream"):
         baked(model, three(model, ("q", "resid")), materialise=True)
     assert_untouched(model, before)
     with (
         baked(model, three(model), materialise=True),
-        pytest.raises(ShlError, match="materialised stack already"),
+        pytest.raises(ShlError, match="has a materialised stack"),
     ):
         baked(model, three(model), materialise=True)
     assert_untouched(model, before)

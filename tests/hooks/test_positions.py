@@ -367,7 +367,10 @@ def test_a_recorder_cannot_choose_where_positions_are_unknown(gemma):
     with pytest.raises(ShlError, match="'hook_embed' is outside the blocks"):
         Recorder(gemma, ["hook_embed"], positions=[1])
     name = "blocks.0.attn.hook_pattern"
-    with Recorder(gemma, [name], positions=[1]), pytest.raises(ShlError, match="no axes of batch"):
+    with (
+        Recorder(gemma, [name], positions=[1]),
+        pytest.raises(ShlError, match="must be batch and position"),
+    ):
         gemma(TOKENS)
 
 

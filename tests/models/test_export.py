@@ -87,9 +87,9 @@ def test_the_residual_site_is_refused_by_name(pair, tmp_path):
     model, hf = pair
     adapters = [random_adapter(model, ["q", "resid"], (0,), rank=1)]
     hf.save_pretrained(tmp_path / "base")
-    with pytest.raises(ShlError, match=r"blocks\.0\.resid sits on the residual stream"):
+    with pytest.raises(ShlError, match=r"blocks\.0\.resid is on the residual stream"):
         export_peft(adapters, tmp_path / "out")
-    with pytest.raises(ShlError, match=r"blocks\.0\.resid sits on the residual stream"):
+    with pytest.raises(ShlError, match=r"blocks\.0\.resid is on the residual stream"):
         export_hf(model, adapters, tmp_path / "out", tmp_path / "base")
     assert not (tmp_path / "out").exists()
 

@@ -70,7 +70,7 @@ def test_unknown_settings_are_refused(kind):
         (GenerateConfig, {"top_k": -1}, "top_k is -1"),
         (FilterConfig, {"max_word_share": 1.5}, "max_word_share is 1.5"),
         (FilterConfig, {"max_tail_perplexity": math.inf}, "max_tail_perplexity is inf"),
-        (DoseConfig, {"alpha": 0.0}, "alpha is 0, where a walk"),
+        (DoseConfig, {"alpha": 0.0}, "alpha is 0, so all doses"),
         (DoseConfig, {"alpha": float("nan")}, "alpha is nan"),
         (DoseConfig, {"kappa_min": 0.0}, "kappa_min is 0.0"),
         (DoseConfig, {"target_survival": -0.5}, "target_survival is -0.5"),

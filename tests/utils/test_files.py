@@ -139,7 +139,7 @@ def test_other_weights_are_refused_unless_asked_for(kind, request):
 def test_a_vector_of_another_width_is_refused_at_loading(model, tmp_path):
     path = tmp_path / "v"
     SteeringVector({1: torch.ones(31)}, "tiny-gemma", "demo", 1).save(path)
-    with pytest.raises(ShlError, match="does not say on which weights"):
+    with pytest.raises(ShlError, match="no hash or dtype of the weights"):
         SteeringVector.load(path, model)
     with pytest.raises(ShlError, match=r"shape \(31,\), tiny-gemma has d_model 32"):
         SteeringVector.load(path, model, any_weights=True)

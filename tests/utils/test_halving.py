@@ -64,10 +64,10 @@ def test_a_single_row_that_does_not_fit_is_one_sentence():
 
     with pytest.raises(ShlError) as error:
         in_batches([[0]], work, "scoring")
-    assert "no memory left for scoring of a single row" in one_sentence(error)
+    assert "too little memory for scoring of a single row" in one_sentence(error)
 
 
-@pytest.mark.filterwarnings("ignore:.*did not fit the GPU")
+@pytest.mark.filterwarnings("ignore:.*did not fit into the GPU")
 def test_generation_scoring_reading_go_on_with_less(gemma, small_gpu):
     whole = generate(gemma, PROMPTS, max_new_tokens=6, seed=1)
     losses = token_nll(gemma, whole)
@@ -80,7 +80,7 @@ def test_generation_scoring_reading_go_on_with_less(gemma, small_gpu):
     torch.testing.assert_close(residual_at_tag(gemma, PROMPTS, [1])[1], tags[1])
 
 
-@pytest.mark.filterwarnings("ignore:.*did not fit the GPU")
+@pytest.mark.filterwarnings("ignore:.*did not fit into the GPU")
 def test_the_probe_goes_on_with_less(small_gpu):
     model, again = tiny_gemma(), tiny_gemma()
     whole = evaluate(model, config=EvalConfig(batch_size=4))
@@ -89,7 +89,7 @@ def test_the_probe_goes_on_with_less(small_gpu):
     assert abs(whole.log_probs - halved.log_probs).max() < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:.*did not fit the GPU")
+@pytest.mark.filterwarnings("ignore:.*did not fit into the GPU")
 @pytest.mark.parametrize("how", ["asked", "forced"])
 @pytest.mark.parametrize("divergence", ["kl_rev", "none"])
 def test_training_with_fewer_rows_at_a_time_is_the_same_training(how, divergence, gemma, small_gpu):
