@@ -97,7 +97,9 @@ def drawable(text: str, font: FontProperties) -> str:
         'café □'
     """
     glyphs = get_font(findfont(font))
-    return "".join(c if c.isprintable() and glyphs.get_char_index(ord(c)) else "\u25a1" for c in text)
+    return "".join(
+        c if c.isprintable() and glyphs.get_char_index(ord(c)) else "\u25a1" for c in text
+    )
 
 
 def lens(
@@ -304,7 +306,11 @@ def norms(ledger: Ledger) -> Figure:
     }
     present = {key: text for key, text in panels.items() if not np.isnan(ledger.grid(key)).all()}
     figure, axes = plt.subplots(
-        1, len(present), figsize=(0.6 + 3.1 * len(present), 3.2), layout="constrained", squeeze=False
+        1,
+        len(present),
+        figsize=(0.6 + 3.1 * len(present), 3.2),
+        layout="constrained",
+        squeeze=False,
     )
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(ledger.rounds)))
     for panel, (key, text) in zip(axes[0], present.items(), strict=True):
