@@ -19,6 +19,7 @@ from transformer_lens import HookedTransformer
 from shl.analysis.dose_response import DoseResponse
 from shl.analysis.ledger import Ledger
 from shl.analysis.logit_lens import largest_by_chance, logit_lens
+from shl.analysis.weight_updates import NULL_COVERAGE
 from shl.models.generate import Completion
 from shl.models.scores import token_divergence
 from shl.models.tokens import decode
@@ -273,7 +274,7 @@ def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
     panel.set(xlabel="round", ylabel="layer")
     panel.set_title(
         f"cosine of each round's vector to\n{names[to]}"
-        + ("\n(below: 95 % of chance; brackets: within it)" if nulls else ""),
+        + (f"\n(below: {NULL_COVERAGE:.0%} of chance; brackets: within it)" if nulls else ""),
         fontsize=9,
     )
     figure.colorbar(image, ax=panel, label="cosine")
