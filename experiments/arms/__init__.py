@@ -1,1 +1,1 @@
-"""The arms: the method beside what it must beat and the controls that could refute it."""
+"""The arms: the method, prompting, and the controls, run and compared."""

@@ -1,4 +1,4 @@
-"""Per-token KL of three groups of text: does a barrier separate trait from incoherence?
+"""Per-token KL of three groups of text: can a KL barrier separate trait from incoherence?
 
 On-trait text is base's answer under the persona, and its divergence is that of base with the
 persona from base without; kept and incoherent text was written by the steered model, and its

@@ -1,1 +1,1 @@
-"""Us and the peers, side by side in one run: `make bench`, or `BENCH=kernel make bench`."""
+"""Speed and memory of shl and its peers, interleaved in one run: `make bench BENCH=kernel`."""

@@ -1,4 +1,4 @@
-"""`python -m experiments.bench [kernel decode heal start]`: ratios first, and a JSON kept."""
+"""Run the bench: `python -m experiments.bench [kernel decode heal start]`."""
 
 import argparse
 import importlib

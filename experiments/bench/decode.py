@@ -1,4 +1,4 @@
-"""Decoding: ours under hooks against transformers' and TransformerLens's `generate` without any."""
+"""Decoding: shl with hooks against `generate` of transformers and TransformerLens without."""
 
 import warnings
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""One training step: ours against transformers + PEFT with full logits, as usually written."""
+"""One training step of `heal` against transformers with PEFT and full logits."""
 
 import importlib.util
 from collections.abc import Callable, Sequence

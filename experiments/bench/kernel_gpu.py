@@ -1,4 +1,4 @@
-"""The kernel on a GPU, at the shape of a 4b model: naive, compiled, Liger and ours in one run."""
+"""The kernel on a GPU, at the shape of a 4b model: naive, compiled, Liger and shl in one run."""
 
 import importlib.util
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Timing that a busy machine spoils as little as it can: interleaved repeats, medians, spread."""
+"""Interleaved timing on a shared machine: repeats in turns, medians, spread."""
 
 import ctypes
 import gc

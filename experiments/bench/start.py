@@ -1,4 +1,4 @@
-"""From the cache to a model that can answer, after imports."""
+"""Loading a model from the cache, after imports."""
 
 import subprocess
 import sys

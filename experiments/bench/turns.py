@@ -1,4 +1,4 @@
-"""What hooks cost a decoding step: one step on models that differ in nothing else, in turns."""
+"""The cost of hooks in one decoding step, measured in turns."""
 
 import statistics
 import time

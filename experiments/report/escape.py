@@ -1,4 +1,4 @@
-"""Text of models and users for a page: no character is invisible or reorders its neighbours."""
+"""Escaping of model and user text for a page: invisible and reordering characters are shown."""
 
 _TABLE: dict[int, int | str] = {
     # Unicode has a picture for each control character.

@@ -1,1 +1,1 @@
-"""Looking inside a run: vectors, weight updates, words, doses, sanity checks, plots."""
+"""Analysis of a run: vectors, weight updates, logit lens, dose-response, sanity checks, plots."""

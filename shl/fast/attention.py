@@ -1,4 +1,4 @@
-"""TransformerLens's attention at transformers' speed, with every HookPoint.
+"""TransformerLens's attention with fused scores, and every HookPoint.
 
 TransformerLens caches keys before rotation and rotates all of them at every step, builds the mask
 and the rotary table again in each layer, copies the whole cache to append one token and repeats the

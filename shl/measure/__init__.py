@@ -1,1 +1,1 @@
-"""What is read off a model, and how far each reading can be trusted."""
+"""Evaluation of a model, and the validity of its instruments."""

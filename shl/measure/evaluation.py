@@ -1,4 +1,4 @@
-"""The result of an evaluation on the vignettes: log-probabilities in, trait and coherence out."""
+"""The result of an evaluation on the vignettes: trait and coherence from log-probabilities."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The dose controller: survival in, next kappa out. Pure, knows no model.
+"""The dose controller: survival in, next kappa out. It does not use the model.
 
 A ladder of doses is probed as rows of one batch, pooled into one survival estimate per rung,
 and the highest rung that survives at the target share is used. Each later batch at that dose

@@ -1,4 +1,4 @@
-"""The control for a steering vector: random directions that take the model just as far."""
+"""Steering vectors from a persona pair, and the random control that moves the model as far."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

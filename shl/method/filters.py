@@ -1,4 +1,4 @@
-"""Why a completion is dropped: text predicates, and its scores under base.
+"""The coherence filter: text rules and perplexity bounds, with every reason for dropping a text.
 
 Every rule that fires is recorded, not only the first. Perplexity is that of the untouched model
 given the prompt, on the whole completion and on its last quarter, where collapse sits.

@@ -1,4 +1,4 @@
-"""Heal: train a fresh adapter on kept completions while a KL barrier keeps it coherent.
+"""Heal: train a fresh adapter on kept completions under a KL barrier.
 
     loss = mean over completions of [ mean_t NLL_t + lam * relu(D - tau) ],
     D = aggregate over t of KL(student || reference) at position t

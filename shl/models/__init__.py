@@ -1,4 +1,4 @@
-"""A model in and out: loading, tokens, generation, scores, activations, export."""
+"""Models: loading, tokens, generation, scores, activations, export."""
 
 from shl.models.load import load_model
 

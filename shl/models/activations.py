@@ -1,4 +1,4 @@
-"""Reading activations: any HookPoint, at the assistant tag or another position of each prompt."""
+"""Activations at any HookPoint, at the assistant tag or another position of each prompt."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial

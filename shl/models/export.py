@@ -1,4 +1,4 @@
-"""For the rest of the ecosystem: PEFT's on-disk format, and a merged Hugging Face folder."""
+"""Export to PEFT's adapter format and to a merged Hugging Face folder."""
 
 import json
 from collections.abc import Sequence

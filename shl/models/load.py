@@ -1,4 +1,4 @@
-"""`load_model`: a name or a folder becomes a real HookedTransformer, laid out for speed."""
+"""Load a model by name or from a folder as a HookedTransformer."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Numbers that go wrong are caught where they arise, and the sentence says where that was."""
+"""Checks for non-finite numbers that name the place where they arose."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What a completion costs: its tokens' NLL, perplexity and divergence, completions only.
+"""Scores of completions: NLL, perplexity and divergence of their tokens.
 
 Prompt and padding positions are never unembedded.
 """

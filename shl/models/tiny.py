@@ -1,4 +1,4 @@
-"""A tiny random Gemma-3 in memory, for tests and examples: never evidence that a thing works."""
+"""A tiny random Gemma-3 in memory, for tests and examples only."""
 
 import string
 

@@ -1,4 +1,4 @@
-"""The only prompt and completion encoder, padder and masker.
+"""Encoding, padding and masking of prompts and completions.
 
 Chat models use their tokenizer's template (the persona is the system turn); models without one
 get plain text, `persona`, a blank line, `Q: ...` and `A:`. Everything is encoded without the

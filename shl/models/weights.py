@@ -1,4 +1,4 @@
-"""Weights on disk: the package index, a folder or the hub, converted for TransformerLens."""
+"""Weights from the package index, a folder or the hub, converted for TransformerLens."""
 
 import hashlib
 import math

@@ -265,7 +265,7 @@ def test_a_persona_is_met_at_its_own_coherence_on_the_harder_reading():
     assert against(found, "rmse", "persona", 0.97)["each"] == [pytest.approx(0.5 - 0.3)]
 
 
-def test_kinds_are_told_apart_by_what_differs():
+def test_groups_of_text_separate_by_auc():
     def text(kind, kl):
         return {"kind": kind, "kl": kl}
 

@@ -1,4 +1,4 @@
-"""Killed at any point, the finished run is the one that was never killed, bit for bit."""
+"""A run killed at any point and resumed equals the uninterrupted run, bit for bit."""
 
 import io
 import os
@@ -45,7 +45,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run that nobody disturbed, with its report."""
+    """An uninterrupted run, with its report."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     go(folder)
     report(folder, quiet())
@@ -351,7 +351,7 @@ def test_other_weights_do_not_go_on_with_a_run(tmp_path, monkeypatch):
     assert "began with weights" in one_sentence(error)
 
 
-def test_status_tells_what_is_done_and_what_remains(alone, tmp_path):
+def test_status_prints_what_is_done_and_what_remains(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run")
     assert "finished   base, prompted+, prompted-; round 0; round 1" in status(folder)
     # start, three baselines, the probe's validity, vector, probe

@@ -1,4 +1,4 @@
-"""The faster components give TransformerLens's results, and step aside for whoever looks."""
+"""The fast blocks equal TransformerLens's, and use its code wherever a hook is set."""
 
 import pytest
 import torch

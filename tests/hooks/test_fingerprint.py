@@ -1,4 +1,4 @@
-"""Base weights are told apart, whatever is on the model."""
+"""Fingerprints distinguish base weights, whatever hooks are on."""
 
 import torch
 from helpers import random_adapter

@@ -1,4 +1,4 @@
-"""While a batch decodes, baked stacks sit in the weights and do what their hooks do."""
+"""In a long generate, baked stacks in the weights equal their hooks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Handles come off however their body ends, and live beside TransformerLens's own hooks."""
+"""Handles are removed however their body ends, beside TransformerLens's own hooks."""
 
 import gc
 import weakref

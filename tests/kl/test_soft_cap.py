@@ -1,4 +1,4 @@
-"""Soft-capped logits are no longer linear in h: the plain path, with a warning, and right."""
+"""Soft-capped logits take the plain path, with a warning, and are exact."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a reading says, on constructed probabilities: nats, mass, shifts."""
+"""Nats, mass and shifts of a reading, on constructed probabilities."""
 
 from dataclasses import replace
 

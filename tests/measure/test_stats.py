@@ -1,4 +1,4 @@
-"""Bootstrap and split-half: paired, repeatable, and right about numbers that are known."""
+"""Bootstrap and split-half: paired, repeatable, and right on known numbers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The probe's data, its scores against full logits on single rows, and what it makes of them."""
+"""The probe's data, its scores against full logits on single rows, and its readings."""
 
 import re
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""The dose walk: rungs, the rule that picks one, and a world in which it finds the right one."""
+"""The dose walk: rungs, the rule that picks one, and a simulated cliff."""
 
 import random
 
@@ -27,7 +27,7 @@ def test_the_ladder_falls_from_one_to_the_least_kappa_evenly_in_its_log():
     assert ladder(DoseConfig(walk=False, rungs=7)) == (1.0,)
 
 
-def test_the_highest_rung_at_the_target_is_taken():
+def test_the_highest_rung_at_the_target_is_chosen():
     # 6 of 8 is the target itself, 0.75; 5 of 8 = 0.625 is below.
     assert settle(start(FOUR), probes(5, 6, 8, 8)).kappa == pytest.approx(0.5)
     assert settle(start(FOUR), probes(6, 0, 8, 8)).kappa == 1.0
@@ -116,7 +116,7 @@ def test_whatever_the_probes_the_rung_obeys_the_rule(target, rungs, table):
 
 
 @pytest.mark.parametrize(("cliff", "rung"), [(1.0, 0), (0.6, 1), (0.3, 2), (0.15, 3), (0.0, 3)])
-def test_in_a_world_with_a_cliff_the_walk_ends_on_the_highest_rung_that_lives(cliff, rung):
+def test_with_a_survival_cliff_the_walk_ends_on_the_highest_surviving_rung(cliff, rung):
     # Survival is 0.95 up to the cliff and 0.1 above it; the rungs are 1, 1/2, 1/4, 1/8.
     draw = random.Random(0)
 

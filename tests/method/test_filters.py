@@ -1,4 +1,4 @@
-"""What is dropped and why: texts that must fall and texts that must stay."""
+"""The filter's rules: texts that must be dropped and texts that must be kept."""
 
 import zlib
 
@@ -116,7 +116,7 @@ def test_all_reasons_are_recorded_at_once(gemma, monkeypatch):
 
 
 @pytest.mark.parametrize("text", CHEAP, ids=lambda text: text[:20])
-def test_cheap_soup_is_dropped_however_likely_a_model_finds_it(text, gemma, monkeypatch):
+def test_incoherent_text_is_dropped_at_any_perplexity(text, gemma, monkeypatch):
     assert text_reasons(text, CONFIG)
     with_scores(monkeypatch, (5.0, 5.0))
     assert keep_coherent(gemma, [completion(text)]) == []

@@ -1,4 +1,4 @@
-"""Training against full logits in float64: what is learnt, what the barrier holds, what it says."""
+"""Training against full logits in float64: loss, barrier, reports."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -112,7 +112,7 @@ def test_later_steps_report_what_full_logits_give(gemma, texts):
     assert two[1].tokens_over == pytest.approx(float((torch.cat(kls) > 0.05).double().mean()))
 
 
-def test_the_barrier_says_which_of_the_four_it_was(gemma, texts):
+def test_the_report_names_the_state_of_the_barrier(gemma, texts):
     weak = replace(HELD, tau=0.01, lam=1e-4, calibrate=False)
     assert train_adapter(gemma, texts, PLAIN).barrier == "off"
     assert train_adapter(gemma, texts, replace(HELD, tau=99.0)).barrier == "never fired"
@@ -124,7 +124,7 @@ def test_the_barrier_says_which_of_the_four_it_was(gemma, texts):
     assert healed.epoch_mean("d") <= 1.1 * 0.3
 
 
-def test_base_is_a_leash_and_prev_starts_from_the_student(gemma, texts):
+def test_reference_base_holds_to_base_and_prev_to_the_student(gemma, texts):
     one_step = replace(HELD, batch_size=8, epochs=2)
     prev = replace(one_step, reference="prev")
     below = random_adapter(gemma, size=0.4)

@@ -1,4 +1,4 @@
-"""Every option of training changes the adapter, and in the direction it promises."""
+"""Every option of training changes the adapter in the documented direction."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The loop at the smallest scale: order, hooks, banking, starving, and the same bits again."""
+"""The loop at the smallest scale: order, hooks, banking, starving, and repeatability."""
 
 from dataclasses import replace
 from importlib import import_module

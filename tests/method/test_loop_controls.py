@@ -65,7 +65,7 @@ def test_without_a_persona_a_completion_is_itself():
     assert without_persona(model, text) is text
 
 
-def test_against_nobody_the_other_side_is_the_question_alone():
+def test_without_a_negative_persona_the_other_side_is_the_question_alone():
     # Short, so that the tiny model's window of 8 tokens reaches from the tag to the persona.
     model, layers, asked = tiny_gemma(), (1, 2), ("a", "b", "c")
     axis = replace(AXIS, positive="K", negative="S", contexts=asked)

@@ -1,4 +1,4 @@
-"""The same seed gives the same bits, another one does not, and batches do not matter to texts."""
+"""The same seed gives the same bits, another seed does not, and batch sizes change no text."""
 
 import os
 import subprocess

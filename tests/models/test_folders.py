@@ -1,4 +1,4 @@
-"""Local Hugging Face folders load, or one sentence says why not."""
+"""Local Hugging Face folders load or are refused in one sentence."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What prompts share is run once, and nobody notices but the clock."""
+"""The shared prefix of a batch's prompts is run once, with equal results."""
 
 import pytest
 import torch

@@ -59,7 +59,7 @@ def test_top_p_acts_within_top_k():
     assert counts(top_k=2, top_p=0.6) == [0, N, 0]
 
 
-def test_a_word_of_no_probability_is_never_drawn():
+def test_a_token_of_zero_probability_is_never_drawn():
     assert counts([0.5, 0.0, 0.5]) == [500, 0, 500]
     logits = torch.tensor([[0.0, -torch.inf]])
     for draw in (0.0, 1 - 2**-24):  # the ends of torch.rand's range

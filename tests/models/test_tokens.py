@@ -64,7 +64,7 @@ def test_a_template_that_refuses_a_system_turn_opens_the_users(chat_without_syst
 
 
 @pytest.mark.parametrize("prompt", ["Why?", Prompt("Why?", "You are calm.")])
-def test_bos_stands_once_and_first(prompt, request):
+def test_bos_occurs_once_at_the_start(prompt, request):
     for name in ("gemma", "chat", "chat_without_system"):
         ids = encode(request.getfixturevalue(name), prompt)
         assert ids[0] == BOS

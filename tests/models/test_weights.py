@@ -1,4 +1,4 @@
-"""From package pieces to a finished folder, or one sentence that says why not."""
+"""Conversion from package pieces to a finished folder, or one sentence that says why not."""
 
 import hashlib
 from types import SimpleNamespace
@@ -76,7 +76,7 @@ def test_a_finished_folder_is_used_again_without_its_pieces(convert, fake, cache
     assert len(convert) == 1
 
 
-def test_a_killed_conversion_leaves_nothing_that_looks_whole(convert, cache, monkeypatch):
+def test_a_killed_conversion_leaves_no_finished_folder(convert, cache, monkeypatch):
     def killed(gguf, folder):
         folder.mkdir()
         (folder / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Every public name says what it takes, what it refuses, and shows a use that runs."""
+"""Every public name documents its arguments and errors and has an example that runs."""
 
 import ast
 import doctest

@@ -1,4 +1,4 @@
-"""Files tell what they are; what they say is believed only where it can be true."""
+"""Metadata and checksums of files are validated when they are read."""
 
 import json
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Batches that do not fit: halved, tried again, and told; numbers that go wrong: named."""
+"""Halving of batches that do not fit, and checks for non-finite numbers."""
 
 from dataclasses import replace
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The view is a transformers model: on the same weights it answers as transformers' own."""
+"""`as_hf` gives what transformers' own model gives on the same weights."""
 
 import copy
 import gc
@@ -65,7 +65,7 @@ def far(got, expected, mask=None):
 @pytest.mark.parametrize("mask", [None, LEFT, RIGHT])
 def test_logits_loss_and_hidden_states_equal_transformers(view, hf, mask):
     # RIGHT's padded columns are last in every row, so both count the same positions.
-    # What a padded column predicts is nobody's business, the first real token included.
+    # Predictions at padded columns are not compared, nor that of the first real token.
     own = torch.ones_like(TOKENS) if mask is None else mask
     labels = TOKENS.masked_fill((own * own.roll(1, 1).index_fill(1, torch.tensor(0), 1)) == 0, -100)
     asked = {"attention_mask": mask, "labels": labels, "output_hidden_states": True}
@@ -315,7 +315,7 @@ def test_gradients_are_those_of_the_model(model, view):
     assert float((ours - theirs).abs().max() / theirs.abs().max()) <= 1e-4
 
 
-def test_what_it_is(model, view):
+def test_it_is_a_transformers_causal_lm_without_a_copy(model, view):
     assert isinstance(view, PreTrainedModel)
     assert isinstance(view, GenerationMixin)
     assert view.can_generate()
@@ -360,7 +360,7 @@ def test_what_cannot_be_honoured_is_refused(gemma, asked):
     one_sentence(error)
 
 
-def test_more_refusals(gemma, llama, tmp_path):
+def test_invalid_inputs_are_refused(gemma, llama, tmp_path):
     view = as_hf(gemma)
     other = as_hf(llama)(TOKENS).past_key_values
     cache = view(TOKENS).past_key_values

@@ -1,4 +1,4 @@
-"""What is said of dW, against explicit products in float64."""
+"""Weight updates against explicit products in float64."""
 
 from dataclasses import replace
 

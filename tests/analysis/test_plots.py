@@ -1,4 +1,4 @@
-"""Pictures show the numbers that they were given, in full, and leave nothing open."""
+"""Figures show all the numbers that they were given."""
 
 import matplotlib.pyplot as plt
 import numpy as np
