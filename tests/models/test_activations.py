@@ -87,7 +87,7 @@ def test_difference_is_the_healed_minus_the_base(gemma):
 @pytest.mark.parametrize(
     ("names", "position", "said"),
     [
-        (["blocks.0.hook_nothing"], -1, "no HookPoint"),
+        (["blocks.0.hook_nothing"], -1, "is not a HookPoint"),
         (["blocks.0.hook_resid_post"], 8, "token 8 is asked for, a prompt has 8"),
         (["blocks.0.hook_resid_post"], -99, "token -99"),
         (["blocks.0.attn.hook_pattern"], -1, "no axis of positions"),
