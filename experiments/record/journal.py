@@ -169,11 +169,13 @@ def lock(folder: Path) -> FileLock:
     return acquired
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock of a run folder."""
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process holds the lock of a run folder; None where its file may not be opened."""
     path = folder / ".lock"
     try:
         with FileLock(path).acquire(blocking=False) if path.exists() else contextlib.nullcontext():
             return False
     except Timeout:
         return True
+    except PermissionError:
+        return None

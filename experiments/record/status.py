@@ -75,7 +75,10 @@ def status(folder: Path) -> str:
         lines.append(f"ended      {last['sentence']}")
     elif name != "end":
         lines.append(f"remains    {remaining(name, last['round'], rounds)}")
-    if is_locked(folder):
+    locked = is_locked(folder)
+    if locked is None:
+        lines.append(f"process    unknown, no permission to open {folder / '.lock'}")
+    elif locked:
         lines.append("process    running")
     else:
         again = "" if name in ("end", "starved") else "; the same command continues the run"

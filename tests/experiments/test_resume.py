@@ -17,7 +17,7 @@ from rich.console import Console
 
 from experiments import run as program
 from experiments.checks.crash import differences
-from experiments.record import writer
+from experiments.record import journal, writer
 from experiments.record.journal import Journal, lock
 from experiments.record.schema import name_of
 from experiments.record.settings import RunConfig, folder_of, settings_of
@@ -356,6 +356,17 @@ def test_status_prints_what_is_done_and_what_remains(alone, tmp_path):
     assert "finished   base, prompted+, prompted-; round 0; round 1" in status(folder)
     # start, three baselines, the probe's validity, vector, probe
     unfinish(folder, 7)
-    told = status(folder)
-    assert "round 0: vector, probe" in told
-    assert "remains    round 0: batch, steered, healing, healed; 1 more round" in told
+    printed = status(folder)
+    assert "round 0: vector, probe" in printed
+    assert "remains    round 0: batch, steered, healing, healed; 1 more round" in printed
+
+
+def test_status_without_permission_to_the_lock_says_so(alone, tmp_path, monkeypatch):
+    folder = shutil.copytree(alone, tmp_path / "run")
+    (folder / ".lock").touch()
+
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(journal.FileLock, "acquire", refuse)
+    assert "process    unknown, no permission to open" in status(folder)
