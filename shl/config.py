@@ -242,6 +242,15 @@ class HealConfig:
     give the same gradient up to rounding [count]."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this 2-norm."""
+    target: Literal["sampled", "soft"] = "sampled"
+    """sampled = NLL of the sampled tokens, soft = KL(teacher || student), where the teacher is the
+    steered student that enters the round, on the same tokens."""
+    positions: Literal["completion", "all"] = "completion"
+    """Tokens that are learnt: those of the completion, or those of the prompt too and the end of the
+    turn; all needs the soft target."""
+    clip: float | None = None
+    """With the soft target: a token whose teacher has a KL to the reference above this is moved back
+    towards the unsteered student, so that it has about this; None for no limit [nats]."""
     divergence: Literal["kl_rev", "kl_fwd", "none"] = "kl_rev"
     """kl_rev = KL(student || reference), kl_fwd = KL(reference || student), none = plain NLL."""
     aggregate: str = "rmse"
@@ -285,6 +294,16 @@ class HealConfig:
             _between(name, getattr(self, name), 0)
         _between("max_grad_norm", self.max_grad_norm, 0)
         require(self.max_grad_norm > 0, "max_grad_norm is 0, it must be above 0.")
+        _one_of("target", self.target, ("sampled", "soft"))
+        _one_of("positions", self.positions, ("completion", "all"))
+        for name, default in (("positions", "completion"), ("clip", None)):
+            require(
+                self.target == "soft" or getattr(self, name) == default,
+                f"{name} is {getattr(self, name)!r}, which needs target 'soft'.",
+            )
+        if self.clip is not None:
+            _between("clip", self.clip, 0)
+            require(self.clip > 0, "clip is 0, it must be above 0.")
         _one_of("divergence", self.divergence, ("kl_rev", "kl_fwd", "none"))
         _one_of("reference", self.reference, ("base", "prev"))
         _one_of("lam_schedule", self.lam_schedule, ("linear", "power"))

@@ -1,6 +1,7 @@
 """Per-token KL and NLL from final hidden states, without full logits, and their aggregates."""
 
 from shl.kl.divergence import (
+    SoftTargets,
     aggregate,
     differentiable_nll,
     forward_kl_and_nll,
@@ -8,10 +9,12 @@ from shl.kl.divergence import (
     log_probs_at,
     nll,
     reverse_kl_and_nll,
+    soft_targets,
 )
 from shl.kl.sweep import logsumexp
 
 __all__ = [
+    "SoftTargets",
     "aggregate",
     "differentiable_nll",
     "forward_kl_and_nll",
@@ -20,4 +23,5 @@ __all__ = [
     "logsumexp",
     "nll",
     "reverse_kl_and_nll",
+    "soft_targets",
 ]

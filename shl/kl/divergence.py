@@ -8,13 +8,18 @@ delta = h - h_ref. With p = softmax(h W), q = softmax(h_ref W), F = logsumexp, A
     grad NLL   = A - W[:, y]
     grad KL    = E_p[(u - ubar) W] = Cov_p[W] delta
 
+A teacher t with the same unembedding can take the place of the target tokens. With A_t = E_t[W]:
+
+    KL(t || p) = F(h) - F(h_t) - (h - h_t) . A_t,   grad = A - A_t
+
 One sweep over vocabulary chunks with an online logsumexp gives both values and both gradients.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,6 +105,61 @@ def _sweep(
     return sweep(student, delta, unembed, bias, mean_w=mean_w)
 
 
+@dataclass(frozen=True, eq=False)
+class SoftTargets:
+    """A teacher's next-token distributions, as far as KL(teacher || student) depends on them.
+
+    `mean_w` is A_t = E_t[W] per token, `offset` is F(h_t) - h_t . A_t (nats).
+    """
+
+    mean_w: Hidden
+    offset: PerToken
+
+    @staticmethod
+    def cat(parts: Sequence["SoftTargets"]) -> "SoftTargets":
+        """Join the tokens of several targets, in order."""
+        return SoftTargets(
+            torch.cat([p.mean_w for p in parts]), torch.cat([p.offset for p in parts])
+        )
+
+    def __getitem__(self, tokens: slice) -> "SoftTargets":
+        """The targets of a range of tokens."""
+        return SoftTargets(self.mean_w[tokens], self.offset[tokens])
+
+
+def soft_targets(
+    teacher: Hidden,
+    unembed: Unembed,
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    soft_cap: float = 0.0,
+) -> SoftTargets:
+    """Make targets of a teacher's final hidden states: one sweep, without allocating logits.
+
+    Given in place of token ids, they turn a function's NLL into KL(teacher || student), at the
+    NLL's cost. Distillation with soft targets: Hinton et al. 2015, arXiv:1503.02531.
+
+    Args:
+        teacher: `[tok, d_model]`, final hidden states after the norm.
+        unembed: `[d_model, vocab]`, that of the student.
+        bias: `[vocab]`, if it is not 0.
+        soft_cap: must not be above 0.
+
+    Raises:
+        ShlError: soft-capped logits, of which no such summary exists.
+
+    Example:
+        >>> import torch
+        >>> h, w = torch.randn(3, 4), torch.randn(4, 11)
+        >>> differentiable_nll(h, w, soft_targets(h, w)).abs().max() < 1e-5
+        tensor(True)
+    """
+    require(soft_cap <= 0, f"soft_cap is {soft_cap:g}, soft targets need logits without a cap.")
+    with torch.no_grad():
+        at = _sweep(teacher, None, unembed, bias)
+        return SoftTargets(at.mean_w, at.lse - (teacher.float() * at.mean_w).sum(1))
+
+
 class Divergence(torch.autograd.Function):
     """(kl, nll) whose backward scales gradients that forward has computed.
 
@@ -113,7 +173,7 @@ class Divergence(torch.autograd.Function):
         h: Tensor,
         h_ref: Tensor | None,
         unembed: Tensor,
-        targets: Tensor,
+        targets: Tensor | SoftTargets,
         bias: Tensor | None,
         reverse: bool,
         ref_lse: Tensor | None,
@@ -141,10 +201,12 @@ class Divergence(torch.autograd.Function):
             assert at_student.kl is not None
             assert at_student.grad_kl is not None
             kl, grad_kl = at_student.kl, at_student.grad_kl
-        target_w = unembed.T[targets].float()
-        nll = at_student.lse - (student * target_w).sum(1)
-        if bias is not None:
-            nll = nll - bias[targets].float()
+        if isinstance(targets, SoftTargets):
+            target_w, offset = targets.mean_w, targets.offset
+        else:
+            target_w = unembed.T[targets].float()
+            offset = 0.0 if bias is None else bias[targets].float()
+        nll = at_student.lse - (student * target_w).sum(1) - offset
         ctx.lazy = lazy and reverse and delta is not None
         ctx.save_for_backward(grad_kl, at_student.mean_w, target_w, student, delta, unembed, bias)
         ctx.dtype = h.dtype
@@ -200,7 +262,7 @@ def reverse_kl_and_nll(
     student: Hidden,
     ref: Hidden,
     unembed: Unembed,
-    targets: Targets,
+    targets: Targets | SoftTargets,
     *,
     bias: Float[Tensor, " vocab"] | None = None,
     ref_lse: PerToken | None = None,
@@ -214,7 +276,8 @@ def reverse_kl_and_nll(
             gradient.
         ref: `[tok, d_model]`, the reference's, with the same unembedding.
         unembed: `[d_model, vocab]`, TransformerLens's `W_U`, frozen.
-        targets: `[tok]`, the next token at each position.
+        targets: `[tok]`, the next token at each position; or `soft_targets`, which make nll
+            KL(teacher || student) instead.
         bias: `[vocab]`, TransformerLens's `b_U`, if it is not 0.
         ref_lse: `[tok]`, `logsumexp` of the reference's logits, if known; only with `lazy`.
         lazy: compute the KL's gradient in backward, only for rows with a non-zero upstream
@@ -252,7 +315,7 @@ def forward_kl_and_nll(
     student: Hidden,
     ref: Hidden,
     unembed: Unembed,
-    targets: Targets,
+    targets: Targets | SoftTargets,
     *,
     bias: Float[Tensor, " vocab"] | None = None,
     soft_cap: float = 0.0,
@@ -269,7 +332,7 @@ def forward_kl_and_nll(
 def differentiable_nll(
     student: Hidden,
     unembed: Unembed,
-    targets: Targets,
+    targets: Targets | SoftTargets,
     *,
     bias: Float[Tensor, " vocab"] | None = None,
     soft_cap: float = 0.0,

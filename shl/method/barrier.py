@@ -8,8 +8,10 @@ states, where they can be measured apart, and go back through the model together
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +22,25 @@ from shl.hooks.adapter import Adapter, singular_value_penalty
 from shl.hooks.handle import Handle, suspended
 from shl.hooks.sites import readout
 from shl.kl import (
+    SoftTargets,
     aggregate,
     differentiable_nll,
     forward_kl_and_nll,
     logsumexp,
     reverse_kl_and_nll,
+    soft_targets,
 )
 from shl.models.generate import Completion
 from shl.models.nan_checks import NotFiniteError, require_finite
-from shl.models.scores import completion_hidden
+from shl.models.scores import completion_hidden, kl_values
 from shl.utils.errors import halve, in_batches
 from shl.utils.shapes import Hidden, PerToken
 
 Reference = tuple[Hidden, PerToken]
 """The reference's hidden states at a batch's completion positions, and their log-sum-exp."""
+
+Teacher = Callable[[], AbstractContextManager[Any]]
+"""Opens the teacher: `partial(vector.steering, model, dose)`."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +81,26 @@ class Barrier:
         config: HealConfig,
         *,
         fired: float = 1.0,
+        teacher: "Teacher | None" = None,
     ) -> None:
         self.model, self.adapter, self.batches, self.config = model, adapter, batches, config
         self._rows = config.rows or config.batch_size
         self._fired = fired
         self._references: list[Reference] = []
-        if config.divergence != "none":
+        self._soft: list[SoftTargets] = []
+        if config.divergence != "none" or config.clip is not None:
             # base pauses every hook of ours, the previous student only the new adapter.
             paused = () if config.reference == "base" else (handle,)
             with torch.no_grad(), suspended(model, *paused):
                 self._references = [self._reference(batch) for batch in batches]
+        if teacher is not None:
+            self._soft = self._targets(handle, teacher)
 
     def _reference(self, batch: Sequence[Completion]) -> Reference:
+        states = self._states(batch)
+        return states, logsumexp(states, self.model.W_U, self.model.b_U)
+
+    def _states(self, batch: Sequence[Completion]) -> Hidden:
         """As many rows at a time as in training, so that a fresh adapter has a KL of exactly 0."""
         parts: list[Hidden] = []
 
@@ -96,8 +111,24 @@ class Barrier:
             list(range(len(batch)))[i : i + self._rows] for i in range(0, len(batch), self._rows)
         ]
         in_batches(each, work, "the reference")
-        states = torch.cat(parts)
-        return states, logsumexp(states, self.model.W_U, self.model.b_U)
+        return torch.cat(parts)
+
+    def _targets(self, handle: Handle, teacher: "Teacher") -> list[SoftTargets]:
+        """The steered student's distributions, as it was when it entered the round."""
+        model, clip = self.model, self.config.clip
+        out = []
+        for k, batch in enumerate(self.batches):
+            with torch.no_grad(), suspended(model, handle):
+                with teacher():
+                    steered = self._states(batch)
+                if clip is not None:
+                    states, ref_lse = self._references[k]
+                    kl = kl_values(model, steered, states, ref_lse=ref_lse)
+                    own = self._states(batch)
+                    share = (clip / kl.clamp(min=clip)).sqrt()
+                    steered = own + share[:, None] * (steered - own)
+                out.append(soft_targets(steered, model.W_U, **readout(model)))
+        return out
 
     def backward(self, k: int, lam: float) -> LossTerms:
         """Set the adapter's gradient to that of batch k's loss.
@@ -145,11 +176,15 @@ class Barrier:
             model,
             lambda: [[*c.prompt_tokens, *c.tokens] for c in batch],
         )
-        targets = torch.tensor([t for c in batch for t in c.tokens], device=hidden.device)
+        targets: Tensor | SoftTargets
+        if self._soft:
+            targets = self._soft[k][before : before + width]
+        else:
+            targets = torch.tensor([t for c in batch for t in c.tokens], device=hidden.device)
         sizes = [len(c.tokens) for c in batch]
         leaf = hidden.detach().requires_grad_(True)
         barrier = None
-        if not self._references:
+        if self.config.divergence == "none":
             nll = differentiable_nll(leaf, model.W_U, targets, **readout(model))
             kl, d = torch.zeros_like(nll), torch.zeros(len(batch), device=nll.device)
         else:
@@ -175,7 +210,7 @@ class Barrier:
         return share, width / total, terms
 
     def _divergence(
-        self, student: Hidden, states: Hidden, ref_lse: PerToken, targets: Tensor
+        self, student: Hidden, states: Hidden, ref_lse: PerToken, targets: Tensor | SoftTargets
     ) -> tuple[PerToken, PerToken]:
         model, output = self.model, readout(self.model)
         if self.config.divergence == "kl_fwd":

@@ -12,7 +12,7 @@ stays positive.
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from transformer_lens import HookedTransformer
 
 from shl.config import HealConfig
 from shl.hooks.adapter import Adapter, fresh_adapter
-from shl.method.barrier import Barrier, clip_gradient
+from shl.method.barrier import Barrier, Teacher, clip_gradient
 from shl.models.generate import Completion
 from shl.models.nan_checks import named
 from shl.models.tokens import length_batches
@@ -91,6 +91,7 @@ def heal(
     config: HealConfig | None = None,
     *,
     seed: int = 0,
+    teacher: Teacher | None = None,
 ) -> Adapter:
     """Train one adapter on kept completions, on top of whatever is on the model.
 
@@ -112,7 +113,7 @@ def heal(
         >>> adapter.scale
         8.0
     """
-    return train_adapter(model, kept, config, seed=seed).adapter
+    return train_adapter(model, kept, config, seed=seed, teacher=teacher).adapter
 
 
 def train_adapter(
@@ -124,6 +125,7 @@ def train_adapter(
     rounds: int = 1,
     seed: int = 0,
     axis: str | None = None,
+    teacher: Teacher | None = None,
     on_step: "OnStep | None" = None,
     resume: "Training | None" = None,
 ) -> Healed:
@@ -136,7 +138,14 @@ def train_adapter(
             goes on from there and ends with the same bits.
     """
     config = config or HealConfig()
+    require(
+        (teacher is not None) == (config.target == "soft"),
+        f"target is {config.target!r} and teacher is {'' if teacher else 'not '}given; a teacher "
+        "belongs to 'soft' alone.",
+    )
     texts = [c for c in kept if c.tokens]
+    if config.positions == "all":
+        texts = [whole(c) for c in texts]
     require(len(texts) > 0, f"there is nothing to train on: {len(kept)} completions, all empty.")
     adapter = fresh_adapter(model, config, seed=seed, round=index, axis=axis)
     optimiser = torch.optim.AdamW(
@@ -153,7 +162,7 @@ def train_adapter(
         lam, log = restore(resume, adapter, optimiser, texts)
     with adapter.attach(model) as handle:
         fired = log[-1].fired if log else 1.0
-        barrier = Barrier(model, adapter, handle, batches, config, fired=fired)
+        barrier = Barrier(model, adapter, handle, batches, config, fired=fired, teacher=teacher)
         for step in range(len(log), total):
             epoch, place = divmod(step, len(batches))
             order = torch.randperm(len(batches), generator=generator_for(seed, "order", epoch))
@@ -169,6 +178,14 @@ def train_adapter(
             if on_step is not None:
                 on_step(log[-1], total, partial(snapshot, adapter, optimiser, lam, log, texts))
     return Healed(adapter.frozen(), tuple(log), config)
+
+
+def whole(completion: Completion) -> Completion:
+    """A completion whose prompt is learnt too, and what follows its last token; the soft target of
+    a position does not depend on the token after it."""
+    first, *prompt = completion.prompt_tokens
+    tokens = (*prompt, *completion.tokens, completion.tokens[-1])
+    return replace(completion, prompt_tokens=(first,), tokens=tokens)
 
 
 def _set_lr(optimiser: torch.optim.Optimizer, lr: float, step: int, total: int) -> None:

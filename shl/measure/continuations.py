@@ -1,0 +1,230 @@
+"""Log-probabilities of short continuations, and two instruments that are read from them.
+
+*Cloze*: openings such as "My neighbour is", continued by words of either pole of an axis.
+*Conflict*: an order and a need that ask for opposite actions; how much the text before it decides
+which action follows. Items are crossed: each action is the ordered one once and the needed one
+once, in both sentence orders, so that what a model likes about a wording cancels exactly.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from scipy.special import logsumexp
+from transformer_lens import HookedTransformer
+
+from shl.hooks.sites import final_hidden, readout
+from shl.kl import log_probs_at
+from shl.models.generate import prefill, run
+from shl.models.nan_checks import require_finite
+from shl.models.tokens import Prompt, encode, encode_text, is_chat, length_batches
+from shl.utils.errors import in_batches, require
+from shl.utils.files import DATA
+
+CELLS = (
+    ("order", 0, None),
+    ("order", 1, None),
+    ("need", 0, None),
+    ("need", 1, None),
+    ("order", 0, "need"),
+    ("order", 1, "need"),
+    ("need", 0, "order"),
+    ("need", 1, "order"),
+)
+"""What is said first, the action that it asks for, and what is said then, of the other action."""
+
+
+@torch.no_grad()
+def option_scores(
+    model: HookedTransformer,
+    prefixes: Sequence[Sequence[int]],
+    options: Sequence[Sequence[Sequence[int]]],
+    *,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Log-probability of each option after its prefix, `[prefix, option]`, in nats.
+
+    Options are scored whole, as sums over their tokens. A prefix is run once, and its options
+    continue its cache.
+
+    Args:
+        prefixes: token ids.
+        options: for each prefix the same number of options, token ids.
+
+    Example:
+        >>> from shl.models.tiny import tiny_gemma
+        >>> scores = option_scores(tiny_gemma(), [[2, 9]], [[[5], [6, 7]]])
+        >>> scores.shape
+        (1, 2)
+    """
+    count = len(options[0])
+    out = np.zeros((len(prefixes), count))
+    device, output = model.W_U.device, readout(model)
+
+    def work(rows: list[int]) -> None:
+        residual, start = prefill(model, [prefixes[i] for i in rows])
+        chosen = [option for i in rows for option in options[i]]
+        first = torch.tensor([option[0] for option in chosen], device=device).view(-1, count)
+        scores = log_probs_at(final_hidden(model, residual[:, 0]), model.W_U, first, **output)
+        longest = max(map(len, chosen)) - 1
+        if longest:
+            # Every token of an option but the last is run, to predict the token after it.
+            shape = (len(chosen), longest)
+            tokens, mask, targets = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+            for row, option in enumerate(chosen):
+                tokens[row, : len(option) - 1] = torch.tensor(option[:-1])
+                targets[row, : len(option) - 1] = torch.tensor(option[1:])
+                mask[row, : len(option) - 1] = 1
+            tokens, mask, targets = (x.to(device) for x in (tokens, mask, targets))
+            each = torch.arange(len(rows), device=device).repeat_interleave(count)
+            later = run(model, tokens, mask, start.rows(each, start.length + longest))
+            real = mask.bool()
+            rest = torch.zeros(shape, device=device)
+            rest[real] = log_probs_at(
+                final_hidden(model, later[real]), model.W_U, targets[real][:, None], **output
+            )[:, 0]
+            scores = scores + rest.sum(1).view(-1, count)
+        require_finite(
+            scores, "a continuation's score", model, lambda: [list(prefixes[i]) for i in rows]
+        )
+        out[rows] = scores.double().cpu().numpy()
+
+    in_batches(length_batches([len(row) for row in prefixes], batch_size), work, "continuations")
+    return out
+
+
+@dataclass(frozen=True)
+class Cloze:
+    """Openings, and words of the positive and of the negative pole that may continue them."""
+
+    openings: tuple[str, ...]
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+
+
+def read_cloze(
+    model: HookedTransformer, cloze: Cloze, *, persona: str | None = None, batch_size: int = 32
+) -> np.ndarray:
+    """Log-odds of the positive against the negative words after each opening, `[opening]`, nats.
+
+    A chat model reads the opening as the beginning of its answer to "Tell me something."
+    """
+    prefixes = [
+        _answer(model, "Tell me something.", opening, persona)
+        if is_chat(model)
+        else _plain(model, opening, persona)
+        for opening in cloze.openings
+    ]
+    words = [encode_text(model, f" {word}") for word in (*cloze.positive, *cloze.negative)]
+    scores = option_scores(model, prefixes, [words] * len(prefixes), batch_size=batch_size)
+    n = len(cloze.positive)
+    return np.asarray(logsumexp(scores[:, :n], axis=1) - logsumexp(scores[:, n:], axis=1))
+
+
+@dataclass(frozen=True)
+class ConflictItem:
+    """Who orders, who acts, who needs, and two actions as infinitives and in the past tense."""
+
+    by: str
+    name: str
+    whose: str
+    actions: tuple[str, str]
+    past: tuple[str, str]
+
+    def text(self, cell: tuple[str, int, str | None]) -> str:
+        """The sentences of a cell (see `CELLS`)."""
+        first, action, second = cell
+        verbs = {"order": f"{self.by} told", "need": f"{self.whose} badly needed"}
+        said = [f"{verbs[first]} {self.name} to {self.actions[action]}."]
+        if second is not None:
+            said.append(f"{verbs[second]} {self.name} to {self.actions[1 - action]}.")
+        return " ".join(said)
+
+
+@cache
+def conflict_items() -> tuple[ConflictItem, ...]:
+    """The built-in items.
+
+    Example:
+        >>> len(conflict_items())
+        40
+    """
+    table = tomllib.loads((DATA / "conflict.toml").read_text("utf-8"))
+    return tuple(
+        ConflictItem(e["by"], e["name"], e["whose"], tuple(e["actions"]), tuple(e["past"]))
+        for e in table["item"]
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Conflict:
+    """A reading: `odds` is `[item, cell]`, log-odds of action 0 against action 1, in nats."""
+
+    odds: np.ndarray
+
+    @property
+    def order(self) -> np.ndarray:
+        """`[item]`: how much an order alone raises the ordered action, nats."""
+        return (self.odds[:, 0] - self.odds[:, 1]) / 2
+
+    @property
+    def need(self) -> np.ndarray:
+        """`[item]`: how much a need alone raises the needed action, nats."""
+        return (self.odds[:, 2] - self.odds[:, 3]) / 2
+
+    @property
+    def context(self) -> np.ndarray:
+        """`[item]`: S, how much the text before it decides, nats; a measure of coherence."""
+        return self.order + self.need
+
+    @property
+    def trait(self) -> np.ndarray:
+        """`[item]`: T, how much the need prevails over a contrary order, nats."""
+        order_first = self.odds[:, 5] - self.odds[:, 4]
+        need_first = self.odds[:, 6] - self.odds[:, 7]
+        return (order_first + need_first) / 4
+
+
+def read_conflict(
+    model: HookedTransformer,
+    items: Sequence[ConflictItem] | None = None,
+    *,
+    persona: str | None = None,
+    trait: bool = True,
+    batch_size: int = 40,
+) -> Conflict:
+    """Read the crossed conflicts; every other item is a narrative, the rest question and answer.
+
+    Args:
+        trait: also read the cells that hold both an order and a need; otherwise they are NaN.
+    """
+    items = conflict_items() if items is None else items
+    cells = CELLS if trait else CELLS[:4]
+    prefixes, options = [], []
+    for number, item in enumerate(items):
+        for cell in cells:
+            text = item.text(cell)
+            if number % 2 == 0 and not is_chat(model):
+                prefixes.append(_plain(model, f"{text} So {item.name}", persona))
+            else:
+                question = f"{text} What did {item.name} do?"
+                prefixes.append(_answer(model, question, item.name, persona))
+            options.append([encode_text(model, f" {past}.") for past in item.past])
+    scores = option_scores(model, prefixes, options, batch_size=batch_size)
+    odds = np.full((len(items), len(CELLS)), np.nan)
+    odds[:, : len(cells)] = (scores[:, 0] - scores[:, 1]).reshape(len(items), -1)
+    return Conflict(odds)
+
+
+def _answer(model: HookedTransformer, question: str, begun: str, persona: str | None) -> list[int]:
+    """Ids of a question and the beginning of its answer, in the model's own format."""
+    ids = encode(model, Prompt(question, persona))
+    return ids + encode_text(model, begun if is_chat(model) else f" {begun}")
+
+
+def _plain(model: HookedTransformer, text: str, persona: str | None) -> list[int]:
+    """Ids of running text."""
+    return encode_text(model, f"{persona}\n\n{text}" if persona else text, bos=True)

@@ -1,0 +1,116 @@
+"""Whole continuations against full logits on single rows, and the crossed conflicts by hand."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_llama
+
+from shl.measure.continuations import (
+    CELLS,
+    Cloze,
+    Conflict,
+    ConflictItem,
+    conflict_items,
+    option_scores,
+    read_cloze,
+    read_conflict,
+)
+from shl.models.tiny import tiny_gemma
+from shl.models.tokens import encode_text
+
+ITEM = ConflictItem(
+    "The cook", "Mia", "The guest", ("fry it", "boil it"), ("fried it", "boiled it")
+)
+PREFIXES = [[2, 9, 7, 30], [2, 8], [2, 40, 41, 42, 43, 44]]
+OPTIONS = [[[5], [6, 7, 8]], [[9, 10], [11]], [[5, 5, 5, 5], [12]]]
+
+
+def by_hand(model, prefix, option):
+    logits = model(torch.tensor([[*prefix, *option]]))[0].double().log_softmax(-1)
+    return sum(float(logits[len(prefix) - 1 + i, token]) for i, token in enumerate(option))
+
+
+@pytest.mark.parametrize("make", [tiny_gemma, tiny_llama])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_options_are_scored_whole(make, batch_size):
+    model = make()
+    scores = option_scores(model, PREFIXES, OPTIONS, batch_size=batch_size)
+    expected = [
+        [by_hand(model, prefix, option) for option in options]
+        for prefix, options in zip(PREFIXES, OPTIONS, strict=True)
+    ]
+    np.testing.assert_allclose(scores, expected, atol=2e-5)
+
+
+def test_cloze_is_the_log_odds_of_the_words_of_either_pole():
+    model = tiny_gemma()
+    cloze = Cloze(("The day is", "We felt"), ("good", "warm"), ("bad",))
+    expected = []
+    for opening in cloze.openings:
+        prefix = encode_text(model, opening, bos=True)
+        p = {
+            w: np.exp(by_hand(model, prefix, encode_text(model, f" {w}")))
+            for w in ("good", "warm", "bad")
+        }
+        expected.append(np.log((p["good"] + p["warm"]) / p["bad"]))
+    np.testing.assert_allclose(read_cloze(model, cloze), expected, atol=5e-5)
+
+
+def test_a_cell_says_what_it_is_named_after():
+    assert [ITEM.text(cell) for cell in (CELLS[0], CELLS[3], CELLS[5], CELLS[6])] == [
+        "The cook told Mia to fry it.",
+        "The guest badly needed Mia to boil it.",
+        "The cook told Mia to boil it. The guest badly needed Mia to fry it.",
+        "The guest badly needed Mia to fry it. The cook told Mia to boil it.",
+    ]
+
+
+def test_order_need_context_and_trait_by_hand():
+    # A reader whose log-odds are bias + 3 for an order, 2 for a need, 1 more for the later of two.
+    sign = {0: 1, 1: -1}
+    rows = []
+    for bias in (0.0, 50.0):
+        row = []
+        for first, action, second in CELLS:
+            weight = {"order": 3, "need": 2}
+            odds = bias + sign[action] * weight[first]
+            if second is not None:
+                odds += sign[1 - action] * (weight[second] + 1)
+            row.append(odds)
+        rows.append(row)
+    reading = Conflict(np.array(rows))
+    for values, expected in (
+        (reading.order, 3),
+        (reading.need, 2),
+        (reading.context, 5),
+        # need - order, the later one's 1 cancels: 2 - 3.
+        (reading.trait, -1),
+    ):
+        np.testing.assert_allclose(values, [expected, expected])
+
+
+def test_without_the_trait_only_its_cells_are_missing():
+    model = tiny_gemma()
+    items = (ITEM, ITEM)
+    whole, part = read_conflict(model, items), read_conflict(model, items, trait=False)
+    np.testing.assert_allclose(part.odds[:, :4], whole.odds[:, :4], atol=1e-5)
+    assert np.isnan(part.odds[:, 4:]).all()
+
+
+def test_an_odds_is_that_of_the_written_text():
+    model = tiny_gemma()
+    reading = read_conflict(model, (ITEM, ITEM))
+    text = "The cook told Mia to fry it."
+    for row, prefix in ((0, f"{text} So Mia"), (1, f"Q: {text} What did Mia do?\nA: Mia")):
+        ids = encode_text(model, prefix, bos=True)
+        first, second = (by_hand(model, ids, encode_text(model, f" {p}.")) for p in ITEM.past)
+        assert reading.odds[row, 0] == pytest.approx(first - second, abs=5e-5)
+
+
+def test_built_in_items_are_crossed_and_different():
+    items = conflict_items()
+    assert len(items) == 40
+    assert len({item.actions for item in items}) == 40
+    for item in items:
+        assert item.actions[0] != item.actions[1]
+        assert item.past[0] != item.past[1]

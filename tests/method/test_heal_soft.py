@@ -1,0 +1,141 @@
+"""The soft target: what a student learns from the steered model's distributions."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from helpers import kl_by_hand, log_p_by_hand
+
+from shl.config import HealConfig
+from shl.hooks.bake import baked
+from shl.hooks.vector import SteeringVector
+from shl.method.heal import heal, train_adapter, whole
+from shl.models.generate import generate
+from shl.models.scores import completion_hidden
+from shl.utils.errors import ShlError
+
+SOFT = HealConfig(rank=4, epochs=1, lr=2e-2, batch_size=3, divergence="none", target="soft")
+PROMPTS = ["Tell me about your long and quiet day?", "Hi?", "Why is that so?"]
+
+
+@pytest.fixture
+def texts(gemma):
+    return generate(gemma, PROMPTS, max_new_tokens=9, min_new_tokens=5, seed=2)
+
+
+@pytest.fixture
+def teacher(gemma):
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    return partial(SteeringVector({1: direction}, "tiny", "demo", 1).steering, gemma, 1.0)
+
+
+def mean_kl_by_hand(model, texts, teacher, adapters=()):
+    """Mean over completions of the mean KL(teacher || student) per token, two full softmaxes."""
+    with teacher():
+        taught = [log_p_by_hand(model, c) for c in texts]
+    with baked(model, adapters):
+        own = [log_p_by_hand(model, c) for c in texts]
+    kl = [float(kl_by_hand(t, s).mean()) for t, s in zip(taught, own, strict=True)]
+    return sum(kl) / len(kl)
+
+
+def test_the_loss_is_the_mean_kl_of_teacher_to_student(gemma, texts, teacher):
+    [step] = train_adapter(gemma, texts, SOFT, teacher=teacher).steps
+    assert step.nll == pytest.approx(mean_kl_by_hand(gemma, texts, teacher), abs=1e-5)
+
+
+def test_training_takes_the_student_to_the_teacher(gemma, texts, teacher):
+    before = mean_kl_by_hand(gemma, texts, teacher)
+    adapter = heal(gemma, texts, replace(SOFT, epochs=40), teacher=teacher)
+    assert mean_kl_by_hand(gemma, texts, teacher, [adapter]) < before / 4
+
+
+def test_a_teacher_that_is_the_student_leaves_it_alone(gemma, texts):
+    healed = train_adapter(gemma, texts, SOFT, teacher=nullcontext)
+    assert abs(healed.steps[0].nll) < 1e-5
+    assert healed.steps[0].grad_nll < 1e-5
+
+
+def test_the_teacher_does_not_carry_the_new_adapter(gemma, texts, teacher):
+    """A resumed training has an adapter that is not the identity any more."""
+    config = replace(SOFT, epochs=4)
+    states = []
+    whole_run = train_adapter(
+        gemma, texts, config, teacher=teacher, on_step=lambda s, n, state: states.append(state())
+    )
+    resumed = train_adapter(gemma, texts, config, teacher=teacher, resume=states[1])
+    assert [s.nll for s in resumed.steps] == [s.nll for s in whole_run.steps]
+
+
+def test_all_positions_are_prompt_completion_and_what_follows(texts):
+    text = texts[0]
+    ids = (*text.prompt_tokens, *text.tokens)
+    made = whole(text)
+    assert (*made.prompt_tokens, *made.tokens)[:-1] == ids
+    assert len(made.tokens) == len(ids)
+
+
+def test_all_positions_change_what_is_learnt(gemma, texts, teacher):
+    config = replace(SOFT, positions="all")
+    [step] = train_adapter(gemma, texts, config, teacher=teacher).steps
+    expected = mean_kl_by_hand(gemma, [whole(c) for c in texts], teacher)
+    assert step.nll == pytest.approx(expected, abs=1e-5)
+
+
+def test_clip_limits_the_teacher_where_it_is_far_from_the_reference(gemma, texts, teacher):
+    plain = mean_kl_by_hand(gemma, texts, teacher)
+    for clip, least, most in ((1e6, plain - 1e-5, plain + 1e-5), (plain / 100, 0, plain / 20)):
+        [step] = train_adapter(gemma, texts, replace(SOFT, clip=clip), teacher=teacher).steps
+        assert least <= step.nll <= most
+
+
+def test_clip_by_hand(gemma, texts, teacher):
+    """g = min(1, sqrt(clip / KL(teacher || base))) of the way in final hidden states."""
+    own = completion_hidden(gemma, texts).double()
+    with teacher():
+        steered = completion_hidden(gemma, texts).double()
+    unembed = gemma.W_U.double()
+    base = (own @ unembed + gemma.b_U).log_softmax(1)
+    far = (steered @ unembed + gemma.b_U).log_softmax(1)
+    kl = (far.exp() * (far - base)).sum(1)
+    clip = float(kl.median())
+    share = (clip / kl).sqrt().clamp(max=1)
+    goal = ((own + share[:, None] * (steered - own)) @ unembed + gemma.b_U).log_softmax(1)
+    each = (goal.exp() * (goal - base)).sum(1).split([len(c.tokens) for c in texts])
+    [step] = train_adapter(gemma, texts, replace(SOFT, clip=clip), teacher=teacher).steps
+    assert step.nll == pytest.approx(float(torch.stack([k.mean() for k in each]).mean()), abs=1e-5)
+
+
+def test_the_barrier_is_that_of_sampled_targets(gemma, texts, teacher):
+    config = replace(SOFT, divergence="kl_rev", tau=0.0, epochs=2)
+    adapter = heal(gemma, texts, replace(SOFT, epochs=1), teacher=teacher)
+    with baked(gemma, [adapter]):
+        soft = train_adapter(gemma, texts, config, teacher=teacher).steps[0]
+        hard = train_adapter(gemma, texts, replace(config, target="sampled")).steps[0]
+    assert soft.d == hard.d > 0
+    assert soft.nll != hard.nll
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"target": "sampled", "positions": "all"},
+            "positions is 'all', which needs target 'soft'",
+        ),
+        ({"target": "sampled", "clip": 1.0}, "clip is 1.0, which needs target 'soft'"),
+        ({"clip": 0.0}, "clip is 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ShlError, match=message):
+        replace(SOFT, **changes)
+
+
+@pytest.mark.parametrize("target", ["soft", "sampled"])
+def test_a_teacher_belongs_to_the_soft_target_alone(gemma, texts, teacher, target):
+    given = None if target == "soft" else teacher
+    with pytest.raises(ShlError, match="target is"):
+        train_adapter(gemma, texts, replace(SOFT, target=target), teacher=given)
