@@ -11,7 +11,6 @@ from transformer_lens import HookedTransformer
 from shl.analysis.cosines import Cosine, Student, students, vector_entries
 from shl.analysis.weight_updates import NULL_COVERAGE, update_entries
 from shl.hooks.adapter import Adapter
-from shl.hooks.fingerprint import check_made_for
 from shl.hooks.vector import SteeringVector
 from shl.method.axes import Axis
 from shl.method.loop import Round
@@ -79,8 +78,7 @@ class Ledger:
         found: list[Student] | None = None
         if model is not None and axis is not None:
             for vector, _ in self.rounds:
-                made_on = (vector.model_name, vector.weights, vector.dtype)
-                check_made_for(model, "the run", *made_on, any_weights=any_weights)
+                vector.check_made_for(model, "the run", any_weights=any_weights)
             require(
                 axis.name == first.axis,
                 f"the run's axis is {first.axis!r}, the ledger was given {axis.name!r}.",

@@ -84,7 +84,7 @@ def test_baking_nothing_is_base_to_the_bit(model):
     base = model(TOKENS)
     with baked(model, []) as handle:
         assert torch.equal(model(TOKENS), base)
-        assert handle.stacked is None
+        assert handle.stacked.sites == ()
         assert handles_on(model) == ()
 
 
