@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shl.config import quantile_of
-from shl.kl.sweep import Sweep, logsumexp, sweep
+from shl.kl.sweep import Bias, Sweep, logsumexp, sweep
 from shl.utils.errors import ShlError, require
 from shl.utils.shapes import Float, Hidden, Int, PerToken, Targets, Unembed
 
@@ -32,7 +32,7 @@ def naive_kl_and_nll(
     unembed: Unembed,
     targets: Targets,
     *,
-    bias: Float[Tensor, " vocab"] | None = None,
+    bias: Bias = None,
     reverse: bool = True,
     soft_cap: float = 0.0,
 ) -> tuple[PerToken, PerToken]:
@@ -42,10 +42,8 @@ def naive_kl_and_nll(
     """
     log_p = full_log_probs(student, unembed, bias, soft_cap)
     log_q = full_log_probs(ref, unembed, bias, soft_cap)
-    if reverse:
-        kl = (log_p.exp() * (log_p - log_q)).sum(1)
-    else:
-        kl = (log_q.exp() * (log_q - log_p)).sum(1)
+    left, right = (log_p, log_q) if reverse else (log_q, log_p)
+    kl = (left.exp() * (left - right)).sum(1)
     return kl, -log_p.gather(1, targets[:, None])[:, 0]
 
 
@@ -86,18 +84,14 @@ def fused() -> Iterator[None]:
 
 
 def _sweep(
-    student: Hidden,
-    delta: Hidden | None,
-    unembed: Unembed,
-    bias: Float[Tensor, " vocab"] | None,
-    mean_w: Hidden | None = None,
+    h: Hidden, delta: Hidden | None, unembed: Unembed, bias: Bias, mean_w: Hidden | None = None
 ) -> Sweep:
     if _FUSED.get():
         # Triton is an optional dependency and slow to import.
         from shl.kl.triton import fused_sweep
 
-        return fused_sweep(student, delta, unembed, bias, mean_w=mean_w)
-    return sweep(student, delta, unembed, bias, mean_w=mean_w)
+        return fused_sweep(h, delta, unembed, bias, mean_w)
+    return sweep(h, delta, unembed, bias, mean_w)
 
 
 class Divergence(torch.autograd.Function):
@@ -202,7 +196,7 @@ def reverse_kl_and_nll(
     unembed: Unembed,
     targets: Targets,
     *,
-    bias: Float[Tensor, " vocab"] | None = None,
+    bias: Bias = None,
     ref_lse: PerToken | None = None,
     lazy: bool = False,
     soft_cap: float = 0.0,
@@ -254,7 +248,7 @@ def forward_kl_and_nll(
     unembed: Unembed,
     targets: Targets,
     *,
-    bias: Float[Tensor, " vocab"] | None = None,
+    bias: Bias = None,
     soft_cap: float = 0.0,
 ) -> tuple[PerToken, PerToken]:
     """KL(reference || student) and NLL per token; arguments as in `reverse_kl_and_nll`."""
@@ -267,12 +261,7 @@ def forward_kl_and_nll(
 
 
 def differentiable_nll(
-    student: Hidden,
-    unembed: Unembed,
-    targets: Targets,
-    *,
-    bias: Float[Tensor, " vocab"] | None = None,
-    soft_cap: float = 0.0,
+    student: Hidden, unembed: Unembed, targets: Targets, *, bias: Bias = None, soft_cap: float = 0.0
 ) -> PerToken:
     """NLL per token with its gradient, at half the cost of a divergence."""
     if soft_cap > 0:
@@ -283,12 +272,7 @@ def differentiable_nll(
 
 
 def nll(
-    student: Hidden,
-    unembed: Unembed,
-    targets: Targets,
-    *,
-    bias: Float[Tensor, " vocab"] | None = None,
-    soft_cap: float = 0.0,
+    student: Hidden, unembed: Unembed, targets: Targets, *, bias: Bias = None, soft_cap: float = 0.0
 ) -> PerToken:
     """-log p(target) per token in nats, in chunks and without a gradient, for scoring.
 
@@ -305,7 +289,7 @@ def log_probs_at(
     unembed: Unembed,
     tokens: Int[Tensor, "tok n"],
     *,
-    bias: Float[Tensor, " vocab"] | None = None,
+    bias: Bias = None,
     soft_cap: float = 0.0,
 ) -> Float[Tensor, "tok n"]:
     """Log-probabilities (nats, fp32) of given tokens `[tok, n]` at each position, in chunks and

@@ -5,9 +5,9 @@ import torch
 from helpers import stock, tokens_of
 from transformer_lens.components import RMSNorm
 
-from shl.fast import inputs_are_read_only, linear
 from shl.fast.blocks import FastBlock, FastRMSNorm
-from shl.fast.linear import FEW_ROWS, LARGE_WEIGHT
+from shl.fast.hooked import inputs_are_read_only
+from shl.fast.linear import FEW_ROWS, LARGE_WEIGHT, linear
 
 TOKENS = tokens_of(2, 12)
 UNEVEN = torch.linspace(0.1, 2.0, 32)  # Gemma norms a plain factor away
