@@ -36,7 +36,7 @@ def test_equals_the_full_product(seed, k, batch, scale):
     assert_is_the_top(hidden, random(D, V, seed=seed), k)
 
 
-def test_a_bias_is_added():
+def test_bias_is_added():
     hidden, unembed, bias = random(3, D, seed=1), random(D, V), random(V, seed=2, scale=3.0)
     assert_is_the_top(hidden, unembed, 8, bias)
     with_it = top_logits(hidden, unembed, 8, bias=bias)[1]
@@ -50,7 +50,7 @@ def counted(monkeypatch):
     return rows
 
 
-def test_only_rows_without_a_proof_get_the_full_product(monkeypatch):
+def test_only_unproven_rows_use_the_full_product(monkeypatch):
     rows = counted(monkeypatch)
     # One word towers over the rest for the first row; for the second all words are alike.
     weight = random(D, V, scale=1e-4)
@@ -64,23 +64,19 @@ def test_only_rows_without_a_proof_get_the_full_product(monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_words_that_16_bits_cannot_tell_apart_are_told_apart(batch):
-    # 1 + 2^-12 rounds to 1 in bf16 (8 bits) and fp16 (11); the best word is one of 3000 such.
+def test_tokens_with_equal_16_bit_logits_are_distinguished(batch):
+    # 1 + 2^-12 rounds to 1 in bf16 (8 bits) and fp16 (11); the best token is one of 3000 such.
     weight = torch.ones(1, V)
     weight[0, 1234] = 1 + 2**-12
     assert top_logits(torch.ones(batch, 1), weight, 1)[1].tolist() == [[1234]] * batch
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_the_rounding_of_a_logit_itself_counts(batch):
-    # Every factor fits 16 bits, but 4096 + 0.5 and 4096 + 0.9375 both round to 4096.
+    # Every factor fits 16 bits, but the logits 4096 + 0.5 and 4096 + 0.9375 both round to 4096.
     weight = torch.tensor([[1.0], [0.5]]).repeat(1, V)
     weight[1, 1234] = 0.9375
     hidden = torch.tensor([[4096.0, 1.0]] * batch)
     assert top_logits(hidden, weight, 1)[1].tolist() == [[1234]] * batch
 
 
-def test_a_small_vocabulary_needs_no_list(monkeypatch):
+def test_small_vocabulary_uses_the_full_product(monkeypatch):
     rows = counted(monkeypatch)
     assert_is_the_top(random(2, D), random(D, 64), 1)
     assert rows == [2]
@@ -88,7 +84,7 @@ def test_a_small_vocabulary_needs_no_list(monkeypatch):
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 10**6), st.floats(-3, 3), st.sampled_from([room.ONE_ROW, room.ROWS]))
-def test_no_rough_logit_is_further_off_than_the_bound(seed, log_scale, dtype):
+def test_bound_covers_the_error_of_16_bit_logits(seed, log_scale, dtype):
     weight = random(V, D, seed=seed)
     hidden = random(1 if dtype == room.ONE_ROW else 4, D, seed=seed + 1, scale=10**log_scale)
     rough = Rough.of(weight, dtype)
@@ -100,7 +96,7 @@ def test_no_rough_logit_is_further_off_than_the_bound(seed, log_scale, dtype):
     assert bool((bound <= 100 * off.amax(1) + torch.finfo(dtype).smallest_normal).all())
 
 
-def test_sums_are_taken_in_fp32():
+def test_16_bit_products_accumulate_in_fp32():
     # 4096 and 640 ones: fp16 has steps of 4 up there, so a sum in fp16 would stay where it began.
     hidden, weight = torch.ones(1, 641), torch.ones(V, 641)
     weight[:, 0] = 4096.0
@@ -109,7 +105,7 @@ def test_sums_are_taken_in_fp32():
     assert set(logits[0].tolist()) == {4736.0}  # 4096 + 640
 
 
-def test_the_bound_for_a_size_covers_all_smaller_logits():
+def test_bound_grows_with_the_logit():
     # r + |r| 2^-8 grows with r: what no word off the list can exceed is said by the list's last.
     rough = Rough.of(random(V, D), room.ROWS)
     r = torch.linspace(-300, 300, 4001)
@@ -117,7 +113,7 @@ def test_the_bound_for_a_size_covers_all_smaller_logits():
     assert bool((ceilings.diff() > 0).all())
 
 
-def test_what_leaves_the_range_of_fp16_gets_the_full_product(monkeypatch):
+def test_values_beyond_fp16_use_the_full_product(monkeypatch):
     rows = counted(monkeypatch)
     weight = random(D, V)
     for hidden in (random(1, D, seed=1) * 1e5, random(1, D, seed=1) * 3e4):
@@ -128,7 +124,7 @@ def test_what_leaves_the_range_of_fp16_gets_the_full_product(monkeypatch):
     assert rows == [1, 1, 1]
 
 
-def test_one_row_and_several_have_copies_of_their_own():
+def test_one_row_and_several_use_separate_copies():
     unembed = random(D, V)
     for batch in (1, 3, 1):
         assert_is_the_top(random(batch, D, seed=batch), unembed, 2)
@@ -139,14 +135,14 @@ def test_one_row_and_several_have_copies_of_their_own():
     }
 
 
-def test_changed_weights_make_a_new_copy():
+def test_changed_weights_are_copied_again():
     hidden, unembed = random(1, D, seed=1), random(D, V)
     top_logits(hidden, unembed, 1)
     unembed[:, 5] = 100 * hidden[0]
     assert top_logits(hidden, unembed, 1)[1].tolist() == [[5]]
 
 
-def test_a_hidden_state_that_is_not_finite_gives_logits_that_are_not():
+def test_nan_in_hidden_state_gives_nan_logits():
     hidden = random(2, D)
     hidden[0, 0] = torch.nan
     values, _ = top_logits(hidden, random(D, V), 1)
@@ -154,7 +150,7 @@ def test_a_hidden_state_that_is_not_finite_gives_logits_that_are_not():
 
 
 @pytest.mark.parametrize("name", ["unembed", "unembed.hook_in", "unembed.hook_out"])
-def test_steps_aside_where_logits_are_hooked(gemma, name, monkeypatch):
+def test_shortlist_does_not_apply_with_hooks_on_logits(gemma, name, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert shortlist_applies(gemma)
     handle = gemma.get_submodule(name).register_forward_hook(lambda *_: None)
@@ -163,7 +159,7 @@ def test_steps_aside_where_logits_are_hooked(gemma, name, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 5, "seed": 3}])
-def test_generation_is_the_same_with_and_without(monkeypatch, settings):
+def test_generate_is_the_same_with_and_without_shortlist(monkeypatch, settings):
     model = tiny_gemma()
     prompts = ["Hello?", "And you?", "z"]
     monkeypatch.setattr(room, "WIDEN", 2)
