@@ -1,4 +1,4 @@
-"""The shortlist's answer is the full product's, also where the proof fails."""
+"""Top logits by the shortlist equal those of the full product, also where the bound fails."""
 
 from importlib import import_module
 
@@ -11,7 +11,7 @@ from shl.fast.topk import Rough, shortlist_applies, top_logits
 from shl.models.generate import generate
 from shl.models.tiny import tiny_gemma
 
-room = import_module("shl.fast.topk")
+topk = import_module("shl.fast.topk")
 D, V = 16, 3000
 
 
@@ -45,14 +45,14 @@ def test_bias_is_added():
 
 def counted(monkeypatch):
     rows = []
-    real = room._full
-    monkeypatch.setattr(room, "_full", lambda h, *rest: rows.append(len(h)) or real(h, *rest))
+    real = topk._full
+    monkeypatch.setattr(topk, "_full", lambda h, *rest: rows.append(len(h)) or real(h, *rest))
     return rows
 
 
 def test_only_unproven_rows_use_the_full_product(monkeypatch):
     rows = counted(monkeypatch)
-    # One word towers over the rest for the first row; for the second all words are alike.
+    # One token is far above the rest for the first row; for the second all are nearly equal.
     weight = random(D, V, scale=1e-4)
     weight[0, 7] = 50.0
     hidden = torch.zeros(2, D)
@@ -83,16 +83,16 @@ def test_small_vocabulary_uses_the_full_product(monkeypatch):
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.integers(0, 10**6), st.floats(-3, 3), st.sampled_from([room.ONE_ROW, room.ROWS]))
+@given(st.integers(0, 10**6), st.floats(-3, 3), st.sampled_from([topk.ONE_ROW, topk.ROWS]))
 def test_bound_covers_the_error_of_16_bit_logits(seed, log_scale, dtype):
     weight = random(V, D, seed=seed)
-    hidden = random(1 if dtype == room.ONE_ROW else 4, D, seed=seed + 1, scale=10**log_scale)
+    hidden = random(1 if dtype == topk.ONE_ROW else 4, D, seed=seed + 1, scale=10**log_scale)
     rough = Rough.of(weight, dtype)
     logits = torch.nn.functional.linear(hidden.to(dtype), rough.weight).double()
     off = (logits - hidden.double() @ weight.double().T).abs()
     bound = rough.bound(hidden, logits.abs().amax(1).float())
     assert bool((off.amax(1) <= bound).all())
-    # And it is no empty promise: within two orders of what was seen, and of what fp16 cannot hold.
+    # The bound is at most 100 times the largest error, plus the smallest normal number.
     assert bool((bound <= 100 * off.amax(1) + torch.finfo(dtype).smallest_normal).all())
 
 
@@ -100,14 +100,14 @@ def test_16_bit_products_accumulate_in_fp32():
     # 4096 and 640 ones: fp16 has steps of 4 up there, so a sum in fp16 would stay where it began.
     hidden, weight = torch.ones(1, 641), torch.ones(V, 641)
     weight[:, 0] = 4096.0
-    rough = Rough.of(weight, room.ONE_ROW)
+    rough = Rough.of(weight, topk.ONE_ROW)
     logits = torch.nn.functional.linear(hidden.half(), rough.weight)
     assert set(logits[0].tolist()) == {4736.0}  # 4096 + 640
 
 
 def test_bound_grows_with_the_logit():
-    # r + |r| 2^-8 grows with r: what no word off the list can exceed is said by the list's last.
-    rough = Rough.of(random(V, D), room.ROWS)
+    # r + |r| 2^-8 grows with r, so the bound of the last listed token holds for all others.
+    rough = Rough.of(random(V, D), topk.ROWS)
     r = torch.linspace(-300, 300, 4001)
     ceilings = r + rough.bound(torch.ones(len(r), D), r)
     assert bool((ceilings.diff() > 0).all())
@@ -128,7 +128,7 @@ def test_one_row_and_several_use_separate_copies():
     unembed = random(D, V)
     for batch in (1, 3, 1):
         assert_is_the_top(random(batch, D, seed=batch), unembed, 2)
-    copies = room._ROUGH[unembed]
+    copies = topk._ROUGH[unembed]
     assert {dtype: rough.weight.dtype for dtype, rough in copies.items()} == {
         torch.float16: torch.float16,
         torch.bfloat16: torch.bfloat16,
@@ -162,8 +162,8 @@ def test_shortlist_does_not_apply_with_hooks_on_logits(gemma, name, monkeypatch)
 def test_generate_is_the_same_with_and_without_shortlist(monkeypatch, settings):
     model = tiny_gemma()
     prompts = ["Hello?", "And you?", "z"]
-    monkeypatch.setattr(room, "WIDEN", 2)
-    monkeypatch.setattr(room, "max", lambda _, n: n, raising=False)
+    monkeypatch.setattr(topk, "WIDEN", 2)
+    monkeypatch.setattr(topk, "max", lambda _, n: n, raising=False)
     texts = []
     for fast in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)

@@ -290,7 +290,7 @@ def test_fused_weights_equal_hooks(gemma, llama, sites):
         (lambda m: baked(m, rounds(m)), "blocks.1.attn.hook_q"),
         (lambda m: baked(m, rounds(m)), "blocks.1.mlp.hook_post"),
     ],
-    ids=["off", "dose", "rows", "positions", "resid", "attached", "watched q", "watched post"],
+    ids=["off", "dose", "rows", "positions", "resid", "attached", "hook on q", "hook on post"],
 )
 def test_doses_residual_sites_and_other_hooks_prevent_fusing(gemma, attach, hook):
     hooks = [(hook, lambda x, hook: 1.5 * x)] if hook else []
@@ -333,7 +333,7 @@ def test_changed_weights_take_effect_at_the_next_fused_decoding(gemma):
     with baked(gemma, rounds(gemma)):
         first, _ = inside(gemma)
         try:
-            weight.data.mul_(0.5)  # which torch's version counter does not see
+            weight.data.mul_(0.5)  # does not change torch's version counter
             got, _ = inside(gemma)
             expected = gemma(TOKENS).detach()
         finally:

@@ -63,19 +63,19 @@ def test_factors_multiply(gemma):
 
 def test_properties_of_scope(gemma):
     mask = torch.ones(2, 4, dtype=torch.bool)
-    kinds = [
+    scopes = [
         (Scope(gemma), True, False, None),
         (Scope(gemma, torch.ones(3)), False, True, 3),
         (Scope(gemma, mask=mask), False, True, 2),
         (Scope(gemma, positions=[1]), False, False, None),
         (Scope(gemma, half_life=3.0), False, True, None),
     ]
-    assert [(s.plain, s.per_row, s.rows) for s, *_ in kinds] == [tuple(k[1:]) for k in kinds]
+    assert [(s.plain, s.per_row, s.rows) for s, *_ in scopes] == [tuple(k[1:]) for k in scopes]
     assert [Scope(gemma, d).whole for d in (1, 1.0, 2.0)] == [True, True, False]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"dose": float("nan")}, "dose is nan"),
         ({"dose": torch.tensor([1.0, torch.inf])}, "must be finite"),
@@ -94,14 +94,14 @@ def test_properties_of_scope(gemma):
         ({"positions": slice(600, None)}, "positions is slice(600, None, None)"),
     ],
 )
-def test_invalid_options_are_rejected(gemma, options, said):
+def test_invalid_options_are_rejected(gemma, options, message):
     with pytest.raises(ShlError) as error:
         Scope(gemma, **options)
-    assert said in one_sentence(error)
+    assert message in one_sentence(error)
 
 
 def test_doses_and_mask_with_different_rows_are_rejected(gemma):
-    # (Under these tests the types say it first.)
+    # Under the tests jaxtyping raises first.
     with pytest.raises((ShlError, TypeError), match="dose"):
         Scope(gemma, torch.ones(3), mask=torch.ones(2, 3, dtype=torch.bool))
 
@@ -120,15 +120,15 @@ def test_wrong_number_of_mask_rows_or_prompt_lengths_is_rejected(gemma):
 
 
 @pytest.fixture
-def seen(model):
-    """What `follow` tells of layer 1, forward by forward."""
-    told = []
+def tracked(model):
+    """The calls of `track_positions` for layer 1, one per forward."""
+    calls = []
     with Handle(model) as handle:
-        track_positions(handle, [1, 1], lambda layer, at: told.append((layer, at.tolist())))
-        yield told
+        track_positions(handle, [1, 1], lambda layer, at: calls.append((layer, at.tolist())))
+        yield calls
 
 
-def test_positions_with_masks_and_caches(model, seen):
+def test_positions_with_masks_and_caches(model, tracked):
     tokens = tokens_of(2, 4)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     new = torch.ones(2, 1, dtype=torch.long)
@@ -141,21 +141,21 @@ def test_positions_with_masks_and_caches(model, seen):
         for _ in range(2):
             model(new, attention_mask=new, past_kv_cache=cache)
         first = (1, [[-1, -1, 0, 1], [0, 1, 2, 3]])
-        assert seen == [first, (1, [[2], [4]]), (1, [[3], [5]])]
-        seen.clear()
+        assert tracked == [first, (1, [[2], [4]]), (1, [[3], [5]])]
+        tracked.clear()
 
 
-def test_positions_without_mask(model, seen):
+def test_positions_without_mask(model, tracked):
     model(tokens_of(1, 3))
     model.run_with_hooks(tokens_of(2, 2))
     model.run_with_cache(tokens_of(1, 2))
     cache = KVCache.empty(model, 1)
     for n in (2, 1, 2):
         model(tokens_of(1, n), past_kv_cache=cache)
-    # A run that starts at a later layer has no mask: there the cache alone counts.
+    # A run that starts at a later layer has no mask, so positions follow the cache.
     model(torch.ones(1, 2, 32), start_at_layer=1)
     model(torch.ones(1, 2, 32), start_at_layer=1, past_kv_cache=cache)
-    assert [at for _, at in seen] == [
+    assert [at for _, at in tracked] == [
         [[0, 1, 2]],
         [[0, 1], [0, 1]],
         [[0, 1]],

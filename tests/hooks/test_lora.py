@@ -1,4 +1,4 @@
-"""Adapters as hooks equal merged weights; files give back what was saved or refuse."""
+"""Adapters as hooks equal merged weights; files are read exactly or rejected."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Where and while to steer: each option acts on its tokens exactly, in batches, with a cache."""
+"""Positions, masks, decay and gates act on exactly their tokens, in batches and with a cache."""
 
 from dataclasses import replace
 
@@ -137,13 +137,13 @@ def test_batches_equal_single_rows_and_the_cache_equals_whole_forwards(model, ve
 
 @each_option
 def test_scores_of_a_completion_see_the_factors_of_its_generation(model, vector, options):
-    with vector.steering(model, 1.0, record=True, **options) as made:
+    with vector.steering(model, 1.0, record=True, **options) as generated:
         completions = generate(model, PROMPTS, max_new_tokens=10, min_new_tokens=10)
-    with vector.steering(model, 1.0, record=True, **options) as read:
+    with vector.steering(model, 1.0, record=True, **options) as scored:
         token_nll(model, completions, batch_size=3)
     for row, completion in enumerate(completions):
         n = len(completion.prompt_tokens) + 9
-        assert torch.allclose(read.applied(1, row)[:n], made.applied(1, row)[:n], atol=1e-4)
+        assert torch.allclose(scored.applied(1, row)[:n], generated.applied(1, row)[:n], atol=1e-4)
 
 
 def test_rows_keep_their_decay_and_mask_as_the_batch_shrinks():
@@ -274,7 +274,7 @@ def test_adapter_acts_on_selected_tokens_only(model):
     base = model.run_with_cache(TOKENS)[1][post(1)]
     with adapter.attach(model, positions=slice(9, None)):
         got = model.run_with_cache(TOKENS)[1][post(1)]
-    # Before token 9 nothing; from there other keys and values are seen, so not `full` either.
+    # No change before token 9; after it the keys and values of tokens 0 to 8 are still base's.
     assert torch.equal(got[:, :9], base[:, :9])
     assert (got[:, 9:] - base[:, 9:]).abs().max() > 0.05
     mask = torch.ones(3, 20, dtype=torch.bool)
@@ -340,14 +340,14 @@ def test_dose_or_positions_with_materialise_or_stacked_residual_adapters_are_rej
         pass
 
 
-# Recorders and readings choose by the same positions.
+# Recorders and activations use the same positions.
 
 
 def test_recorder_stores_the_selected_tokens(model):
     name = "blocks.1.attn.hook_z"
     mask = torch.zeros(4, 60, dtype=torch.bool)
     mask[0, 7] = mask[2, 14] = mask[2, 18] = True
-    for options, wanted in (
+    for options, expected in (
         ({"mask": mask}, [(0, 7), (2, 14), (2, 18)]),
         ({"positions": [6, 17]}, [(i, p) for i in range(4) for p in (6, 17)]),
     ):
@@ -356,7 +356,7 @@ def test_recorder_stores_the_selected_tokens(model):
         x = torch.cat(recorder.seen[name])
         where = torch.cat(recorder.where[name]).tolist()
         ran = {i: len(c.prompt_tokens) + 8 for i, c in enumerate(completions)}
-        assert sorted(map(tuple, where)) == [(i, p) for i, p in wanted if p < ran[i]]
+        assert sorted(map(tuple, where)) == [(i, p) for i, p in expected if p < ran[i]]
         for got, (row, at) in zip(x, where, strict=True):
             c = completions[row]
             ids = torch.tensor([[*c.prompt_tokens, *c.tokens]])

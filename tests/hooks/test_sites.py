@@ -1,4 +1,4 @@
-"""The table of sites: which there are, their widths, and that they hook where they say."""
+"""Sites: order, widths, hooks and errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Steering: exactly nothing before the layer and exactly h + dose v at it."""
+"""Steering: no change before the layer and exactly h + dose v at it."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_steering_is_the_same_in_cached_decoding(model, vector, dose):
     with vector.steering(model, dose=dose):
         whole = model(TOKENS)
     with (
-        # Hooked before ours, so it sees the residual as it was.
+        # This hook is added before the handle's, so it gets the unsteered residual.
         model.hooks(fwd_hooks=[(post(1), lambda h, hook: seen.append(h))]),
         vector.steering(model, dose=dose),
     ):
