@@ -25,22 +25,22 @@ def activations(
     tokens: int | Sequence[int] = -1,
     batch_size: int = 16,
 ) -> dict[str, Float[Tensor, "n ..."]]:
-    """What passes the named HookPoints at chosen tokens of each prompt, on the model as it stands.
+    """Activations at the named HookPoints and given tokens of each prompt, with all hooks active.
 
-    (`shl.hooks.recorder.Recorder` keeps every position, and each step of cached generation.)
+    (`shl.hooks.recorder.Recorder` stores all positions, and each step of cached generation.)
 
     Args:
-        sites: TransformerLens's names, of HookPoints with batch and position first
+        sites: TransformerLens's names of HookPoints whose first axes are batch and position
             (`blocks.3.hook_resid_post`, `blocks.0.attn.hook_z`).
-        tokens: absolute positions in the prompt's own tokens, padding not counted; -1 is the
-            assistant tag, 0 the first.
+        tokens: absolute positions in the prompt, without padding; -1 is the assistant tag, 0 the
+            first token.
 
     Returns:
         Per site `[n, ...]`, one row per prompt, or `[n, len(tokens), ...]` for several tokens; in
         the model's dtype, on the CPU.
 
     Raises:
-        ShlError: an unknown name, a token outside a prompt, or a HookPoint whose second axis is
+        ShlError: a name is unknown, a token is outside a prompt, or a HookPoint's second axis is
             not the position.
 
     Example:
@@ -50,10 +50,10 @@ def activations(
         torch.Size([2, 4, 16])
     """
     rows = [encode(model, prompt) for prompt in prompts]
-    asked = [tokens] if isinstance(tokens, int) else list(tokens)
-    require(len(asked) > 0, "tokens is empty, name at least one.")
+    indices_of = [tokens] if isinstance(tokens, int) else list(tokens)
+    require(len(indices_of) > 0, "tokens is empty, name at least one.")
     for row in rows:
-        for token in asked:
+        for token in indices_of:
             require(
                 -len(row) <= token < len(row),
                 f"token {token} is asked for, a prompt has {len(row)} tokens.",
@@ -66,15 +66,15 @@ def activations(
         with running(rows=indices), Recorder(model, sites) as recorder:
             model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
         at = torch.tensor(
-            [[t % len(rows[i]) + width - len(rows[i]) for t in asked] for i in indices]
+            [[t % len(rows[i]) + width - len(rows[i]) for t in indices_of] for i in indices]
         )
-        for name, seen in recorder.seen.items():
+        for name, recorded in recorder.seen.items():
             require(
-                bool(seen) and seen[0].shape[1:2] == (width,),
+                bool(recorded) and recorded[0].shape[1:2] == (width,),
                 f"{name!r} has no axis of positions where one is needed, or is not reached before "
                 "the unembedding.",
             )
-            picked = seen[0].cpu()[torch.arange(len(indices))[:, None], at]
+            picked = recorded[0].cpu()[torch.arange(len(indices))[:, None], at]
             picked = picked[:, 0] if isinstance(tokens, int) else picked
             out.setdefault(name, picked.new_empty(len(rows), *picked.shape[1:]))[indices] = picked
 
@@ -89,19 +89,19 @@ def difference(
     *,
     batch_size: int = 16,
 ) -> dict[int, Float[Tensor, "n d_model"]]:
-    """The residual at the assistant tag on the model as it stands, minus that of base (this
-    package's hooks suspended), per layer, on the same tokens.
+    """The residual at the assistant tag of the hooked model minus that of base (handles suspended),
+    on the same tokens.
 
-    Its mean over prompts is the shift that the student has made its own.
+    Its mean over prompts is the shift that training has added.
 
     Args:
-        layers: the residual stream after each of these.
+        layers: layers after which the residual stream is taken.
 
     Returns:
         Per layer `[n, d_model]`, one row per prompt, fp32.
 
     Raises:
-        ShlError: no layer, or one that the model does not have.
+        ShlError: there is no layer, or the model does not have it.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -115,15 +115,15 @@ def difference(
 
 
 class Capture(Handle):
-    """Keeps the residual stream after `layers` at the last position of each batch."""
+    """Stores the residual stream after `layers` at the last position of the latest batch."""
 
     def __init__(self, model: HookedTransformer, layers: Iterable[int]) -> None:
         super().__init__(model)
         self.last: dict[int, Float[Tensor, "batch d_model"]] = {}
         for layer in layers:
-            self.add_hook(residual_after(model, layer), partial(self._keep, layer))
+            self.add_hook(residual_after(model, layer), partial(self._store, layer))
 
-    def _keep(self, layer: int, h: Tensor) -> None:
+    def _store(self, layer: int, h: Tensor) -> None:
         self.last[layer] = h[:, -1].detach().clone()
 
 
@@ -136,7 +136,7 @@ def residual_at_tag(
 ) -> dict[int, Float[Tensor, "n d_model"]]:
     """The residual stream after each layer at the assistant tag, one row per prompt, in fp32.
 
-    Runs only as far as the last layer asked for.
+    The forward stops after the last of `layers`.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma

@@ -42,20 +42,19 @@ def load_model(
     Args:
         name: an embedded model (`gemma-3-270m`, `smollm2-135m-instruct`), a hub name
             (`google/gemma-3-1b-it`), or the path of a local Hugging Face folder.
-        device: where it lives; None is CUDA if there is any, else the CPU.
-        dtype: None is fp32 on the CPU and bf16 on CUDA. On a CPU with bf16 instructions bf16
-            takes about a third of the time of a forward; on gemma-3-270m the next-token
-            distributions are then 0.002 nats (KL, mean over tokens) from fp32's, where
-            transformers' own bf16 is 0.0012.
-        fast: use the faster classes of `shl.fast`; False leaves TransformerLens's own. Results are
-            the same up to rounding.
+        device: None is CUDA if available, else the CPU.
+        dtype: None is fp32 on the CPU and bf16 on CUDA. On a CPU with bf16 instructions, bf16 takes
+            about a third of the time of a forward; on gemma-3-270m its mean KL per token to fp32 is
+            then 0.002 nats (0.0012 in transformers).
+        fast: use the faster classes of `shl.fast`; False keeps TransformerLens's own. Results agree
+            up to rounding.
 
     Returns:
-        A HookedTransformer without weight processing: its logits are transformers' logits.
+        A HookedTransformer without weight processing, with the same logits as in transformers.
 
     Raises:
-        ShlError: unknown model, no access, wrong checksum, no room, or an architecture other
-            than Gemma-3 and Llama.
+        ShlError: the model is unknown, access is denied, the checksum is wrong, the disk is full,
+            or the architecture is neither Gemma-3 nor Llama.
 
     Example:
         >>> model = load_model("gemma-3-270m", device="cpu")
@@ -76,10 +75,10 @@ def load_model(
 
 
 class _Reading:
-    """Turn what transformers' and tokenizers' readers raise on a damaged or hostile folder into one
-    sentence. Only their readers run inside, so that no error of this package is hidden.
+    """Convert errors of transformers and tokenizers on a damaged folder to ShlError.
 
-    tokenizers raises plain `Exception`, which is matched by its exact type.
+    Only their readers run inside, so that errors of this package are not converted. tokenizers
+    raises plain `Exception`, which is matched by its exact type.
     """
 
     ERRORS = (
@@ -126,18 +125,18 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     fast: bool = True,
 ) -> HookedTransformer:
-    """A HookedTransformer from a transformers config, its state dict and its tokenizer.
+    """A HookedTransformer from a transformers config, a state dict and a tokenizer.
 
     Raises:
-        ShlError: an architecture other than Gemma-3 and Llama, or a tensor that is missing, has
-            another shape, or is not finite where it is looked at.
+        ShlError: the architecture is neither Gemma-3 nor Llama, or a tensor is missing or has
+            another shape than in the config.
     """
     cfg = hooked_config(hf_config, name=name, device=device, dtype=dtype)
     if tokenizer is not None:
         bos = tokenizer.bos_token_id
         cfg.default_prepend_bos = bos is not None and tokenizer.encode("")[:1] == [bos]
     with warnings.catch_warnings():
-        # HookedTransformer announces its removal in 4.0; the version is pinned below that.
+        # HookedTransformer is deprecated from version 4.0; the version is pinned below that.
         warnings.simplefilter("ignore", DeprecationWarning)
         model = HookedTransformer(cfg, _with_bos(tokenizer), move_to_device=False)
     convert = converter(hf_config, state, cfg)
@@ -148,8 +147,8 @@ def build_model(
             continue
         require(
             value.shape == parameter.shape,
-            f"the weights of {key} have shape {tuple(value.shape)}, the config of {name} asks "
-            f"for {tuple(parameter.shape)}.",
+            f"the weights of {key} have shape {tuple(value.shape)}, by the config of {name} it "
+            f"must be {tuple(parameter.shape)}.",
         )
         parameter.data = value.to(device=device, dtype=dtype)
     for module in model.modules():
@@ -202,8 +201,8 @@ def _of_the_hub(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _read_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder that this package converted, in a third of the time that
-    AutoTokenizer takes to parse the same file three times over."""
+    """The tokenizer of a folder that this package converted, three times as fast as AutoTokenizer,
+    which parses the file three times."""
     settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     settings.pop("tokenizer_class", None)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **settings)
@@ -214,9 +213,11 @@ def _read_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    """TransformerLens wants a tokenizer that prepends BOS and reads it from disk a second time
-    unless it is marked as doing so. Gemma's does; one that was read from no named folder could not
-    be read again, and stays what it is."""
+    """Mark a tokenizer as prepending BOS.
+
+    TransformerLens reloads a tokenizer from disk unless it is marked. One that was not loaded from
+    a named folder cannot be reloaded, so it is marked even if it does not prepend BOS.
+    """
     if tokenizer is None or tokenizer.bos_token is None:
         return tokenizer
     prepends = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]

@@ -22,10 +22,9 @@ from shl.utils.shapes import Hidden, PerToken
 def base_perplexities(
     model: HookedTransformer, completions: Sequence[Completion], *, batch_size: int = 16
 ) -> list[tuple[float, float]]:
-    """(whole, last quarter) perplexity of each completion under base, given its prompt.
+    """Perplexity of each completion, and of its last quarter, under base given the prompt.
 
-    All of this package's hooks are suspended meanwhile. A completion without tokens has (inf,
-    inf).
+    All handles are suspended. A completion without tokens has (inf, inf).
 
     Example:
         >>> from shl.models.generate import generate
@@ -48,13 +47,13 @@ def base_perplexities(
 def token_nll(
     model: HookedTransformer, completions: Sequence[Completion], *, batch_size: int = 16
 ) -> list[torch.Tensor]:
-    """Per-token NLL `[tok]` (nats) of each completion under the model as it stands."""
+    """NLL per token `[tok]` (nats) of each completion under the model, hooks included."""
     out = [torch.empty(0)] * len(completions)
-    full = [i for i, c in enumerate(completions) if c.tokens]
-    rows = {i: [*completions[i].prompt_tokens, *completions[i].tokens] for i in full}
+    nonempty = [i for i, c in enumerate(completions) if c.tokens]
+    rows = {i: [*completions[i].prompt_tokens, *completions[i].tokens] for i in nonempty}
 
     def work(indices: list[int]) -> None:
-        chosen = [full[j] for j in indices]
+        chosen = [nonempty[j] for j in indices]
         with running(rows=chosen):
             hidden = completion_hidden(model, [completions[i] for i in chosen])
         targets = torch.cat([torch.tensor(completions[i].tokens) for i in chosen])
@@ -64,13 +63,13 @@ def token_nll(
         for i, part in zip(chosen, parts, strict=True):
             out[i] = part
 
-    in_batches(length_batches([len(rows[i]) for i in full], batch_size), work, "scoring")
+    in_batches(length_batches([len(rows[i]) for i in nonempty], batch_size), work, "scoring")
     return out
 
 
 def completion_hidden(model: HookedTransformer, completions: Sequence[Completion]) -> torch.Tensor:
-    """Final, normed hidden states `[tok, d_model]` at the positions that predict each
-    completion's tokens, one completion after the other; prompt and padding have none."""
+    """Hidden states `[tok, d_model]` after the final norm, at the positions that predict the
+    completions' tokens, concatenated over completions."""
     rows = [[*c.prompt_tokens, *c.tokens] for c in completions]
     batch = pad_left(model, rows)
     with running(prompts=[len(c.prompt_tokens) for c in completions]):
@@ -82,11 +81,11 @@ def completion_hidden(model: HookedTransformer, completions: Sequence[Completion
 def kl_values(
     model: HookedTransformer, student: Hidden, ref: Hidden, *, ref_lse: PerToken | None = None
 ) -> PerToken:
-    """KL(student || reference) per token of final hidden states, nats, without a derivative.
+    """KL(student || reference) per token (nats) from final hidden states, without a gradient.
 
     Args:
-        ref_lse: `logsumexp` of the reference's logits, if known: one product over the vocabulary
-            less.
+        ref_lse: `logsumexp` of the reference's logits, if known; saves one product over the
+            vocabulary.
     """
     output = readout(model)
     targets = torch.zeros(len(student), dtype=torch.long, device=student.device)
@@ -106,14 +105,14 @@ def kl_values(
 def token_divergence(
     model: HookedTransformer, completion: Completion, asked: Completion | None = None
 ) -> PerToken:
-    """KL(model as it stands || base) per token of one completion, in nats.
+    """KL(hooked model || base) per token of one completion, in nats.
 
     Args:
-        asked: the same tokens after the prompt that base is given, if that is another: without
-            the persona, say (`shl.models.generate.without_persona`).
+        asked: the same completion with another prompt for base, such as one without the persona
+            (`shl.models.generate.without_persona`).
 
     Raises:
-        ShlError: `asked` has other tokens.
+        ShlError: the tokens of `asked` differ from those of `completion`.
 
     Example:
         >>> from shl.models.generate import generate
@@ -126,7 +125,7 @@ def token_divergence(
     asked = asked or completion
     require(
         asked.tokens == completion.tokens,
-        f"base is asked about {len(asked.tokens)} other tokens, they must be the completion's own "
+        f"base has {len(asked.tokens)} other tokens to score, they must be the completion's "
         f"{len(completion.tokens)}.",
     )
     with torch.no_grad():

@@ -16,7 +16,7 @@ from shl.models.load import build_model
 
 
 def tiny_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """One token per printable ASCII character, `<unk>` for every other; 104 in all."""
+    """A tokenizer with one token per printable ASCII character and `<unk>`; 104 tokens in all."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     vocab = {token: i for i, token in enumerate(special + list(string.printable))}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -37,8 +37,8 @@ def tiny_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerBa
 
 
 def tiny_hf(*, n_layers: int = 4, seed: int = 0) -> Gemma3ForCausalLM:
-    """A random transformers Gemma-3: d_model 32, 4 heads on 1 kv head, window 8, every third
-    layer global, and norms away from 1."""
+    """A random transformers Gemma-3: d_model 32, 4 heads with 1 kv head, window 8, every third
+    layer global, and random norm weights."""
     config = Gemma3TextConfig(
         vocab_size=len(string.printable) + 4,
         hidden_size=32,
@@ -69,7 +69,7 @@ def tiny_hf(*, n_layers: int = 4, seed: int = 0) -> Gemma3ForCausalLM:
 def tiny_gemma(
     *, n_layers: int = 4, seed: int = 0, chat_template: str | None = None, fast: bool = True
 ) -> HookedTransformer:
-    """The same model as a HookedTransformer with a character tokenizer.
+    """The model of `tiny_hf` as a HookedTransformer, with a character tokenizer.
 
     Example:
         >>> model = tiny_gemma()

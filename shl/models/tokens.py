@@ -19,12 +19,12 @@ from shl.utils.shapes import Mask, Tokens
 
 TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
 PLAIN_STOPS = ("\nQ:", "\nA:")
-"""Where a plain-text model's answer ends: it has begun the next turn of the dialogue."""
+"""Texts that end the answer of a model without a chat template: the start of the next turn."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question, and the persona (if any) that answers it.
+    """A question, and optionally the persona that answers it.
 
     Example:
         >>> Prompt("How do you rest?", persona="You are calm.")
@@ -47,7 +47,7 @@ def tokenizer_of(model: HookedTransformer) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        ShlError: it has none.
+        ShlError: the model has no tokenizer.
     """
     if model.tokenizer is None:
         raise ShlError("the model has no tokenizer, load one with it.")
@@ -55,17 +55,17 @@ def tokenizer_of(model: HookedTransformer) -> PreTrainedTokenizerBase:
 
 
 def is_chat(model: HookedTransformer) -> bool:
-    """Whether prompts go through the tokenizer's chat template."""
+    """Whether the tokenizer has a chat template, which prompts then use."""
     return bool(tokenizer_of(model).chat_template)
 
 
 def as_prompt(prompt: str | Prompt) -> Prompt:
-    """A bare string is a question without a persona."""
+    """Convert a string to a prompt without a persona."""
     return Prompt(prompt) if isinstance(prompt, str) else prompt
 
 
 def render(model: HookedTransformer, prompt: str | Prompt) -> str:
-    """The text that the model sees, up to the assistant tag; BOS not included for plain text."""
+    """The text of a prompt up to the assistant tag; without BOS if there is no chat template."""
     prompt = as_prompt(prompt)
     if not is_chat(model):
         persona = f"{prompt.persona}\n\n" if prompt.persona else ""
@@ -78,7 +78,7 @@ def render(model: HookedTransformer, prompt: str | Prompt) -> str:
             system + turns, tokenize=False, add_generation_prompt=True
         )
     except TemplateError:
-        # Some templates refuse a system turn; the persona then opens the user's.
+        # Some templates do not support a system turn; the persona then starts the user's turn.
         turns[0]["content"] = f"{prompt.persona}\n\n{prompt.text}"
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)
@@ -86,7 +86,7 @@ def render(model: HookedTransformer, prompt: str | Prompt) -> str:
 
 
 def encode_text(model: HookedTransformer, text: str, *, bos: bool = False) -> list[int]:
-    """Ids of `text` as it stands; `bos=True` puts BOS in front where the model expects one."""
+    """Token ids of `text`; `bos=True` prepends BOS if the model expects it."""
     tokenizer = tokenizer_of(model)
     ids = tokenizer.encode(text, add_special_tokens=False)
     first = [tokenizer.bos_token_id] if bos and model.cfg.default_prepend_bos else []
@@ -94,7 +94,7 @@ def encode_text(model: HookedTransformer, text: str, *, bos: bool = False) -> li
 
 
 def encode(model: HookedTransformer, prompt: str | Prompt) -> list[int]:
-    """Ids of a rendered prompt; the last one is the assistant tag.
+    """Token ids of a rendered prompt; the last one is the assistant tag.
 
     Raises:
         ShlError: the prompt is longer than the model's context.
@@ -102,14 +102,14 @@ def encode(model: HookedTransformer, prompt: str | Prompt) -> list[int]:
     ids = encode_text(model, render(model, prompt), bos=not is_chat(model))
     require(
         len(ids) < model.cfg.n_ctx,
-        f"a prompt has {len(ids)} tokens, the context of {model.cfg.model_name} holds "
-        f"{model.cfg.n_ctx}.",
+        f"a prompt has {len(ids)} tokens, it must have fewer than {model.cfg.n_ctx}, the context "
+        f"of {model.cfg.model_name}.",
     )
     return ids
 
 
 def decode(model: HookedTransformer, ids: Sequence[int]) -> str:
-    """The text of completion tokens; special tokens stay visible, they are no answer."""
+    """The text of completion tokens, special tokens included."""
     return str(tokenizer_of(model).decode(list(ids), skip_special_tokens=False))
 
 
@@ -122,7 +122,7 @@ def end_ids(model: HookedTransformer) -> frozenset[int]:
 
 
 def pad_left(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> Batch:
-    """Pad rows of ids on the left to the longest.
+    """Pad rows of token ids on the left to the longest row.
 
     Returns:
         tokens and mask, `[batch, pos]`, on the model's device.
@@ -137,8 +137,7 @@ def pad_left(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> Batch:
 
 
 def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in batches of at most `size`, neighbours in length together, so that little is
-    padded.
+    """Indices in batches of at most `size`, sorted by length to minimise padding.
 
     Example:
         >>> length_batches([5, 1, 4, 2], 2)

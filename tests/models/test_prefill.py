@@ -26,7 +26,7 @@ class Widths(Handle):
 
 
 def test_equals_each_row_alone(model):
-    residual, cache = prefill(model, ROWS, room=1)
+    residual, cache = prefill(model, ROWS, reserve=1)
     new = torch.tensor([[5], [6], [7]])
     after = run(model, new, torch.ones_like(new), cache)
     for i, row in enumerate(ROWS):
