@@ -335,28 +335,27 @@ def test_it_is_a_transformers_causal_lm_without_a_copy(model, view):
 
 
 WRONG = {
-    "embeds": ({"inputs_embeds": torch.zeros(1, 2, 32)}, "inputs_embeds cannot"),
-    "attentions": ({"output_attentions": True}, "output_attentions cannot"),
+    "embeds": ({"inputs_embeds": torch.zeros(1, 2, 32)}, "inputs_embeds is not supported"),
+    "attentions": ({"output_attentions": True}, "output_attentions is not supported"),
     "cache": ({"past_key_values": DynamicCache()}, "is a DynamicCache, it must be what"),
     "mask 4d": ({"attention_mask": torch.ones(3, 1, 20, 20)}, r"\(3, 1, 20, 20\), it must be"),
     "mask short": ({"attention_mask": LEFT[:, 1:]}, r"\(3, 19\), it must be"),
     "mask wide": (
         {"attention_mask": torch.cat([LEFT, 0 * LEFT], 1)},
-        "40 columns and hides some beyond the 20 tokens",
+        "zeros after column 20, the number of tokens",
     ),
-    "mask values": ({"attention_mask": 2 * LEFT}, "holds other than 0 and 1"),
+    "mask values": ({"attention_mask": 2 * LEFT}, "values from 0 to 2, they must be 0 or 1"),
     "positions": ({"position_ids": torch.arange(19)[None]}, r"\(1, 19\), it must be that of"),
-    "negative": ({"position_ids": torch.arange(20)[None] - 1}, "stands at position -1"),
-    "far": ({"position_ids": torch.arange(20)[None] + 500}, "position 519, the context holds 0 to"),
+    "negative": ({"position_ids": torch.arange(20)[None] - 1}, "has position -1"),
+    "far": ({"position_ids": torch.arange(20)[None] + 500}, "position 519, the context has 0 to"),
     "labels": ({"labels": TOKENS, "logits_to_keep": 1}, "labels need the logits of all"),
 }
 
 
-@pytest.mark.parametrize("asked", WRONG.values(), ids=WRONG.keys())
-def test_what_cannot_be_honoured_is_refused(gemma, asked):
-    given, words = asked
-    with pytest.raises(ShlError, match=words) as error:
-        as_hf(gemma)(TOKENS, **given)
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG.keys())
+def test_unsupported_arguments_are_refused(gemma, arguments, message):
+    with pytest.raises(ShlError, match=message) as error:
+        as_hf(gemma)(TOKENS, **arguments)
     one_sentence(error)
 
 
@@ -376,10 +375,10 @@ def test_invalid_inputs_are_refused(gemma, llama, tmp_path):
         "cache_implementation is 'static'": lambda: view.generate(
             TOKENS, cache_implementation="static", **GREEDY
         ),
-        "is model.W_E, no module": lambda: view.get_input_embeddings(),
+        "is model.W_E, not a module": lambda: view.get_input_embeddings(),
     }
-    for words, call in refused.items():
-        with pytest.raises(ShlError, match=words) as error:
+    for message, call in refused.items():
+        with pytest.raises(ShlError, match=message) as error:
             call()
         one_sentence(error)
     with pytest.raises(TypeError, match="token_type_ids"):
