@@ -99,8 +99,8 @@ def test_an_index_may_not_point_outside_its_folder(folder):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda s: s.pop("model.norm.weight"), "hold no tensor model.norm.weight"),
-        (lambda s: s.pop("model.embed_tokens.weight"), "hold no embed_tokens.weight"),
+        (lambda s: s.pop("model.norm.weight"), "have no tensor model.norm.weight"),
+        (lambda s: s.pop("model.embed_tokens.weight"), "have no embed_tokens.weight"),
         (
             lambda s: s.update({"model.layers.1.mlp.up_proj.weight": torch.ones(47, 32)}),
             "blocks.1.mlp.W_in have shape (32, 47)",
