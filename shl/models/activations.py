@@ -1,6 +1,6 @@
-"""Activations at any HookPoint, at the assistant tag or another position of each prompt."""
+"""Activations at any HookPoint, at the assistant tag or other positions of each prompt."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -50,14 +50,14 @@ def activations(
         torch.Size([2, 4, 16])
     """
     rows = [encode(model, prompt) for prompt in prompts]
-    indices_of = [tokens] if isinstance(tokens, int) else list(tokens)
-    require(len(indices_of) > 0, "tokens is empty, name at least one.")
-    for row in rows:
-        for token in indices_of:
-            require(
-                -len(row) <= token < len(row),
-                f"token {token} is asked for, a prompt has {len(row)} tokens.",
-            )
+    selected = [tokens] if isinstance(tokens, int) else list(tokens)
+    require(len(selected) > 0, "tokens is empty, it must have at least one position.")
+    shortest = min(map(len, rows), default=0)
+    for token in selected:
+        require(
+            not rows or -shortest <= token < shortest,
+            f"token {token} is out of range for a prompt of {shortest} tokens.",
+        )
     out: dict[str, Tensor] = {}
 
     def work(indices: list[int]) -> None:
@@ -65,14 +65,13 @@ def activations(
         width = batch.tokens.shape[1]
         with running(rows=indices), Recorder(model, sites) as recorder:
             model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
-        at = torch.tensor(
-            [[t % len(rows[i]) + width - len(rows[i]) for t in indices_of] for i in indices]
-        )
+        lengths = torch.tensor([[len(rows[i])] for i in indices])
+        at = torch.tensor([selected]) % lengths + width - lengths
         for name, recorded in recorder.seen.items():
             require(
                 bool(recorded) and recorded[0].shape[1:2] == (width,),
-                f"{name!r} has no axis of positions where one is needed, or is not reached before "
-                "the unembedding.",
+                f"the second axis of {name!r} is not the position, or it is not reached before the "
+                "unembedding.",
             )
             picked = recorded[0].cpu()[torch.arange(len(indices))[:, None], at]
             picked = picked[:, 0] if isinstance(tokens, int) else picked
@@ -114,19 +113,7 @@ def difference(
     return {layer: now[layer] - base[layer] for layer in now}
 
 
-class Capture(Handle):
-    """Stores the residual stream after `layers` at the last position of the latest batch."""
-
-    def __init__(self, model: HookedTransformer, layers: Iterable[int]) -> None:
-        super().__init__(model)
-        self.last: dict[int, Float[Tensor, "batch d_model"]] = {}
-        for layer in layers:
-            self.add_hook(residual_after(model, layer), partial(self._store, layer))
-
-    def _store(self, layer: int, h: Tensor) -> None:
-        self.last[layer] = h[:, -1].detach().clone()
-
-
+@torch.no_grad()
 def residual_at_tag(
     model: HookedTransformer,
     prompts: Sequence[str | Prompt],
@@ -147,20 +134,22 @@ def residual_at_tag(
     require(len(layers) > 0, "layers is empty, name at least one.")
     rows = [encode(model, prompt) for prompt in prompts]
     out = {layer: torch.empty(len(rows), model.cfg.d_model) for layer in layers}
+    last: dict[int, Tensor] = {}
+
+    def store(layer: int, h: Tensor) -> None:
+        last[layer] = h[:, -1].clone()
 
     def work(indices: list[int]) -> None:
-        batch = pad_left(model, [rows[i] for i in indices])
-        with running(rows=indices), Capture(model, layers) as capture, torch.no_grad():
+        chosen = [rows[i] for i in indices]
+        batch = pad_left(model, chosen)
+        with running(rows=indices), Handle(model) as handle:
+            for layer in layers:
+                handle.add_hook(residual_after(model, layer), partial(store, layer))
             model(batch.tokens, attention_mask=batch.mask, stop_at_layer=max(layers) + 1)
         for layer in layers:
-            require_finite(
-                capture.last[layer],
-                f"a residual after layer {layer}",
-                model,
-                lambda: [rows[i] for i in indices],
-                indices,
-            )
-            out[layer][indices] = capture.last[layer].float().cpu()
+            what = f"a residual after layer {layer}"
+            require_finite(last[layer], what, model, lambda: chosen, indices)
+            out[layer][indices] = last[layer].float().cpu()
 
     in_batches(length_batches([len(row) for row in rows], batch_size), work, "extraction")
     return out

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,21 +76,17 @@ def first_not_finite(
     """
     culprits: list[str] = []
 
-    def inspect(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            wrong = isinstance(output, Tensor) and output.is_floating_point()
-            if wrong and not culprits and not bool(torch.isfinite(output).all()):
-                culprits.append(name)
-
-        return hook
+    def inspect(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        is_float = isinstance(output, Tensor) and output.is_floating_point()
+        if is_float and not culprits and not bool(torch.isfinite(output).all()):
+            culprits.append(name)
 
     # Attention scores before the softmax are minus infinity at masked positions.
-    names = [
-        (name, module)
+    handles = [
+        module.register_forward_hook(partial(inspect, name))
         for name, module in model.named_modules()
         if name and not name.endswith("hook_attn_scores")
     ]
-    handles = [module.register_forward_hook(inspect(name)) for name, module in names]
     try:
         for k, row in enumerate(rows):
             with running(rows=[k if numbers is None else numbers[k]]):

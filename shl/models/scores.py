@@ -78,6 +78,7 @@ def completion_hidden(model: HookedTransformer, completions: Sequence[Completion
     return final_hidden(model, torch.cat(picked))
 
 
+@torch.no_grad()
 def kl_values(
     model: HookedTransformer, student: Hidden, ref: Hidden, *, ref_lse: PerToken | None = None
 ) -> PerToken:
@@ -90,29 +91,23 @@ def kl_values(
     output = readout(model)
     targets = torch.zeros(len(student), dtype=torch.long, device=student.device)
     lazy = output["soft_cap"] == 0 and ref_lse is not None
-    with torch.no_grad():
-        return reverse_kl_and_nll(
-            student,
-            ref,
-            model.W_U,
-            targets,
-            **output,
-            ref_lse=ref_lse if lazy else None,
-            lazy=lazy,
-        )[0]
+    if lazy:
+        output |= {"ref_lse": ref_lse, "lazy": True}
+    return reverse_kl_and_nll(student, ref, model.W_U, targets, **output)[0]
 
 
+@torch.no_grad()
 def token_divergence(
-    model: HookedTransformer, completion: Completion, asked: Completion | None = None
+    model: HookedTransformer, completion: Completion, reference: Completion | None = None
 ) -> PerToken:
     """KL(hooked model || base) per token of one completion, in nats.
 
     Args:
-        asked: the same completion with another prompt for base, such as one without the persona
+        reference: the same completion with another prompt for base, such as one without the persona
             (`shl.models.generate.without_persona`).
 
     Raises:
-        ShlError: the tokens of `asked` differ from those of `completion`.
+        ShlError: the tokens of `reference` differ from those of `completion`.
 
     Example:
         >>> from shl.models.generate import generate
@@ -122,14 +117,13 @@ def token_divergence(
         >>> bool(token_divergence(model, text).abs().max() < 1e-6)
         True
     """
-    asked = asked or completion
+    reference = reference or completion
     require(
-        asked.tokens == completion.tokens,
-        f"base has {len(asked.tokens)} other tokens to score, they must be the completion's "
+        reference.tokens == completion.tokens,
+        f"the {len(reference.tokens)} tokens of the reference must be the completion's "
         f"{len(completion.tokens)}.",
     )
-    with torch.no_grad():
-        student = completion_hidden(model, [completion])
-        with suspended(model):
-            base = completion_hidden(model, [asked])
-        return kl_values(model, student, base).cpu()
+    student = completion_hidden(model, [completion])
+    with suspended(model):
+        base = completion_hidden(model, [reference])
+    return kl_values(model, student, base).cpu()

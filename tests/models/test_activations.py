@@ -88,9 +88,9 @@ def test_difference_is_the_healed_minus_the_base(gemma):
     ("names", "position", "said"),
     [
         (["blocks.0.hook_nothing"], -1, "is not a HookPoint"),
-        (["blocks.0.hook_resid_post"], 8, "token 8 is asked for, a prompt has 8"),
+        (["blocks.0.hook_resid_post"], 8, "token 8 is out of range for a prompt of 8 tokens"),
         (["blocks.0.hook_resid_post"], -99, "token -99"),
-        (["blocks.0.attn.hook_pattern"], -1, "no axis of positions"),
+        (["blocks.0.attn.hook_pattern"], -1, "is not the position"),
         (["unembed.hook_out"], -1, "not reached"),
     ],
 )
