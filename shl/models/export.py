@@ -17,6 +17,7 @@ from shl.hooks.adapter import Adapter, check_fits
 from shl.hooks.bake import stack
 from shl.hooks.handle import unhooked
 from shl.hooks.sites import HF_NAMES, Site
+from shl.models.tokens import tokenizer_of
 from shl.models.weights import EMBEDDED
 from shl.utils.errors import require
 
@@ -67,16 +68,16 @@ def export_peft(
         name = f"{prefix}.{site.layer}.{HF_NAMES[site.kind]}"
         a, b = stacked.down[site.name], stacked.up[site.name] * stacked.scale
         ranks[name] = len(a)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
+        for factor, x in (("A", a), ("B", b)):
+            key = f"base_model.model.{name}.lora_{factor}.weight"
+            tensors[key] = x.detach().cpu().contiguous()
     largest = max(ranks.values())
     other = {name: rank for name, rank in ranks.items() if rank != largest}
     embedded = EMBEDDED.get(stacked.model_name)
-    hub_name = embedded.hub_name if embedded else stacked.model_name
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": hub_name,
+        "base_model_name_or_path": embedded.hub_name if embedded else stacked.model_name,
         "r": largest,
         "lora_alpha": largest,
         "rank_pattern": other,
@@ -144,28 +145,17 @@ def export_hf(
     first = next(name for name in modules if name.endswith("layers.0.self_attn"))
     prefix = first.removesuffix(".0.self_attn")
     for site in _linear_sites(stacked):
+        up, down = (x[site.name].float().cpu() for x in (stacked.up, stacked.down))
+        update = einsum(up, down, "d_out rank, rank d_in -> d_out d_in")
         weight = modules[f"{prefix}.{site.layer}.{HF_NAMES[site.kind]}"].weight
-        update = einsum(
-            stacked.up[site.name].float().cpu(),
-            stacked.down[site.name].float().cpu(),
-            "d_out rank, rank d_in -> d_out d_in",
-        )
         weight.data += update * stacked.scale
     hf.to(dtype=dtype)
     hf.save_pretrained(folder)
-    assert model.tokenizer is not None
-    model.tokenizer.save_pretrained(folder)
-    return _drift(model, stacked, folder, text, dtype)
-
-
-def _drift(
-    model: HookedTransformer, adapter: Adapter, folder: str | Path, text: str, dtype: torch.dtype
-) -> Drift:
+    tokenizer_of(model).save_pretrained(folder)
     tokens = model.to_tokens(text)
-    with unhooked(model), adapter.attach(model):
+    with unhooked(model), stacked.attach(model):
         hooked = model(tokens).float()[0].log_softmax(-1).cpu()
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    merged = hf(tokens.cpu()).logits.float()[0].log_softmax(-1)
-    difference = hooked - merged
+    difference = hooked - hf(tokens.cpu()).logits.float()[0].log_softmax(-1)
     kl = (hooked.exp() * difference).sum(-1).mean()
     return Drift(float(difference.abs().max()), float(kl), str(dtype).removeprefix("torch."))

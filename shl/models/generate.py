@@ -35,8 +35,10 @@ from shl.utils.errors import in_batches, require
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Float, Int, Mask, Tokens
 
-WORTH = 8
-"""For a shorter shared prefix, a separate forward pass takes longer than it saves."""
+MIN_PREFIX = 8
+"""A separate forward pass of a shorter shared prefix takes longer than it saves."""
+LONG = 32
+"""Number of steps from which `fused_decoding` saves more time than merging the weights takes."""
 
 
 def run(
@@ -67,14 +69,11 @@ def prefill(
     shared = _shared(model, rows)
     batch = pad_left(model, [row[shared:] for row in rows])
     capacity = shared + batch.tokens.shape[1] + reserve
+    cache = KVCache.empty(model, 1 if shared else len(rows), shared or capacity)
     if shared:
-        head = torch.tensor([rows[0][:shared]], device=batch.tokens.device)
-        prefix = KVCache.empty(model, 1, shared)
-        run(model, head, torch.ones_like(head), prefix)
-        first_row = torch.zeros(len(rows), dtype=torch.long, device=head.device)
-        cache = prefix.rows(first_row, capacity)
-    else:
-        cache = KVCache.empty(model, len(rows), capacity)
+        prefix = torch.tensor([rows[0][:shared]], device=batch.tokens.device)
+        run(model, prefix, torch.ones_like(prefix), cache)
+        cache = cache.rows(prefix.new_zeros(len(rows)), capacity)
     return run(model, batch.tokens, batch.mask, cache)[:, -1:], cache
 
 
@@ -90,7 +89,7 @@ def _shared(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> int:
     every_row = any(handle.per_row for handle in handles_on(model)) or any(
         point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()
     )
-    return common if common >= WORTH and fits and not every_row else 0
+    return common if common >= MIN_PREFIX and fits and not every_row else 0
 
 
 def next_logits(
@@ -155,10 +154,6 @@ def sample(
     # The first token whose cumulative probability exceeds the draw; it has a non-zero probability.
     rank = (cumulative > threshold).int().argmax(-1)
     return ids.gather(-1, rank[:, None])[:, 0]
-
-
-LONG = 32
-"""Number of steps from which `fused_decoding` saves more time than merging the weights takes."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +228,7 @@ def generate(
         [0.0]
     """
     config = GenerateConfig(max_new_tokens, min_new_tokens, temperature, top_k, top_p, batch_size)
-    questions = [as_prompt(prompt) for prompt in prompts]
-    rows = [encode(model, prompt) for prompt in questions]
+    rows = [encode(model, prompt) for prompt in prompts]
     longest = max(map(len, rows), default=0)
     require(
         longest + max_new_tokens <= model.cfg.n_ctx,
@@ -243,16 +237,14 @@ def generate(
     )
     doses = _doses(model, len(rows))
     done: dict[int, Completion] = {}
-
     batches = length_batches([len(row) for row in rows], batch_size)
     long = len(batches) * max_new_tokens >= LONG
 
     def work(indices: list[int]) -> None:
         decoded = _decode_batch(model, indices, [rows[i] for i in indices], config, seed)
         for i, (tokens, ended) in zip(indices, decoded, strict=True):
-            text = decode(model, tokens)
-            prompt = tuple(rows[i])
-            done[i] = Completion(questions[i], text, tuple(tokens), prompt, doses[i], ended)
+            prompt, text = as_prompt(prompts[i]), decode(model, tokens)
+            done[i] = Completion(prompt, text, tuple(tokens), tuple(rows[i]), doses[i], ended)
 
     with torch.no_grad(), fused_decoding(model) if long else nullcontext():
         in_batches(batches, work, "generation")
@@ -260,18 +252,16 @@ def generate(
 
 
 def _doses(model: HookedTransformer, rows: int) -> list[float]:
+    """The dose of the innermost steering for each row."""
     handles = handles_on(model)
-    steerings = [h for h in handles if isinstance(h, Steering)]
-    dose = steerings[-1].dose if steerings else 0.0
-    if isinstance(dose, Tensor):
-        require(len(dose) == rows, f"{len(dose)} per-row doses were given for {rows} prompts.")
     for handle in handles:
         n = rows if handle.rows is None else handle.rows
         require(n == rows, f"a hook has doses or a mask for {n} rows, there are {rows} prompts.")
+    steerings = [h for h in handles if isinstance(h, Steering)]
+    dose = steerings[-1].dose if steerings else 0.0
     return [float(x) for x in dose] if isinstance(dose, Tensor) else [float(dose)] * rows
 
 
-@torch.no_grad()
 def _decode_batch(
     model: HookedTransformer,
     indices: list[int],
@@ -280,12 +270,9 @@ def _decode_batch(
     seed: int,
 ) -> list[tuple[list[int], bool]]:
     device = model.W_U.device
-    draws = torch.stack(
-        [
-            torch.rand(config.max_new_tokens, generator=generator_for(seed, "token", i))
-            for i in indices
-        ]
-    ).to(device)
+    streams = [generator_for(seed, "token", i) for i in indices]
+    draws = torch.stack([torch.rand(config.max_new_tokens, generator=g) for g in streams])
+    draws = draws.to(device)
     ends = end_ids(model)
     stop_ids = torch.tensor(sorted(ends), device=device)
     limit = 1 if config.temperature == 0 else config.top_k

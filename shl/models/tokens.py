@@ -1,13 +1,14 @@
-"""Encoding, padding and masking of prompts and completions.
+"""Encoding, decoding, padding and batching of prompts and completions.
 
-Chat models use their tokenizer's template (the persona is the system turn); models without one
-get plain text, `persona`, a blank line, `Q: ...` and `A:`. Everything is encoded without the
-tokenizer's own special tokens and BOS is put in front where the model expects it, so prompt and
-completion are never tokenised in two ways.
+Chat models use their tokenizer's template, with the persona as the system turn. Models without a
+template get plain text: persona, a blank line, `Q: ...` and `A:`. All text is encoded here, without
+the tokenizer's special tokens; BOS is prepended if the model expects it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -67,22 +68,18 @@ def as_prompt(prompt: str | Prompt) -> Prompt:
 def render(model: HookedTransformer, prompt: str | Prompt) -> str:
     """The text of a prompt up to the assistant tag; without BOS if there is no chat template."""
     prompt = as_prompt(prompt)
+    persona = f"{prompt.persona}\n\n" if prompt.persona else ""
     if not is_chat(model):
-        persona = f"{prompt.persona}\n\n" if prompt.persona else ""
         return f"{persona}Q: {prompt.text}\nA:"
-    tokenizer = tokenizer_of(model)
-    turns = [{"role": "user", "content": prompt.text}]
+    template: Any = partial(
+        tokenizer_of(model).apply_chat_template, tokenize=False, add_generation_prompt=True
+    )
     system = [{"role": "system", "content": prompt.persona}] if prompt.persona else []
     try:
-        text = tokenizer.apply_chat_template(
-            system + turns, tokenize=False, add_generation_prompt=True
-        )
+        return template([*system, {"role": "user", "content": prompt.text}])
     except TemplateError:
         # Some templates do not support a system turn; the persona then starts the user's turn.
-        turns[0]["content"] = f"{prompt.persona}\n\n{prompt.text}"
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    return text
+        return template([{"role": "user", "content": persona + prompt.text}])
 
 
 def encode_text(model: HookedTransformer, text: str, *, bos: bool = False) -> list[int]:

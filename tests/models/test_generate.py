@@ -103,7 +103,7 @@ def test_doses_follow_their_rows_through_sorting_and_early_ends(ending, vector):
 def test_doses_and_prompts_must_be_as_many(gemma, vector):
     with vector.steering(gemma, dose=torch.ones(3)), pytest.raises(ShlError) as error:
         generate(gemma, PROMPTS, max_new_tokens=2)
-    assert "3 per-row doses were given for 5 prompts" in one_sentence(error)
+    assert "a hook has doses or a mask for 3 rows, there are 5 prompts" in one_sentence(error)
 
 
 def test_a_steering_that_changes_no_layer_is_the_same_as_a_hook_of_the_callers(gemma, vector):
