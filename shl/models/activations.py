@@ -61,10 +61,10 @@ def activations(
     out: dict[str, Tensor] = {}
 
     def work(indices: list[int]) -> None:
-        batch = pad_left(model, [rows[i] for i in indices])
-        width = batch.tokens.shape[1]
+        ids, mask = pad_left(model, [rows[i] for i in indices])
+        width = ids.shape[1]
         with running(rows=indices), Recorder(model, sites) as recorder:
-            model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
+            model(ids, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
         lengths = torch.tensor([[len(rows[i])] for i in indices])
         at = torch.tensor([selected]) % lengths + width - lengths
         for name, recorded in recorder.seen.items():
@@ -123,8 +123,6 @@ def residual_at_tag(
 ) -> dict[int, Float[Tensor, "n d_model"]]:
     """The residual stream after each layer at the assistant tag, one row per prompt, in fp32.
 
-    The forward stops after the last of `layers`.
-
     Example:
         >>> from shl.models.tiny import tiny_gemma
         >>> residual_at_tag(tiny_gemma(), ["Hello?", "A longer one?"], [0])[0].shape
@@ -141,11 +139,11 @@ def residual_at_tag(
 
     def work(indices: list[int]) -> None:
         chosen = [rows[i] for i in indices]
-        batch = pad_left(model, chosen)
+        ids, mask = pad_left(model, chosen)
         with running(rows=indices), Handle(model) as handle:
             for layer in layers:
                 handle.add_hook(residual_after(model, layer), partial(store, layer))
-            model(batch.tokens, attention_mask=batch.mask, stop_at_layer=max(layers) + 1)
+            model(ids, attention_mask=mask, stop_at_layer=max(layers) + 1)
         for layer in layers:
             what = f"a residual after layer {layer}"
             require_finite(last[layer], what, model, lambda: chosen, indices)

@@ -1,9 +1,8 @@
 """`as_hf`: a HookedTransformer, hooks included, as a transformers causal language model.
 
 The forward and the cache are implemented here; `generate` is transformers' own. Without
-`position_ids` each row's positions count its unmasked tokens, so results depend neither on padding
-nor on the batch. (transformers' own models count columns instead, which gives wrong positions when
-a left-padded cache is continued without `position_ids`.)
+`position_ids` positions count each row's unmasked tokens, so results do not depend on padding.
+(transformers' own models count columns, which is wrong after a left-padded cache.)
 """
 
 import copy
@@ -33,8 +32,8 @@ GROWTH = 64
 class HookedCache(Cache):
     """The keys and values of all layers, and the position of every cached token.
 
-    Unlike transformers' own caches it stores which tokens are padding, so that positions of later
-    tokens and attention are correct with or without a mask.
+    Unlike transformers' own caches it stores which tokens are padding, so that later tokens have
+    the right positions and attention with or without a mask.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -69,7 +68,7 @@ class HookedCache(Cache):
             capacity = max(self.capacity, new + GROWTH)
             self.held = KVCache.empty(self.model, batch, capacity)
             self.positions = self.held.mask.clone()
-        rows = self.held.mask.shape[0]
+        rows = self.batch_size
         require(batch == rows, f"the cache holds {rows} rows, input_ids has {batch}.")
         return self.held
 
@@ -137,13 +136,10 @@ class HookedCache(Cache):
 
 
 def as_hf(model: HookedTransformer) -> "HookedForCausalLM":
-    """A transformers view of `model`; hooks that are active when it runs apply.
+    """A transformers view of a model of `shl.load_model`; hooks that are active when it runs apply.
 
     No weight is copied: `.parameters()` are the HookedTransformer's. `.generate` declares the
     prompt lengths to hooks, as `shl.generate` does.
-
-    Args:
-        model: a model of `shl.load_model`.
 
     Returns:
         A `PreTrainedModel` with `GenerationMixin`. Unsupported arguments (`inputs_embeds`,
@@ -163,11 +159,7 @@ def as_hf(model: HookedTransformer) -> "HookedForCausalLM":
 
 
 class _Config(PreTrainedConfig):
-    """The sizes of a HookedTransformer under transformers' names.
-
-    Private, because transformers generates an `__init__` that the API reference cannot parse.
-    """
-
+    # Private, because transformers generates an `__init__` that the API reference cannot parse.
     model_type = "hooked_transformer"
 
 

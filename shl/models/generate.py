@@ -67,14 +67,14 @@ def prefill(
         (torch.Size([2, 1, 32]), 3)
     """
     shared = _shared(model, rows)
-    batch = pad_left(model, [row[shared:] for row in rows])
-    capacity = shared + batch.tokens.shape[1] + reserve
+    tokens, mask = pad_left(model, [row[shared:] for row in rows])
+    capacity = shared + tokens.shape[1] + reserve
     cache = KVCache.empty(model, 1 if shared else len(rows), shared or capacity)
     if shared:
-        prefix = torch.tensor([rows[0][:shared]], device=batch.tokens.device)
+        prefix = torch.tensor([rows[0][:shared]], device=tokens.device)
         run(model, prefix, torch.ones_like(prefix), cache)
         cache = cache.rows(prefix.new_zeros(len(rows)), capacity)
-    return run(model, batch.tokens, batch.mask, cache)[:, -1:], cache
+    return run(model, tokens, mask, cache)[:, -1:], cache
 
 
 def _shared(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> int:
@@ -95,10 +95,8 @@ def _shared(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> int:
 def next_logits(
     model: HookedTransformer, residual: Float[Tensor, "batch 1 d_model"], *, k: int = 0
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The `k` largest logits (descending, fp32) and their tokens, from the residual stream after
-    the last layer at one position per row.
-
-    With `k` 0 the logits of the whole vocabulary, in the order of the tokens.
+    """The `k` largest logits (descending, fp32) and their tokens, from the residual after the last
+    layer at one position per row; with `k` 0 those of the whole vocabulary, in order of tokens.
 
     Example:
         >>> import torch
@@ -125,9 +123,8 @@ def sample(
     config: GenerateConfig,
     tokens: Int[Tensor, "batch n"] | None = None,
 ) -> Int[Tensor, " batch"]:
-    """Sample one token per row by inverse transform sampling with uniform `draws` in [0, 1).
-
-    `logits` are those of `tokens`, by default of the whole vocabulary.
+    """Sample one token per row by inverse transform sampling with uniform `draws` in [0, 1), from
+    the logits of `tokens`, by default the whole vocabulary.
 
     Raises:
         ShlError: the largest logit of a row is not finite.

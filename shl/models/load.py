@@ -20,13 +20,7 @@ from transformers import (
 )
 
 from shl.fast import speed_up
-from shl.models.weights import (
-    EMBEDDED,
-    converter,
-    hooked_config,
-    inverse_frequencies,
-    model_folder,
-)
+from shl.models.weights import EMBEDDED, converter, hooked_config, inverse_frequencies, model_folder
 from shl.utils.errors import ShlError, require
 
 

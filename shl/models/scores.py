@@ -70,10 +70,9 @@ def token_nll(
 def completion_hidden(model: HookedTransformer, completions: Sequence[Completion]) -> torch.Tensor:
     """Hidden states `[tok, d_model]` after the final norm, at the positions that predict the
     completions' tokens, concatenated over completions."""
-    rows = [[*c.prompt_tokens, *c.tokens] for c in completions]
-    batch = pad_left(model, rows)
+    tokens, mask = pad_left(model, [[*c.prompt_tokens, *c.tokens] for c in completions])
     with running(prompts=[len(c.prompt_tokens) for c in completions]):
-        residual = model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
+        residual = model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
     picked = [residual[i, -len(c.tokens) - 1 : -1] for i, c in enumerate(completions)]
     return final_hidden(model, torch.cat(picked))
 

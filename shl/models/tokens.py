@@ -36,14 +36,6 @@ class Prompt:
     persona: str | None = None
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Left-padded rows: `tokens` and `mask`, both `[batch, pos]`."""
-
-    tokens: Tokens
-    mask: Mask
-
-
 def tokenizer_of(model: HookedTransformer) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
@@ -118,19 +110,15 @@ def end_ids(model: HookedTransformer) -> frozenset[int]:
     return frozenset(ids | {tokenizer.eos_token_id})
 
 
-def pad_left(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> Batch:
-    """Pad rows of token ids on the left to the longest row.
-
-    Returns:
-        tokens and mask, `[batch, pos]`, on the model's device.
-    """
+def pad_left(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> tuple[Tokens, Mask]:
+    """Tokens and mask of rows of ids, padded on the left to the longest, on the model's device."""
     require(len(rows) > 0 and all(rows), "a batch needs at least one row, each with a token.")
     width = max(map(len, rows))
     pad = tokenizer_of(model).pad_token_id or 0
     tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     device = model.W_U.device
-    return Batch(tokens.to(device), mask.to(device))
+    return tokens.to(device), mask.to(device)
 
 
 def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -40,12 +40,7 @@ from shl.utils.errors import ShlError, require
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model that PyPI packages contain as a GGUF file, in one or more pieces.
-
-    Example:
-        >>> EMBEDDED["gemma-3-270m"].licence
-        'Gemma Terms of Use'
-    """
+    """A model that PyPI packages contain as a GGUF file, in one or more pieces."""
 
     hub_name: str
     pieces: tuple[tuple[str, str], ...]  # (package, file inside it), in order
@@ -194,8 +189,7 @@ def gguf_to_folder(gguf: Path, folder: Path) -> Path:
 
 
 def hub_folder(name: str) -> Path:
-    """Download `name` from the Hugging Face hub, or find it in the hub's cache, and return its
-    folder.
+    """The folder of `name`, downloaded from the Hugging Face hub or found in the hub's cache.
 
     Raises:
         ShlError: the name is unknown, access is denied, or the hub cannot be reached.

@@ -116,10 +116,10 @@ def test_a_model_without_a_tokenizer_is_refused():
 
 
 def test_rows_are_padded_on_the_left_to_the_longest(gemma):
-    batch = pad_left(gemma, [[2, 7], [2, 8, 9, 10], [5]])
-    assert batch.tokens.tolist() == [[0, 0, 2, 7], [2, 8, 9, 10], [0, 0, 0, 5]]
-    assert batch.mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]]
-    assert batch.tokens.dtype == batch.mask.dtype == torch.int64
+    tokens, mask = pad_left(gemma, [[2, 7], [2, 8, 9, 10], [5]])
+    assert tokens.tolist() == [[0, 0, 2, 7], [2, 8, 9, 10], [0, 0, 0, 5]]
+    assert mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]]
+    assert tokens.dtype == mask.dtype == torch.int64
 
 
 @pytest.mark.parametrize("rows", [[], [[2], []]])
