@@ -17,7 +17,6 @@ from shl.models.load import load_model
 from shl.models.weights import EMBEDDED, hub_folder, model_folder
 from shl.utils.errors import ShlError
 
-
 RESPONSE = SimpleNamespace(headers={}, request=None)
 
 
