@@ -129,10 +129,10 @@ def calls(repeats: int) -> list[Row]:
     hf = hf.to(device)
 
     def theirs(asked: list[Prompt], new: int) -> Callable[[], Any]:
-        batch = pad_left(model, [encode(model, p) for p in asked])
+        tokens, mask = pad_left(model, [encode(model, p) for p in asked])
         return lambda: hf.generate(
-            batch.tokens,
-            attention_mask=batch.mask,
+            tokens,
+            attention_mask=mask,
             max_new_tokens=new,
             min_new_tokens=new,
             do_sample=False,
@@ -149,10 +149,10 @@ def calls(repeats: int) -> list[Row]:
         )
 
     def lens(asked: list[Prompt], new: int) -> Callable[[], Any]:
-        batch = pad_left(model, [encode(model, p) for p in asked])
+        tokens, _ = pad_left(model, [encode(model, p) for p in asked])
         assert plain is not None
         return lambda: plain.generate(
-            batch.tokens, max_new_tokens=new, do_sample=False, stop_at_eos=False, verbose=False
+            tokens, max_new_tokens=new, do_sample=False, stop_at_eos=False, verbose=False
         )
 
     def steered_and_baked() -> ExitStack:

@@ -41,7 +41,7 @@ def steps(models: Mapping[str, HookedTransformer], prompts: list[Prompt]) -> dic
     stack = ExitStack()
     for case, model in models.items():
         rows = [encode(model, p)[:CONTEXT] for p in prompts]
-        caches[case] = prefill(model, rows, room=2 * TURNS)[1]
+        caches[case] = prefill(model, rows, reserve=2 * TURNS)[1]
         stack.enter_context(fused_decoding(model))
     tokens = torch.full((len(prompts), 1), 1000, device=next(iter(models.values())).W_U.device)
     walls: dict[str, list[float]] = {case: [] for case in models}

@@ -215,7 +215,7 @@ def test_mask_with_wrong_number_of_rows_is_rejected(gemma):
     mask = torch.ones(5, 9, dtype=torch.bool)
     with v.steering(gemma, 1.0, mask=mask), pytest.raises(ShlError) as error:
         generate(gemma, PROMPTS)
-    assert "a hook has doses or a mask for 5 rows, not 4 prompts" in one_sentence(error)
+    assert "a hook has doses or a mask for 5 rows, there are 4 prompts" in one_sentence(error)
     with v.steering(gemma, 1.0, mask=mask), pytest.raises(ShlError) as error:
         gemma(TOKENS)
     assert "5 rows of a mask were given for a batch of 3 rows" in one_sentence(error)
