@@ -7,11 +7,12 @@ import torch
 from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import suspended
+from shl.hooks.sites import readout
 from shl.hooks.steering import Steering
 from shl.hooks.vector import SteeringVector
-from shl.kl import aggregate, logsumexp
+from shl.kl import aggregate, logsumexp, reverse_kl_and_nll
 from shl.models.generate import Completion
-from shl.models.scores import completion_hidden, kl_values
+from shl.models.scores import completion_hidden
 from shl.models.tokens import length_batches
 from shl.utils.errors import require
 from shl.utils.shapes import Float, PerToken, Tensor
@@ -93,7 +94,11 @@ def dose_response(
         with Steering(model, vector.directions, amounts[rows]):
             steered = completion_hidden(model, [completions[j] for j in chosen])
         ref, ref_lse = (torch.cat([x[j] for j in chosen]) for x in (base, lse))
-        values = kl_values(model, steered, ref, ref_lse=ref_lse)
+        targets = torch.cat([torch.tensor(completions[j].tokens) for j in chosen])
+        settings = {"ref_lse": ref_lse, "lazy": True, **readout(model)}
+        values, _ = reverse_kl_and_nll(
+            steered, ref, model.W_U, targets.to(steered.device), **settings
+        )
         kl |= zip(rows, values.cpu().split([sizes[j] for j in chosen]), strict=True)
     n = len(completions)
     table = tuple(tuple(kl[i * n + j] for j in range(n)) for i in range(len(doses)))
