@@ -64,16 +64,10 @@ def logit_lens(
         >>> tokens.raised[0][0] == model.tokenizer.decode([70])
         True
     """
-    d_model = model.cfg.d_model
-    require(
-        tuple(direction.shape) == (d_model,),
-        f"the direction has shape {tuple(direction.shape)}, {model.cfg.model_name} has d_model "
-        f"{d_model}.",
-    )
-    require(
-        bool(torch.isfinite(direction).all() and direction.any()),
-        "the direction is 0 or not finite, it raises no token.",
-    )
+    name, d_model, shape = model.cfg.model_name, model.cfg.d_model, tuple(direction.shape)
+    require(shape == (d_model,), f"the direction has shape {shape}, {name} has d_model {d_model}.")
+    usable = bool(torch.isfinite(direction).all() and direction.any())
+    require(usable, "the direction is 0 or not finite, it raises no token.")
     require(k >= 1, f"k is {k}, it must be at least 1.")
     scaled = _scale(model.ln_final) * direction.to(model.W_U.device, torch.float32)
     logits = (scaled.to(model.W_U.dtype) @ model.W_U).float()

@@ -28,8 +28,10 @@ from shl.utils.shapes import Direction
 
 __all__ = ["cosines", "divergence", "lens", "norms", "response"]
 
-FONT, MONO = FontProperties("DejaVu Sans"), FontProperties("DejaVu Sans Mono")
+FONT, MONO = FontProperties("DejaVu Sans", size=7), FontProperties("DejaVu Sans Mono", size=8)
 """Shipped with matplotlib; a character that they lack is drawn as an empty square."""
+Colour = tuple[float, float, float, float]
+"""Red, green, blue and opacity, 0 to 1."""
 COLUMNS = 92
 """Characters in a line of drawn text."""
 
@@ -46,14 +48,7 @@ def subplots(
 
 
 def cell(
-    panel: Axes,
-    x: float,
-    y: float,
-    width: float,
-    text: str,
-    colour: tuple[float, ...],
-    font: FontProperties,
-    size: float,
+    panel: Axes, x: float, y: float, width: float, text: str, colour: Colour, font: FontProperties
 ) -> None:
     """A coloured box of height 1 with centred text in black or white."""
     panel.add_patch(Rectangle((x, y), width, 1, color=colour, lw=0))
@@ -67,7 +62,6 @@ def cell(
         ha="center",
         va="baseline" if one_line else "center",
         fontproperties=font,
-        fontsize=size,
         color="white" if dark else "black",
         linespacing=0.95,
         parse_math=False,
@@ -140,7 +134,7 @@ def lens(
                 x = side * (k + 0.25) + i
                 text = drawable(token.replace(" ", "\u00b7"), FONT)
                 text = text if len(text) <= 14 else text[:13] + "\u2026"
-                cell(panel, x, y, 1.0, f"{text}\n{z:+.1f}", colours(norm(z)), FONT, 7)
+                cell(panel, x, y, 1.0, f"{text}\n{z:+.1f}", colours(norm(z)), FONT)
     panel.set(xlim=(0, 2 * k + 0.25), ylim=(len(rows), 0))
     panel.set_yticks(np.arange(len(rows)) + 0.5, labels, fontsize=8)
     panel.set_xticks([k / 2, k + 0.25 + k / 2], ["raised", "lowered"])
@@ -183,7 +177,7 @@ def divergence(
     figure, axes = subplots(len(placed), 1, 8.6, height, height_ratios=heights)
     for panel, tokens, kl, height in zip(axes[:, 0], placed, values, heights, strict=True):
         for (line, column, text), value in zip(tokens, kl, strict=True):
-            cell(panel, column, line, len(text), text, colours(norm(value)), MONO, 8)
+            cell(panel, column, line, len(text), text, colours(norm(value)), MONO)
         panel.set(xlim=(0, COLUMNS), ylim=(height, 0), xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
         panel.set_title(

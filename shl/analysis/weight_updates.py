@@ -73,10 +73,8 @@ def spectrum(down: Down, up: Up, scale: float = 1.0) -> Spectrum:
         >>> bool(torch.allclose(s.left @ s.values.diag() @ s.right, 3.0 * (b @ a).double()))
         True
     """
-    require(
-        bool(torch.isfinite(down).all() and torch.isfinite(up).all()),
-        "the adapter's factors hold numbers that are not finite.",
-    )
+    finite = bool(torch.isfinite(down).all() and torch.isfinite(up).all())
+    require(finite, "the adapter's factors hold numbers that are not finite.")
     q_up, r_up = torch.linalg.qr(up.detach().cpu().double())
     q_down, r_down = torch.linalg.qr(down.detach().cpu().double().T)
     left, values, right = torch.linalg.svd(scale * (r_up @ r_down.T), full_matrices=False)

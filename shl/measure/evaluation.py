@@ -90,7 +90,7 @@ class Evaluation:
         """Bootstrap interval of the shift, paired by vignette."""
         k = FOUNDATIONS.index(foundation)
         pairs = np.stack([self.log_p[:, k], base.log_p[:, k]], 1)
-        return contrast_interval(pairs, config or EvalConfig())
+        return interval(pairs, contrast, config)
 
     def centred_shift(self, base: "Evaluation") -> dict[str, float]:
         """Mean per-vignette shift of the log-ratio to the options' mean: each vignette has the same
@@ -100,7 +100,7 @@ class Evaluation:
 
     def coherence_interval(self, config: EvalConfig | None = None) -> tuple[float, float]:
         """Bootstrap interval of `coherence` over vignettes, base held fixed."""
-        return _interval(log_mass(self.log_probs), self._coherence, config or EvalConfig())
+        return interval(log_mass(self.log_probs), self._coherence, config)
 
     def _coherence(self, log_masses: np.ndarray) -> float:
         return float(np.exp(np.mean(nats_of(log_masses) - np.log(self.base_mass))))
@@ -130,14 +130,11 @@ def contrast(pairs: np.ndarray) -> float:
     return float(-np.diff(nats_of(pairs))[0])
 
 
-def contrast_interval(pairs: np.ndarray, config: EvalConfig) -> tuple[float, float]:
-    """Bootstrap interval of `contrast` over items."""
-    return _interval(pairs, contrast, config)
-
-
-def _interval(
-    items: np.ndarray, statistic: Callable[[np.ndarray], float], config: EvalConfig
+def interval(
+    items: np.ndarray, statistic: Callable[[np.ndarray], float], config: EvalConfig | None = None
 ) -> tuple[float, float]:
+    """Bootstrap interval of a statistic over items, with the settings of `config`."""
+    config = config or EvalConfig()
     return bootstrap(items, statistic, resamples=config.bootstrap, confidence=config.confidence)
 
 

@@ -44,13 +44,11 @@ def split_half(items: np.ndarray, *, splits: int = 200, seed: int = 0) -> float:
         >>> split_half(np.tile([1.0, 2.0, 3.0], (8, 1)))
         1.0
     """
-    require(
-        len(items) >= 4, f"{len(items)} items cannot be split in halves, at least 4 are needed."
-    )
+    n = len(items)
+    require(n >= 4, f"{n} items cannot be split in halves, at least 4 are needed.")
     rng = np.random.default_rng(seed_for(seed, "split"))
-    half = len(items) // 2
-    orders = [rng.permutation(len(items)) for _ in range(splits)]
-    profiles = [(items[order[:half]].mean(0), items[order[half:]].mean(0)) for order in orders]
-    correlations = [np.corrcoef(a, b)[0, 1] for a, b in profiles]
+    orders = [rng.permutation(n) for _ in range(splits)]
+    halves = [(items[order[: n // 2]].mean(0), items[order[n // 2 :]].mean(0)) for order in orders]
+    correlations = [np.corrcoef(a, b)[0, 1] for a, b in halves]
     r = float(np.mean(correlations))
     return float(2 * r / (1 + r)) if r > -1 else -1.0

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from shl.config import FOUNDATIONS, EvalConfig
-from shl.measure.evaluation import contrast, contrast_interval
+from shl.measure.evaluation import contrast, interval
 from shl.measure.stats import split_half
 from shl.utils.errors import require
 
@@ -125,7 +125,6 @@ def validity(
     Raises:
         ShlError: arrays of different or wrong shapes, or fewer than 4 vignettes with scores.
     """
-    config = config or EvalConfig()
     require(
         base.shape == plus.shape == minus.shape
         and base.ndim == 3
@@ -160,7 +159,7 @@ def validity(
         k = FOUNDATIONS.index(name)
         pairs = np.stack([up[:, :, k], down[:, :, k]], -1).swapaxes(0, 1)
         *agreement[name], total = map(contrast, pairs)
-        *intervals[name], (low, high) = (contrast_interval(x, config) for x in pairs)
+        *intervals[name], (low, high) = (interval(x, contrast, config) for x in pairs)
         # Every paraphrase must have the expected sign, and the interval over all must exclude 0.
         agrees = all(sign * c > 0 for c in (*agreement[name], total, low, high))
         j_k, p_k = informedness(chosen, intended, k), permutation_p(chosen, intended, k)

@@ -113,6 +113,6 @@ assert shl.models.load_model is load_model
 """
 
 
-@pytest.mark.parametrize("code", [WITHOUT_MATPLOTLIB, SHORT_NAMES])
-def test_package_imports_without_matplotlib_and_has_short_names(code):
+@pytest.mark.parametrize("code", [WITHOUT_MATPLOTLIB, SHORT_NAMES], ids=["no matplotlib", "names"])
+def test_imports_of_the_package_succeed(code):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
