@@ -28,7 +28,8 @@ from shl.utils.shapes import Direction
 
 __all__ = ["cosines", "divergence", "lens", "norms", "response"]
 
-FONT, MONO = FontProperties("DejaVu Sans", size=7), FontProperties("DejaVu Sans Mono", size=8)
+FONT = FontProperties(family="DejaVu Sans", size=7)
+MONO = FontProperties(family="DejaVu Sans Mono", size=8)
 """Shipped with matplotlib; a character that they lack is drawn as an empty square."""
 Colour = tuple[float, float, float, float]
 """Red, green, blue and opacity, 0 to 1."""
