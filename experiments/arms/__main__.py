@@ -90,7 +90,7 @@ def run_arms(config: ArmsConfig, console: Console) -> Path:
     for seed in config.seeds:
         seeded = replace(shared, loop=replace(config.loop, seed=seed))
         for arm in arms:
-            say(console, f"{arm.name}, seed {seed}: {arm.asks}")
+            say(console, f"{arm.name}, seed {seed}: {arm.question}")
             _arm(folder, seeded, arm, load, console)
         if "rmse" in {arm.name for arm in arms}:
             _measure_extras(folder, seeded, load, console)

@@ -10,8 +10,8 @@ from experiments.arms.text_kl import summary
 from experiments.record.journal import Line, read_lines, write
 from experiments.record.reader import axis_of, read
 from experiments.report.figures import Chart
-from experiments.report.page import MARKS, environment
-from experiments.report.tables import columns_of
+from experiments.report.page import environment
+from experiments.report.tables import cells
 
 
 def write_page(
@@ -30,33 +30,22 @@ def write_page(
     first = next(path for by_seed in runs.values() for path in by_seed.values())
     config, events, _ = read(first)
     answers = [v | {"question": question(v), "sentence": sentence(v)} for v in verdicts(found)]
-    table = columns(found)
-    page = (
-        environment()
-        .get_template("arms.html")
-        .render(
-            model=config["model"],
-            axis=axis_of(first),
-            seeds=sorted({seed for by_seed in runs.values() for seed in by_seed}),
-            checks=[e for e in events if e["event"] == "validity"],
-            strict=[v for v in answers if v["level"] == LEVELS[0]],
-            verdicts=answers,
-            marks=MARKS,
-            charts=charts,
-            columns=columns_of(table),
-            table=table,
-            text_kl=text_kl_sentences(summary(texts)) if texts else [],
-            arms=[
-                {
-                    "name": arm.name,
-                    "asks": arm.asks,
-                    "seeds": sorted(runs.get(arm.name, {})),
-                    "ended": {s: _ended(path) for s, path in runs.get(arm.name, {}).items()},
-                }
-                for arm in ARMS.values()
-            ],
-        )
-    )
+    page = environment().get_template("arms.html").render(
+        model=config["model"],
+        axis=axis_of(first),
+        seeds=sorted({seed for by_seed in runs.values() for seed in by_seed}),
+        checks=[e for e in events if e["event"] == "validity"],
+        strict=[v for v in answers if v["level"] == LEVELS[0]],
+        verdicts=answers,
+        charts=charts,
+        table=cells(columns(found)),
+        text_kl=text_kl_sentences(summary(texts)) if texts else [],
+        arms=ARMS.values(),
+        ended={
+            name: {seed: _ended(path) for seed, path in sorted(by_seed.items())}
+            for name, by_seed in runs.items()
+        },
+    )  # fmt: skip
     write(folder / "report.html", page)
 
 
