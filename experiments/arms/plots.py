@@ -49,10 +49,7 @@ def plane(found: Found) -> Figure:
                 y_spans=[*((0.0, 0.0) for _ in start), *(point.interval for point in points)],
             )
             for point in points:
-                panel.annotate(
-                    point.label, (point.x, point.trait), xytext=(5, 4), color=fig.HUES[look[0]],
-                    textcoords="offset points", fontsize=7.5,
-                )  # fmt: skip
+                fig.point_label(panel, point.label, (point.x, point.trait), look, fontsize=7.5)
         fig.rule(panel, 0.0, ("grey", "", "--"), "base")
         fig.rule(panel, LEVELS[0], ("text", "", ":"), f"{LEVELS[0]:g} of base", along="x")
     fig.layout(figure, 8)

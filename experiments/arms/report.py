@@ -61,8 +61,8 @@ def compare(folder: Path, console: Console) -> None:
     first = next(path for by_seed in runs.values() for path in by_seed.values())
     config, events, _ = read(first)
     answers = [v | {"question": question(v), "sentence": sentence(v)} for v in answers]
-    page = environment().get_template("arms.html")
-    html = page.render(
+    template = environment().get_template("arms.html")
+    html = template.render(
         model=config["model"],
         axis=axis_of(first),
         seeds=sorted({seed for by_seed in runs.values() for seed in by_seed}),

@@ -160,21 +160,11 @@ def plane(events: Sequence[Event]) -> Figure:
         x, y = ([e["nats"][f] for e in found] for f in ("care", "authority"))
         fig.series(panel, x, y, (*LOOKS[name][:2], "none"), name)
         for e, place in zip(found, zip(x, y, strict=True), strict=True):
-            panel.annotate(
-                "" if e["round"] < 0 else str(e["round"]),
-                place,
-                xytext=(5, 4),
-                textcoords="offset points",
-                color=fig.HUES[LOOKS[name][0]],
-            )
+            label = "" if e["round"] < 0 else str(e["round"])
+            fig.point_label(panel, label, place, LOOKS[name])
+    grey = fig.HUES["grey"]
     for start, end in pairwise(points):
-        arrow = {
-            "arrowstyle": "->",
-            "color": fig.HUES["grey"],
-            "lw": 0.8,
-            "shrinkA": 4,
-            "shrinkB": 4,
-        }
+        arrow = {"arrowstyle": "->", "color": grey, "lw": 0.8, "shrinkA": 4, "shrinkB": 4}
         panel.annotate("", end, start, arrowprops=arrow)
     panel.margins(0.12)
     fig.layout(figure)
