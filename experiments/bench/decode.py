@@ -55,8 +55,7 @@ def adapters(model: HookedTransformer, count: int, rank: int) -> list[Adapter]:
         adapter = fresh_adapter(model, config, seed=k)
         generator = torch.Generator().manual_seed(k)
         for b in adapter.up.values():
-            noise = torch.randn(b.shape, generator=generator)
-            b.data.copy_(1e-4 * noise)
+            b.data.copy_(1e-4 * torch.randn(b.shape, generator=generator))
         out.append(adapter.frozen())
     return out
 
@@ -118,8 +117,7 @@ def calls(repeats: int) -> list[Row]:
     model = load_model(MODEL)
     device = model.W_U.device
     hf: Any = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=model.cfg.dtype)
-    hf.to(device=device)
-    hf.eval()
+    hf.to(device=device).eval()
     hf.generation_config.max_length = None
     hf.generation_config.top_k = hf.generation_config.top_p = None
     eight, one_layer = adapters(model, 8, 8), vector(model, range(9, 10))

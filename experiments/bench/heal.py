@@ -147,9 +147,8 @@ def bench(repeats: int = 3) -> list[Row]:
         "full": their_step(peft, texts, sliced=False),
         "sliced": their_step(peft, texts, sliced=True),
     }
-    t = interleave(cases, repeats)
+    ours, full, sliced = interleave(cases, repeats).values()
     off, their_off = errors(cases["ours"], adapter, peft, texts)
-    ours, full, sliced = t["ours"], t["full"], t["sliced"]
     note = spread_note(ours, full, sliced)
     return [
         speedup(*STEP, ours, full, note),
