@@ -46,13 +46,14 @@ LARGEST = 1e12
 """Largest magnitude that is drawn; its inverse is the least on a log axis."""
 
 styled = mpl.rc_context(
-    dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), HUES["text"])
-    | {
+    {
         "font.family": "DejaVu Sans",
         "font.size": 9,
         "text.parse_math": False,
+        "text.color": HUES["text"],
         "axes.edgecolor": HUES["grey"],
         "axes.facecolor": "none",
+        "axes.labelcolor": HUES["text"],
         "axes.formatter.useoffset": False,
         "axes.grid": True,
         "axes.grid.axis": "y",
@@ -61,6 +62,8 @@ styled = mpl.rc_context(
         "axes.spines.right": False,
         "axes.titlesize": 9,
         "axes.titlelocation": "left",
+        "xtick.color": HUES["text"],
+        "ytick.color": HUES["text"],
         "grid.color": HUES["line"],
         "legend.frameon": False,
         "lines.linewidth": 1.6,
