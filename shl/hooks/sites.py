@@ -187,7 +187,8 @@ def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, 
 
 def readout(model: HookedTransformer) -> dict[str, Any]:
     """Bias and soft cap of the logits, as keyword arguments of the functions of `shl.kl`."""
-    return {"bias": model.b_U, "soft_cap": float(model.cfg.output_logits_soft_cap)}
+    # TransformerLens writes -1 for no soft cap.
+    return {"bias": model.b_U, "soft_cap": max(0.0, float(model.cfg.output_logits_soft_cap))}
 
 
 def final_hidden(model: HookedTransformer, residual: Tensor) -> Tensor:
