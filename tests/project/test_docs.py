@@ -43,7 +43,7 @@ def refuses(function):
         or (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Name)
-            and node.func.id in ("require", "_between", "_one_of")
+            and node.func.id == "require"
         )
         for node in ast.walk(ast.parse(source))
     )
