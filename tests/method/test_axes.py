@@ -46,7 +46,6 @@ def test_an_own_file_is_read_by_path(tmp_path):
             ("Tell me about today.",),
             {"care": 1, "liberty": -1},
         )
-        assert axis.targets == ("care", "liberty")
 
 
 def test_contexts_can_name_the_built_in_list(tmp_path):
@@ -87,7 +86,7 @@ def test_an_unknown_key_is_named(tmp_path):
         ({"expected": "{ kindness = 1 }"}, "expects 'kindness'"),
         ({"expected": "{}"}, "expects no sign"),
         ({"expected": "1"}, "expected .* must be a table"),
-        ({"name": '"unclosed'}, "is not TOML"),
+        ({"name": '"unclosed'}, "cannot be read as TOML"),
     ],
 )
 def test_a_bad_value_is_refused_in_one_sentence(tmp_path, changes, named):

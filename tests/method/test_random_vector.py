@@ -64,7 +64,7 @@ def test_what_cannot_be_matched_is_refused(setting, monkeypatch):
     model, vector = setting
     with pytest.raises(ShlError) as error:
         random_like(model, vector, ASKED, dose=0.0)
-    assert "too little to match (at least 1e-05)" in one_sentence(error)
+    assert "it must be above 1e-05 to be matched" in one_sentence(error)
     # One scale alone, at which these directions are not as far as the vector.
     monkeypatch.setattr("shl.method.extract.RANGE", 1.0001)
     with pytest.raises(ShlError) as error:
