@@ -243,10 +243,7 @@ def snapshot(
 
 
 def restore(
-    state: Training,
-    adapter: Adapter,
-    optimiser: torch.optim.Optimizer,
-    texts: Sequence[Completion],
+    state: Training, adapter: Adapter, optimiser: torch.optim.Optimizer, texts: Sequence[Completion]
 ) -> tuple[float, list[HealStep]]:
     """Load a state into a fresh adapter and its optimiser; lam and the steps so far.
 
