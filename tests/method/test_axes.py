@@ -96,12 +96,9 @@ def test_a_binary_file_is_rejected(tmp_path):
     assert "cannot be read" in error_of(path)
 
 
-def test_expected_signs_are_immutable():
+def test_an_axis_is_immutable_and_validated():
     with pytest.raises(TypeError):
         load_axis("love").expected["care"] = -1
-
-
-def test_an_axis_made_in_python_is_validated():
     with pytest.raises(ShlError, match="has no prompts"):
         replace(load_axis("love"), prompts=())
 

@@ -36,6 +36,7 @@ def test_completions_at_dose_0_are_unsteered():
     plain = first(replace(ONE, dose=UNSTEERED, generate=greedy), model)
     again = generate(model, [c.prompt for c in plain.kept], **vars(greedy))
     assert [c.tokens for c in plain.kept] == [c.tokens for c in again]
+    assert without_persona(model, again[0]) is again[0]
 
 
 def test_prompted_completions_are_trained_on_without_the_persona():
@@ -57,12 +58,6 @@ def test_prompting_and_steering_combine():
     done = first(replace(ONE, prompted=True))
     assert all(v.completion.prompt.persona == AXIS.positive for v in (*done.probes, *done.dreams))
     assert {c.dose for c in done.kept} == {1.5}
-
-
-def test_without_persona_returns_an_unprompted_completion_itself():
-    model = tiny_gemma()
-    [text] = generate(model, ["Hello?"], max_new_tokens=3)
-    assert without_persona(model, text) is text
 
 
 def test_against_no_persona_contrasts_with_the_question_alone():
