@@ -38,10 +38,9 @@ def can_raise(function):
         source = textwrap.dedent(inspect.getsource(function))
     except OSError:  # a method that a dataclass generates has no source
         return False
-    checks = ("require", "_between", "_one_of")
     return any(
         isinstance(node, ast.Raise)
-        or (isinstance(node, ast.Call) and getattr(node.func, "id", "") in checks)
+        or (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require")
         for node in ast.walk(ast.parse(source))
     )
 
