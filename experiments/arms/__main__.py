@@ -7,7 +7,7 @@ where an earlier process ended.
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -39,9 +39,8 @@ from shl.utils.errors import require
 Load = Callable[[], HookedTransformer]
 
 
-def _loop() -> LoopConfig:
-    # Arms differ by less than a run does from base, so each stage is sampled twice as often.
-    return LoopConfig(eval=EvalConfig(samples=32))
+# Arms differ by less than a run does from base, so each stage is sampled twice as often.
+LOOP = LoopConfig(eval=EvalConfig(samples=32))
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class ArmsConfig:
     """Folder of the arms; default runs/AXIS-MODEL-arms-DIGEST."""
     device: str | None = None
     """Device of the model, such as cpu or cuda; default CUDA if there is any, else the CPU."""
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=_loop)
+    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = LOOP
     """The settings that all arms share."""
 
 
@@ -90,7 +89,7 @@ def run_arms(config: ArmsConfig, console: Console) -> Path:
     for seed in config.seeds:
         seeded = replace(shared, loop=replace(config.loop, seed=seed))
         for arm in arms:
-            say(console, f"{arm.name}, seed {seed}: {arm.asks}")
+            say(console, f"{arm.name}, seed {seed}: {arm.question}")
             _arm(folder, seeded, arm, load, console)
         if "rmse" in {arm.name for arm in arms}:
             _measure_extras(folder, seeded, load, console)

@@ -1,6 +1,6 @@
 """Comparison of arms at matched coherence, from their records alone."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,43 +63,42 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
         name, seed = path.parent.name, int(path.name.removeprefix("seed"))
         if not read_lines(path / "events.jsonl"):
             continue
-        past, axis = RecordReader(path), axis_of(path)
+        past = RecordReader(path)
         if past.find("prompted-", -1) is None:
             continue
-        found.setdefault(name, {})[seed] = _healed(past, axis, name, seed)
+        point = _point_of(past, name, seed)
+        healed = stages(past.events, "healed")
+        found.setdefault(name, {})[seed] = [point(str(e["round"]), e) for e in healed]
         if seed not in found.get("persona", {}):
-            found.setdefault("persona", {})[seed] = _prompted(past, axis, seed)
+            found.setdefault("persona", {})[seed] = _prompted(past, seed)
     for path in sorted(folder.glob(f"steered/seed*/{DOSES}")):
         seed = int(path.parent.name.removeprefix("seed"))
         donor = next(folder / arm / f"seed{seed}" for arm in ARMS if seed in found.get(arm, {}))
-        past = RecordReader(donor)
-        base, axis = past.find("base", -1), axis_of(donor)
-        assert base is not None
-        point = partial(_point, "steered", seed, base=base, axis=axis, config=_config(past))
-        found.setdefault("steered", {})[seed] = [
-            point(f"{line['dose']:.2f}", line) for line in read_doses(path)
-        ]
-    order = ("persona", "steered", *ARMS)
-    return {name: found[name] for name in order if name in found}
+        point = _point_of(RecordReader(donor), "steered", seed)
+        doses = read_doses(path)
+        found.setdefault("steered", {})[seed] = [point(f"{e['dose']:.2f}", e) for e in doses]
+    return {name: found[name] for name in ("persona", "steered", *ARMS) if name in found}
 
 
-def _healed(past: RecordReader, axis: Axis, name: str, seed: int) -> list[Point]:
-    base = past.find("base", -1)
+def _point_of(past: RecordReader, arm: str, seed: int) -> Callable[[str, Event], Point]:
+    """The function that turns a label and a stage of this run into a point."""
+    base, axis = past.find("base", -1), axis_of(past.folder)
     assert base is not None
-    point = partial(_point, name, seed, base=base, axis=axis, config=_config(past))
-    return [point(str(e["round"]), e) for e in stages(past.events, "healed")]
+    return partial(_point, arm, seed, base=base, axis=axis, config=_config(past))
 
 
-def _prompted(past: RecordReader, axis: Axis, seed: int) -> list[Point]:
-    """The persona against base ("raw"), and "half" of the way from its opposite: its wording raises
-    the options that share words with it, whichever way it leans, and the contrast does not."""
+def _prompted(past: RecordReader, seed: int) -> list[Point]:
+    """The persona against base ("raw"), and half of its contrast to the opposite persona ("half").
+
+    A persona's wording raises the options that share words with it, whichever way it leans; the
+    contrast of two personas does not.
+    """
     base, plus, minus = (past.find(name, -1) for name in ("base", "prompted+", "prompted-"))
     assert base is not None
     assert plus is not None
     assert minus is not None
-    config = _config(past)
-    whole = _point("persona", seed, "raw", plus, base=base, axis=axis, config=config)
-    trait, (low, high) = _shift(plus, minus, base, axis, config)
+    whole = _point_of(past, "persona", seed)("raw", plus)
+    trait, (low, high) = _shift(plus, minus, base, axis_of(past.folder), _config(past))
     return [whole, replace(whole, label="half", trait=trait / 2, interval=(low / 2, high / 2))]
 
 
@@ -145,20 +144,15 @@ def seed_means(paths: Sequence[Sequence[Point]], key: str) -> list[SeedMean]:
     vignettes.
 
     `key` is the coordinate beside the trait: mass, survival or coherence. The shortest path sets
-    the number of points."""
+    the number of points.
+    """
     found = []
     for step in zip(*paths, strict=False):
         xs, ys = [getattr(point, key) for point in step], [point.trait for point in step]
-        many = len(step) > 1
-        found.append(
-            SeedMean(
-                step[0].label,
-                fmean(xs),
-                (min(xs), max(xs)) if many else None,
-                fmean(ys),
-                (min(ys), max(ys)) if many else step[0].interval,
-            )
-        )
+        x_range, y_range = None, step[0].interval
+        if len(step) > 1:
+            x_range, y_range = (min(xs), max(xs)), (min(ys), max(ys))
+        found.append(SeedMean(step[0].label, fmean(xs), x_range, fmean(ys), y_range))
     return found
 
 
@@ -245,9 +239,8 @@ def against(found: Found, arm: str, rival: str, level: float) -> dict[str, Any]:
         each.append(reach(found[arm][seed], at) - bar)
     confidence = _confidence(point for path in found.get(arm, {}).values() for point in path)
     interval = spread(each, confidence)
-    verdict = "undecided"
-    if interval is not None:
-        verdict = "yes" if interval[0] > 0 else "no" if interval[1] <= 0 else "undecided"
+    low, high = interval or (0.0, 1.0)  # no interval leaves it undecided
+    verdict = "yes" if low > 0 else "no" if high <= 0 else "undecided"
     return {
         "arm": arm,
         "rival": rival,

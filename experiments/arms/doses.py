@@ -40,9 +40,8 @@ def measure_doses(
     """
     journal = begun(path, record)
     line = record.find("base", -1)
-    vector_line = record.find("vector", 0)
     require(
-        line is not None and vector_line is not None,
+        line is not None and record.find("vector", 0) is not None,
         f"{record.folder} has no base reading or no first vector yet.",
     )
     assert line is not None

@@ -7,52 +7,39 @@ from matplotlib.figure import Figure
 from experiments.arms.compare import LEVELS, Found, seed_means
 from experiments.arms.text_kl import GROUPS, HOWS, sizes
 from experiments.record.journal import Line
-from experiments.report.figures import (
-    HUES,
-    Chart,
-    Look,
-    chart,
-    ecdf,
-    grid,
-    layout,
-    log_axis,
-    looks,
-    rule,
-    series,
-    styled,
-)
+from experiments.report import figures as fig
 from shl.utils.errors import require
 
 LEAST = 0.01
 """Where the axes of the divergences begin [nats]."""
 
 
-@styled
+@fig.styled
 def plane(found: Found) -> Figure:
     """On-axis trait shift against valid-answer mass and survival, one line per arm from base.
 
     Points are labelled by round or dose, and are means over seeds with their range; with one seed
     the trait has its interval over vignettes.
     """
-    figure, panels = grid(2, 2, (5.4, 4.4), sharey=True)
+    figure, panels = fig.grid(2, 2, (5.4, 4.4), sharey=True)
     for panel, key in zip(panels, ("mass", "survival"), strict=True):
         panel.set(title="on-axis trait shift from base [nats]", xlabel=f"{key} / base")
         panel.grid(axis="x")
         drawn = {
             arm: (look, seed_means(paths, key))
-            for (arm, by_seed), look in zip(found.items(), looks(len(found)), strict=True)
+            for (arm, by_seed), look in zip(found.items(), fig.looks(len(found)), strict=True)
             if (paths := [path for path in by_seed.values() if path])
         }
         require(bool(drawn), "no arm has a point on the plane.")
         if key == "mass":
-            log_axis(
+            fig.log_axis(
                 panel, "x", [1.0, *(point.x for _, points in drawn.values() for point in points)]
             )
         for arm, (look, points) in drawn.items():
             # The persona's two points are readings of one model; any other arm is a path from base.
             start = [] if arm == "persona" else [1.0]
             spans = [point.x_interval for point in points if point.x_interval is not None]
-            series(
+            fig.series(
                 panel,
                 [*start, *(point.x for point in points)],
                 [*(0.0 for _ in start), *(point.trait for point in points)],
@@ -62,43 +49,40 @@ def plane(found: Found) -> Figure:
                 y_spans=[*((0.0, 0.0) for _ in start), *(point.interval for point in points)],
             )
             for point in points:
-                panel.annotate(
-                    point.label, (point.x, point.trait), xytext=(5, 4), color=HUES[look[0]],
-                    textcoords="offset points", fontsize=7.5,
-                )  # fmt: skip
-        rule(panel, 0.0, ("grey", "", "--"), "base")
-        rule(panel, LEVELS[0], ("text", "", ":"), f"{LEVELS[0]:g} of base", along="x")
-    layout(figure, 8)
+                fig.point_label(panel, point.label, (point.x, point.trait), look, fontsize=7.5)
+        fig.rule(panel, 0.0, ("grey", "", "--"), "base")
+        fig.rule(panel, LEVELS[0], ("text", "", ":"), f"{LEVELS[0]:g} of base", along="x")
+    fig.layout(figure, 8)
     return figure
 
 
-@styled
+@fig.styled
 def text_kl(lines: Sequence[Line], tau: float) -> Figure:
     """Distribution over texts of each aggregate of the per-token KL, by group, with tau."""
-    groups: dict[str, Look] = {
+    groups: dict[str, fig.Look] = {
         group: (colour, "", dash)
         for group, colour, dash in zip(
             GROUPS, ("blue", "green", "red"), ("-", "--", "-."), strict=True
         )
     }
-    figure, panels = grid(len(HOWS), 2, sharey=True)
+    figure, panels = fig.grid(len(HOWS), 2, sharey=True)
     for panel, how in zip(panels, HOWS, strict=True):
         panel.set(title="share of texts at or below", xlabel=f"{how} of per-token KL [nats]")
         values = {group: sizes(lines, group, how) for group in groups}
-        ecdf(
+        fig.ecdf(
             panel,
             {f"{k} ({len(v)} texts)": (groups[k], v) for k, v in values.items() if v},
             LEAST,
             tau,
         )
-    layout(figure)
+    fig.layout(figure)
     return figure
 
 
-def charts(found: Found, texts: Sequence[Line], tau: float | None) -> dict[str, Chart]:
+def charts(found: Found, texts: Sequence[Line], tau: float | None) -> dict[str, fig.Chart]:
     """By name, the charts of the arms; `tau` is None where no text has been measured."""
     every = {
-        "arms": chart(
+        "arms": fig.chart(
             "arms",
             "Every line starts at base (1, 0); points are labelled by round, those of `steered` by "
             "dose. Up and to the right is better. Bars: least and greatest seed; with one seed, "
@@ -108,7 +92,7 @@ def charts(found: Found, texts: Sequence[Line], tau: float | None) -> dict[str, 
         )
     }
     if tau is not None:
-        every["text_kl"] = chart(
+        every["text_kl"] = fig.chart(
             "text_kl",
             "Share of the texts of each group at or below a value of each aggregate of a text's "
             "per-token KL to base, with tau.",

@@ -6,7 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.arms.compare import points, table
+from experiments.arms.catalogue import ARMS
+from experiments.arms.compare import LEVELS, points, table
 from experiments.arms.tables import (
     columns,
     legend,
@@ -18,10 +19,11 @@ from experiments.arms.tables import (
 from experiments.arms.text_kl import FILE as TEXTS
 from experiments.arms.text_kl import method_tau, read_texts, summary
 from experiments.record.command import command, say, wide_console
-from experiments.record.journal import write
+from experiments.record.journal import read_lines, write
+from experiments.record.reader import axis_of, read
 from experiments.record.status import RunFolder
 from experiments.report.report import report
-from experiments.report.tables import markdown
+from experiments.report.tables import cells, markdown
 from shl.utils.errors import require
 
 
@@ -32,26 +34,53 @@ def compare(folder: Path, console: Console) -> None:
         ShlError: the folder has no arm that has measured base, or a record is damaged.
     """
     # matplotlib is slow to import and only needed at the end.
-    from experiments.arms.page import write_page
     from experiments.arms.plots import charts
     from experiments.report.figures import write_pngs
+    from experiments.report.page import environment
 
     found = points(folder)
     require(bool(found), f"{folder} holds no arm that has measured base.")
     rows, answers = columns(found), verdicts(found)
-    listed = "".join(f"- {question(v)} {sentence(v)}\n" for v in answers)
     texts = [t for path in sorted(folder.glob(f"steered/seed*/{TEXTS}")) for t in read_texts(path)]
     values: dict[str, Any] = {"arms": table(found), "verdicts": answers}
-    if texts:
-        values["texts"] = summary(texts)
-        listed += "".join(f"- {line}\n" for line in text_kl_sentences(values["texts"]))
+    values |= {"texts": summary(texts)} if texts else {}
+    separation = text_kl_sentences(values["texts"]) if texts else []
+    sentences = [f"{question(v)} {sentence(v)}" for v in answers] + separation
+    listed = "".join(f"- {line}\n" for line in sentences)
     for text in (markdown(rows), listed):
         console.print(text, markup=False, highlight=False)
     write(folder / "arms.md", f"{markdown(rows)}\n{listed}\n{legend()}")
     write(folder / "arms.json", json.dumps(values, indent=2) + "\n")
     figures = charts(found, texts, method_tau(folder) if texts else None)
     write_pngs(folder, figures.values())
-    write_page(folder, found, texts, figures)
+    runs = {
+        name: {seed: folder / name / f"seed{seed}" for seed in sorted(found[name])}
+        for name in ARMS
+        if name in found
+    }
+    first = next(path for by_seed in runs.values() for path in by_seed.values())
+    config, events, _ = read(first)
+    answers = [v | {"question": question(v), "sentence": sentence(v)} for v in answers]
+    template = environment().get_template("arms.html")
+    html = template.render(
+        model=config["model"],
+        axis=axis_of(first),
+        seeds=sorted({seed for by_seed in runs.values() for seed in by_seed}),
+        checks=[e for e in events if e["event"] == "validity"],
+        strict=[v for v in answers if v["level"] == LEVELS[0]],
+        verdicts=answers,
+        charts=figures,
+        table=cells(rows),
+        text_kl=separation,
+        arms=ARMS.values(),
+        ended={name: {s: _ended(p) for s, p in by_seed.items()} for name, by_seed in runs.items()},
+    )
+    write(folder / "report.html", html)
+
+
+def _ended(path: Path) -> str:
+    last = read_lines(path / "events.jsonl")[-1]
+    return {"end": "", "starved": "starved"}.get(last["event"], "unfinished")
 
 
 def show(config: RunFolder) -> None:

@@ -102,4 +102,4 @@ def text_kl_sentences(summary: Mapping[str, Any]) -> list[str]:
 
 def legend() -> str:
     """The question of each arm, one per line."""
-    return "".join(f"- **{arm.name}**: {arm.asks}\n" for arm in ARMS.values())
+    return "".join(f"- **{arm.name}**: {arm.question}\n" for arm in ARMS.values())

@@ -10,7 +10,7 @@ from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from experiments.bench import turns
-from experiments.bench.measure import Around, Row, Timing, interleave, spread_note
+from experiments.bench.measure import Around, Row, interleave, speedup
 from shl.config import LINEAR_SITES, HealConfig
 from shl.hooks.adapter import Adapter, fresh_adapter
 from shl.hooks.bake import baked
@@ -31,17 +31,17 @@ COSTS = {
     "8 rounds of rank 32": "<= 1.30",
     "8 rounds of rank 8 in the weights": "1",
 }
-"""What a step with these hooks may take, over one without."""
-SHAPES = {"short": (20, 16), "350 tokens": (350, 8)}  # words of the prompt, new tokens
+"""Largest allowed time of a step with these hooks over one without."""
+SHAPES = {"short": (20, 16), "350 tokens": (350, 8)}  # length of the prompt, new tokens
 
 
-def prompts(batch: int, words: int) -> list[Prompt]:
-    """Different questions of about so many tokens."""
+def prompts(batch: int, length: int) -> list[Prompt]:
+    """Different prompts of about `length` tokens, made of vignettes."""
     texts = [v.text for v in vignettes()]
     out = []
     for row in range(batch):
         parts: list[str] = []
-        while sum(len(p.split()) for p in parts) < words * 0.8:
+        while sum(len(p.split()) for p in parts) < length * 0.8:
             parts.append(texts[(row + 17 * len(parts)) % len(texts)])
         out.append(Prompt(" ".join(parts)))
     return out
@@ -55,8 +55,7 @@ def adapters(model: HookedTransformer, count: int, rank: int) -> list[Adapter]:
         adapter = fresh_adapter(model, config, seed=k)
         generator = torch.Generator().manual_seed(k)
         for b in adapter.up.values():
-            noise = torch.randn(b.shape, generator=generator)
-            b.data.copy_(1e-4 * noise)
+            b.data.copy_(1e-4 * torch.randn(b.shape, generator=generator))
         out.append(adapter.frozen())
     return out
 
@@ -69,7 +68,7 @@ def vector(model: HookedTransformer, layers: range) -> SteeringVector:
 
 
 def stock(name: str, hf: PreTrainedModel, tokenizer: Any) -> HookedTransformer:
-    """TransformerLens as it loads by itself."""
+    """A HookedTransformer without any of our classes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return HookedTransformer.from_pretrained_no_processing(
@@ -78,31 +77,29 @@ def stock(name: str, hf: PreTrainedModel, tokenizer: Any) -> HookedTransformer:
 
 
 def bench(repeats: int = 3) -> list[Row]:
-    """What hooks cost a step, in turns; then whole calls beside the peers', prefill included."""
+    """The cost of hooks per step, then whole calls, prefill included, against the peers."""
     return [*hook_costs(), *calls(repeats)]
+
+
+def _baking(count: int, rank: int, **options: Any) -> turns.Hooks:
+    return lambda model: baked(model, adapters(model, count, rank), **options)
 
 
 def hook_costs() -> list[Row]:
     """A step with hooks over the same step without, batch 1 and 16."""
+    hooks: dict[str, turns.Hooks] = {
+        "bare": lambda _: nullcontext(),
+        STEERED: lambda m: vector(m, range(9, 10)).steering(m, 0.5),
+        "steered at all layers": lambda m: vector(m, range(m.cfg.n_layers)).steering(m, 0.5),
+        "8 rounds of rank 8": _baking(8, 8),
+        "8 rounds of rank 8, as hooks": _baking(8, 8, fused=False),
+        "8 rounds of rank 32": _baking(8, 32),
+        "1 round of rank 64": _baking(1, 64),
+        "8 rounds of rank 8 in the weights": _baking(8, 8, materialise=True),
+    }
     rows = []
     with ExitStack() as stack:
-        hooks: dict[str, turns.Hooks] = {
-            "bare": lambda model: nullcontext(),
-            STEERED: lambda model: vector(model, range(9, 10)).steering(model, 0.5),
-            "steered at all layers": lambda model: vector(
-                model, range(model.cfg.n_layers)
-            ).steering(model, 0.5),
-            "8 rounds of rank 8": lambda model: baked(model, adapters(model, 8, 8)),
-            "8 rounds of rank 8, as hooks": lambda model: baked(
-                model, adapters(model, 8, 8), fused=False
-            ),
-            "8 rounds of rank 32": lambda model: baked(model, adapters(model, 8, 32)),
-            "1 round of rank 64": lambda model: baked(model, adapters(model, 1, 64)),
-            "8 rounds of rank 8 in the weights": lambda model: baked(
-                model, adapters(model, 8, 8), materialise=True
-            ),
-        }
-        models = turns.twins(MODEL, hooks, stack)
+        models = turns.model_per_case(MODEL, hooks, stack)
         for batch in (1, 16):
             t = turns.steps(models, prompts(batch, 20))
             rows += [
@@ -120,39 +117,28 @@ def calls(repeats: int) -> list[Row]:
     model = load_model(MODEL)
     device = model.W_U.device
     hf: Any = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=model.cfg.dtype)
-    hf.to(device=device)
-    hf.eval()
+    hf.to(device=device).eval()
     hf.generation_config.max_length = None
     hf.generation_config.top_k = hf.generation_config.top_p = None
     eight, one_layer = adapters(model, 8, 8), vector(model, range(9, 10))
-    plain = stock(MODEL, hf.cpu(), model.tokenizer) if device.type == "cpu" else None
-    hf = hf.to(device)
+    plain = stock(MODEL, hf, model.tokenizer) if device.type == "cpu" else None
 
-    def theirs(asked: list[Prompt], new: int) -> Callable[[], Any]:
-        batch = pad_left(model, [encode(model, p) for p in asked])
-        return lambda: hf.generate(
-            batch.tokens,
-            attention_mask=batch.mask,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-        )
+    def theirs(questions: list[Prompt], new: int) -> Callable[[], Any]:
+        tokens, mask = pad_left(model, [encode(model, p) for p in questions])
+        count: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new}
+        return lambda: hf.generate(tokens, attention_mask=mask, do_sample=False, **count)
 
-    def ours(asked: list[Prompt], new: int) -> Callable[[], Any]:
+    def ours(questions: list[Prompt], new: int) -> Callable[[], Any]:
+        count: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new}
         return lambda: generate(
-            model,
-            asked,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            temperature=0.0,
-            batch_size=len(asked),
+            model, questions, temperature=0.0, batch_size=len(questions), **count
         )
 
-    def lens(asked: list[Prompt], new: int) -> Callable[[], Any]:
-        batch = pad_left(model, [encode(model, p) for p in asked])
+    def lens(questions: list[Prompt], new: int) -> Callable[[], Any]:
+        tokens, _ = pad_left(model, [encode(model, p) for p in questions])
         assert plain is not None
         return lambda: plain.generate(
-            batch.tokens, max_new_tokens=new, do_sample=False, stop_at_eos=False, verbose=False
+            tokens, max_new_tokens=new, do_sample=False, stop_at_eos=False, verbose=False
         )
 
     def steered_and_baked() -> ExitStack:
@@ -169,37 +155,23 @@ def calls(repeats: int) -> list[Row]:
     targets = {"bare": "", STEERED: ">= 0.97", BOTH: ">= 0.88"}
     rows = []
     for batch in (1, 16):
-        for length, (words, new) in SHAPES.items():
-            asked = prompts(batch, words)
-            where = f"batch {batch}, {length}"
-            cases = {"transformers": theirs(asked, new)} | dict.fromkeys(around, ours(asked, new))
-            # Whole calls of a batch take seconds: what the first of them pays is lost in those.
+        for name, (length, new) in SHAPES.items():
+            questions = prompts(batch, length)
+            where = f"batch {batch}, {name}"
+            cases = dict.fromkeys(around, ours(questions, new))
+            cases = {"transformers": theirs(questions, new)} | cases
+            # Whole calls of a batch take seconds, beside which the cost of warming up is small.
             t = interleave(cases, repeats if batch == 1 else 2, around, warm=batch == 1)
             rows += [
-                _row(f"transformers / {case}, {where}", t["transformers"], t[case], target)
+                speedup(f"transformers / {case}, {where}", target, t[case], t["transformers"])
                 for case, target in targets.items()
             ]
-            if length == "short" and plain is not None:
-                few = 16 if batch == 1 else 8
+            if name == "short" and plain is not None:
+                few, target = (16, ">= 10") if batch == 1 else (8, ">= 4.5")
                 with steered_and_baked():
-                    ours(asked, few)()
-                t = interleave(
-                    {"stock": lens(asked, few), "ours": ours(asked, few)},
-                    2,
-                    {"ours": steered_and_baked},
-                    warm=False,
-                )
-                rows.append(
-                    _row(
-                        f"stock TransformerLens / {BOTH}, {few} tokens, {where}",
-                        t["stock"],
-                        t["ours"],
-                        ">= 10" if batch == 1 else ">= 4.5",
-                    )
-                )
+                    ours(questions, few)()
+                cases = {"stock": lens(questions, few), "ours": ours(questions, few)}
+                t = interleave(cases, 2, {"ours": steered_and_baked}, warm=False)
+                what = f"stock TransformerLens / {BOTH}, {few} tokens, {where}"
+                rows.append(speedup(what, target, t["ours"], t["stock"]))
     return rows
-
-
-def _row(what: str, theirs: Timing, ours: Timing, target: str) -> Row:
-    a, b = theirs.seconds, ours.seconds
-    return Row(what, a / b, target, b, a, "s", spread_note(theirs, ours))

@@ -1,16 +1,17 @@
 """One training step of `heal` against transformers with PEFT and full logits."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM
 
 from experiments.bench.decode import MODEL, prompts
-from experiments.bench.measure import Row, interleave, spread_note
+from experiments.bench.measure import Row, extra_memory, interleave, speedup, spread_note
 from shl.config import HealConfig
 from shl.hooks.adapter import Adapter, fresh_adapter
 from shl.hooks.handle import suspended
@@ -24,15 +25,18 @@ from shl.models.weights import model_folder
 
 NEW, BATCH = 64, 4
 CONFIG = HealConfig(tau=0.0)  # the barrier is open from the first step
+STEP = ("full PEFT step / ours", ">= 2")
+MEMORY = ("ours / full PEFT, extra memory", "<= 0.33")
+ERROR = ("our gradient's relative error against PEFT in float64", "<= 1e-4")
 
 
 def completions(model: HookedTransformer) -> list[Completion]:
-    """Texts of a length that training sees, without generating them."""
+    """Completions of a typical length, cut from the vignettes instead of generated."""
     out = []
-    for asked, said in zip(prompts(BATCH, 20), prompts(2 * BATCH, 80)[BATCH:], strict=True):
-        tokens = tuple(encode(model, said)[4 : 4 + NEW])
+    for prompt, answer in zip(prompts(BATCH, 20), prompts(2 * BATCH, 80)[BATCH:], strict=True):
+        tokens = tuple(encode(model, answer)[4 : 4 + NEW])
         text = decode(model, list(tokens))
-        out.append(Completion(asked, text, tokens, tuple(encode(model, asked))))
+        out.append(Completion(prompt, text, tokens, tuple(encode(model, prompt))))
     return out
 
 
@@ -48,7 +52,7 @@ def loss_of(kl: Sequence[Tensor], nll: Sequence[Tensor]) -> Tensor:
 def our_step(
     model: HookedTransformer, adapter: Adapter, texts: list[Completion]
 ) -> Callable[[], Tensor]:
-    """Reference states are computed once for a whole training, so they are not part of a step."""
+    """Our step; the reference's states are computed once per training and so not timed."""
     with suspended(model):
         reference = completion_hidden(model, texts).detach()
     targets = torch.tensor([t for c in texts for t in c.tokens], device=reference.device)
@@ -68,35 +72,38 @@ def our_step(
 
 
 def peft_model(adapter: Adapter) -> Any:
-    """The same adapter in PEFT, on transformers' model, factors included."""
+    """The same adapter with the same factors in PEFT, on transformers' model."""
     from peft import LoraConfig, get_peft_model
 
-    kinds = sorted({site.kind for site in adapter.sites})
-    layers = sorted({site.layer for site in adapter.sites})
     base = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=torch.float32)
-    rank = CONFIG.rank
     config = LoraConfig(
-        r=rank,
-        lora_alpha=round(adapter.scale * rank),
-        target_modules=[HF_NAMES[kind].split(".")[-1] for kind in kinds],
-        layers_to_transform=layers,
+        r=CONFIG.rank,
+        lora_alpha=round(adapter.scale * CONFIG.rank),
+        target_modules=sorted({HF_NAMES[site.kind].split(".")[-1] for site in adapter.sites}),
+        layers_to_transform=sorted({site.layer for site in adapter.sites}),
     )
     peft = get_peft_model(base, config).eval()
-    state = dict(peft.named_parameters())
-    for site in adapter.sites:
-        name = f"base_model.model.model.layers.{site.layer}.{HF_NAMES[site.kind]}"
-        state[f"{name}.lora_A.default.weight"].data.copy_(adapter.down[site.name].detach())
-        state[f"{name}.lora_B.default.weight"].data.copy_(adapter.up[site.name].detach())
+    for theirs, ours in zip(factors(peft, adapter), adapter.parameters(), strict=True):
+        theirs.data.copy_(ours.detach())
     return peft
 
 
+def factors(peft: Any, adapter: Adapter) -> list[Tensor]:
+    """PEFT's factors in the order of `adapter.parameters()`."""
+    state = dict(peft.named_parameters())
+    return [
+        state[f"base_model.model.model.layers.{s.layer}.{HF_NAMES[s.kind]}.lora_{f}.default.weight"]
+        for s in adapter.sites
+        for f in "AB"
+    ]
+
+
 def their_step(peft: Any, texts: list[Completion], *, sliced: bool) -> Callable[[], Tensor]:
-    """Right-padded, a reference forward in every step; `sliced` takes the head on completion
-    positions only."""
+    """PEFT's step, right-padded and with a forward of the reference; `sliced` applies the head at
+    completion positions only."""
     rows = [[*c.prompt_tokens, *c.tokens] for c in texts]
-    width = max(map(len, rows))
-    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
     spans = [(len(c.prompt_tokens) - 1, len(c.tokens)) for c in texts]
     targets = [torch.tensor(c.tokens) for c in texts]
     head = peft.get_base_model().lm_head
@@ -125,14 +132,9 @@ def their_step(peft: Any, texts: list[Completion], *, sliced: bool) -> Callable[
 
 
 def bench(repeats: int = 3) -> list[Row]:
-    """Wall time and extra memory of a step, and the largest difference in the numbers."""
-    target = [
-        ("full PEFT step / ours", ">= 2"),
-        ("ours / full PEFT, extra memory", "<= 0.33"),
-        ("our gradient's relative error against PEFT in float64", "<= 1e-4"),
-    ]
+    """Wall time and extra memory of a step, and the relative error of its gradient."""
     if importlib.util.find_spec("peft") is None:
-        return [Row(what, None, aim, note="install peft") for what, aim in target]
+        return [Row(what, None, aim, note="install peft") for what, aim in (STEP, MEMORY, ERROR)]
     model = load_model(MODEL)
     adapter = fresh_adapter(model, CONFIG)
     generator = torch.Generator().manual_seed(0)
@@ -145,60 +147,21 @@ def bench(repeats: int = 3) -> list[Row]:
         "full": their_step(peft, texts, sliced=False),
         "sliced": their_step(peft, texts, sliced=True),
     }
-    t = interleave(cases, repeats)
+    ours, full, sliced = interleave(cases, repeats).values()
     off, their_off = errors(cases["ours"], adapter, peft, texts)
-    ours, full, sliced = t["ours"], t["full"], t["sliced"]
     note = spread_note(ours, full, sliced)
     return [
-        Row(
-            target[0][0],
-            full.seconds / ours.seconds,
-            target[0][1],
-            ours.seconds,
-            full.seconds,
-            "s",
-            note,
-        ),
-        Row(
-            "sliced PEFT step / ours",
-            sliced.seconds / ours.seconds,
-            "",
-            ours.seconds,
-            sliced.seconds,
-            "s",
-            note,
-        ),
-        Row(
-            target[1][0],
-            ours.peak_mb / full.peak_mb,
-            target[1][1],
-            ours.peak_mb,
-            full.peak_mb,
-            "MB",
-        ),
-        Row(
-            "ours / sliced PEFT, extra memory",
-            ours.peak_mb / sliced.peak_mb,
-            "",
-            ours.peak_mb,
-            sliced.peak_mb,
-            "MB",
-        ),
-        Row(target[2][0], off, target[2][1], off, their_off, "", "theirs: PEFT in fp32"),
+        speedup(*STEP, ours, full, note),
+        speedup("sliced PEFT step / ours", "", ours, sliced, note),
+        extra_memory(*MEMORY, ours, full),
+        extra_memory("ours / sliced PEFT, extra memory", "", ours, sliced),
+        Row(ERROR[0], off, ERROR[1], off, their_off, "", "theirs: PEFT in fp32"),
     ]
 
 
-def their_gradient(adapter: Adapter, peft: Any) -> Tensor:
-    """PEFT's gradients in the order of `adapter.parameters()`, flat, float64."""
-    state = dict(peft.named_parameters())
-    found = []
-    for site in adapter.sites:
-        name = f"base_model.model.model.layers.{site.layer}.{HF_NAMES[site.kind]}"
-        for factor in "AB":
-            grad = state[f"{name}.lora_{factor}.default.weight"].grad
-            assert grad is not None
-            found.append(grad.flatten().double())
-    return torch.cat(found)
+def gradient(parameters: Iterable[Tensor]) -> Tensor:
+    """The gradients of all parameters, flat, float64."""
+    return torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None])
 
 
 def errors(
@@ -206,12 +169,10 @@ def errors(
 ) -> tuple[float, float]:
     """Relative error (2-norm) of our gradient and of PEFT's fp32 one, against PEFT in float64."""
     step()
-    ours = torch.cat(
-        [p.grad.flatten().double() for p in adapter.parameters() if p.grad is not None]
-    )
+    ours = gradient(adapter.parameters())
     their_step(peft, texts, sliced=True)()
-    theirs = their_gradient(adapter, peft)
+    theirs = gradient(factors(peft, adapter))
     their_step(peft.double(), texts, sliced=True)()
-    exact = their_gradient(adapter, peft)
+    exact = gradient(factors(peft, adapter))
     size = exact.norm()
     return float((ours - exact).norm() / size), float((theirs - exact).norm() / size)

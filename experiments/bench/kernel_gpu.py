@@ -3,11 +3,12 @@
 import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from experiments.bench.measure import Row, Timing, interleave, spread_note
+from experiments.bench.measure import Row, Timing, extra_memory, interleave, speedup, spread_note
 from shl.kl import aggregate, fused, logsumexp, reverse_kl_and_nll
 from shl.kl.divergence import naive_kl_and_nll
 
@@ -28,17 +29,17 @@ Kernel = Callable[[Tensor], tuple[Tensor, Tensor]]
 Cases = dict[str, Callable[[], Tensor]]
 
 
-def gradient(kernel: Kernel, student: Tensor, how: str, tau: float) -> Tensor:
-    """What training needs of a kernel: the gradient of mean NLL and barrier, per hidden state."""
-    h = student.detach().requires_grad_(True)
-    kl, nll = kernel(h)
-    (nll.float().mean() + torch.relu(aggregate(kl.float(), how) - tau)).backward()
-    assert h.grad is not None
-    return h.grad
+class Inputs(NamedTuple):
+    """Hidden states of student and reference, unembedding `[d_model, vocab]` and targets."""
+
+    student: Tensor
+    reference: Tensor
+    unembed: Tensor
+    targets: Tensor
 
 
-def cases(tokens: int, d_model: int, vocab: int, device: str, dtype: torch.dtype) -> Cases:
-    """Everything that is compared, by name; logits have a standard deviation of 3."""
+def inputs(tokens: int, d_model: int, vocab: int, device: str, dtype: torch.dtype) -> Inputs:
+    """Random inputs whose logits have a standard deviation of 3."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -48,6 +49,21 @@ def cases(tokens: int, d_model: int, vocab: int, device: str, dtype: torch.dtype
     reference = (3 * normal(tokens, d_model)).to(dtype)
     student = reference + (0.5 * normal(tokens, d_model)).to(dtype)
     targets = torch.randint(vocab, (tokens,), generator=generator, device=device)
+    return Inputs(student, reference, unembed, targets)
+
+
+def gradient(kernel: Kernel, student: Tensor, how: str, tau: float) -> Tensor:
+    """Gradient of mean NLL plus barrier with respect to the student's hidden states."""
+    h = student.detach().requires_grad_(True)
+    kl, nll = kernel(h)
+    (nll.float().mean() + torch.relu(aggregate(kl.float(), how) - tau)).backward()
+    assert h.grad is not None
+    return h.grad
+
+
+def cases(tokens: int, d_model: int, vocab: int, device: str, dtype: torch.dtype) -> Cases:
+    """The kernels that are compared, by name."""
+    student, reference, unembed, targets = inputs(tokens, d_model, vocab, device, dtype)
     ref_lse = logsumexp(reference, unembed, None)
     naive = partial(naive_kl_and_nll, ref=reference, unembed=unembed, targets=targets)
     ours = partial(reverse_kl_and_nll, ref=reference, unembed=unembed, targets=targets)
@@ -108,16 +124,13 @@ def unmeasured(why: str) -> list[Row]:
 
 
 def rows_of(t: Mapping[str, Timing]) -> list[Row]:
-    """The lines of what was timed; a peer that is not installed was not measured."""
+    """The ratios of the timings; a peer that is not installed is listed without figures."""
     out = []
     for what, target in TARGETS.items():
         peer, mine = what.split(" / ")
         if peer not in t:
             out.append(Row(f"GPU: {what}", None, target, note="not installed"))
             continue
-        a, b = t[peer].seconds, t[mine].seconds
         note = f"{WHERE}, {spread_note(t[peer], t[mine])}"
-        out.append(Row(f"GPU: {what}", a / b, target, b, a, "s", note))
-    ours, naive = t["fused"].peak_mb, t["naive"].peak_mb
-    out.append(Row("GPU: extra memory, fused", ours / naive, "<= 512 MB", ours, naive, "MB"))
-    return out
+        out.append(speedup(f"GPU: {what}", target, t[mine], t[peer], note))
+    return [*out, extra_memory("GPU: extra memory, fused", "<= 512 MB", t["fused"], t["naive"])]

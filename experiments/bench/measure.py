@@ -4,13 +4,15 @@ import ctypes
 import gc
 import os
 import platform
+import re
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ PEERS = ("torch", "transformers", "transformer-lens", "peft", "liger-kernel", "t
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall and process CPU seconds of one case, and how much memory it needed at its peak."""
+    """Wall and process CPU seconds of each repeat of a case, and the peak of its extra memory."""
 
     wall: tuple[float, ...]
     cpu: tuple[float, ...]
@@ -43,17 +45,23 @@ class Timing:
         return min(self.cpu)
 
 
+def timing(repeats: Sequence[tuple[float, float, float]]) -> Timing:
+    """The timing of a case from the wall seconds, CPU seconds and peak MB of its repeats."""
+    walls, cpus, peaks = zip(*repeats, strict=True)
+    return Timing(walls, cpus, max(0.0, *peaks))
+
+
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def _reset_peak() -> float:
-    """Forget the process's peak memory and return what it holds now, MB."""
+    """Reset the peak of the process's memory and return its present size, MB."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
-    # What the allocator still holds of earlier cases would hide what this one needs.
+    # Memory that the allocator keeps from earlier cases would hide what this one needs.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
@@ -82,15 +90,15 @@ def interleave(
     *,
     warm: bool = True,
 ) -> dict[str, Timing]:
-    """Run each case once unmeasured (if `warm`), then all of them in turn, `repeats` times; what
-    `around` makes is entered before the clock starts and left after it stops."""
+    """Run each case once unmeasured (if `warm`), then all of them in turn, `repeats` times.
+
+    The context manager from `around` is entered before the clock starts and left after it stops.
+    """
     around = dict.fromkeys(cases, nullcontext) | dict(around or {})
     for name, run in cases.items() if warm else ():
         with around[name]():
             run()
-    walls: dict[str, list[float]] = {name: [] for name in cases}
-    cpus: dict[str, list[float]] = {name: [] for name in cases}
-    peaks: dict[str, float] = dict.fromkeys(cases, 0.0)
+    measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, run in cases.items():
             with around[name]():
@@ -100,44 +108,31 @@ def interleave(
                 wall, cpu = time.perf_counter(), time.process_time()
                 result = run()
                 _synchronise()
-                walls[name].append(time.perf_counter() - wall)
-                cpus[name].append(time.process_time() - cpu)
-                peaks[name] = max(peaks[name], _peak() - held)
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                measured[name].append((wall, cpu, _peak() - held))
                 del result
-    return {n: Timing(tuple(walls[n]), tuple(cpus[n]), peaks[n]) for n in cases}
+    return {name: timing(repeats) for name, repeats in measured.items()}
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    found = {}
-    for name in PEERS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    """The machine and the versions of the packages."""
+    cpu = re.search(r"^model name\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    installed = {name: find_spec(name.replace("-", "_")) is not None for name in PEERS}
     return {
-        "cpu": cpu,
+        "cpu": cpu[1].strip() if cpu else platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bf16_instructions": torch.cpu._is_avx512_bf16_supported(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "load": os.getloadavg()[0],
-        "versions": found,
+        "versions": {name: version(name) if installed[name] else "not installed" for name in PEERS},
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a bench: a ratio with its target, and the times that it comes from."""
+    """One line of a bench: a ratio with its target, and the two figures that it compares."""
 
     what: str
     ratio: float | None
@@ -149,22 +144,29 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """What, ratio, target, ours, theirs, note."""
-
-        def number(x: float | None) -> str:
-            return "not measured" if x is None else f"{x:.3g}"
-
-        return (
-            self.what,
-            number(self.ratio),
-            self.target,
-            f"{number(self.ours)} {self.unit}" if self.ours is not None else "",
-            f"{number(self.theirs)} {self.unit}" if self.theirs is not None else "",
-            self.note,
+        ratio = "not measured" if self.ratio is None else f"{self.ratio:.3g}"
+        ours, theirs = (
+            "" if x is None else f"{x:.3g} {self.unit}" for x in (self.ours, self.theirs)
         )
+        return self.what, ratio, self.target, ours, theirs, self.note
 
-    def json(self) -> dict[str, Any]:
-        """For the file."""
-        return asdict(self)
+
+def speedup(what: str, target: str, ours: Timing, theirs: Timing, note: str = "") -> Row:
+    """Their median wall time over ours; the default note is the spread."""
+    a, b = ours.seconds, theirs.seconds
+    return Row(what, b / a, target, a, b, "s", note or spread_note(ours, theirs))
+
+
+def cpu_speedup(what: str, target: str, ours: Timing, theirs: Timing, note: str = "") -> Row:
+    """Their least CPU time over ours."""
+    a, b = ours.least_cpu, theirs.least_cpu
+    return Row(what, b / a, target, a, b, "CPU s", note)
+
+
+def extra_memory(what: str, target: str, ours: Timing, theirs: Timing) -> Row:
+    """Our peak of extra memory over theirs."""
+    a, b = ours.peak_mb, theirs.peak_mb
+    return Row(what, a / b, target, a, b, "MB")
 
 
 def spread_note(*timings: Timing) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
-from experiments.bench.measure import Row, Timing
+from experiments.bench.measure import Row, Timing, timing
 from shl.hooks.bake import fused_decoding
 from shl.models.generate import next_logits, prefill, run
 from shl.models.load import load_model
@@ -21,12 +21,15 @@ TURNS = 25
 CONTEXT = 20  # tokens before the first step
 
 
-def twins(name: str, hooks: Mapping[str, Hooks], stack: ExitStack) -> dict[str, HookedTransformer]:
+def model_per_case(
+    name: str, hooks: Mapping[str, Hooks], stack: ExitStack
+) -> dict[str, HookedTransformer]:
     """A model for each case, with its hooks on until `stack` closes; the embedding is shared."""
     models: dict[str, HookedTransformer] = {}
     for case, attach in hooks.items():
         model = load_model(name)
-        for first in list(models.values())[:1]:
+        if models:
+            first = next(iter(models.values()))
             model.embed.W_E.data = first.embed.W_E.data
             model.unembed.W_U = first.unembed.W_U
         stack.enter_context(attach(model))
@@ -41,11 +44,10 @@ def steps(models: Mapping[str, HookedTransformer], prompts: list[Prompt]) -> dic
     stack = ExitStack()
     for case, model in models.items():
         rows = [encode(model, p)[:CONTEXT] for p in prompts]
-        caches[case] = prefill(model, rows, room=2 * TURNS)[1]
+        caches[case] = prefill(model, rows, reserve=2 * TURNS)[1]
         stack.enter_context(fused_decoding(model))
     tokens = torch.full((len(prompts), 1), 1000, device=next(iter(models.values())).W_U.device)
-    walls: dict[str, list[float]] = {case: [] for case in models}
-    cpus: dict[str, list[float]] = {case: [] for case in models}
+    measured: dict[str, list[tuple[float, float, float]]] = {case: [] for case in models}
     with stack:
         for turn in range(TURNS + 3):
             for case, model in models.items():
@@ -53,21 +55,14 @@ def steps(models: Mapping[str, HookedTransformer], prompts: list[Prompt]) -> dic
                 residual = run(model, tokens, torch.ones_like(tokens), caches[case])
                 float(next_logits(model, residual, k=3)[0].sum())  # waits for a GPU
                 if turn >= 3:
-                    walls[case].append(time.perf_counter() - wall)
-                    cpus[case].append(time.process_time() - cpu)
-    return {case: Timing(tuple(walls[case]), tuple(cpus[case]), 0.0) for case in models}
+                    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                    measured[case].append((wall, cpu, 0.0))
+    return {case: timing(turns) for case, turns in measured.items()}
 
 
 def row(what: str, with_hooks: Timing, without: Timing, target: str) -> Row:
     """The median over turns of the ratio within a turn."""
     pairs = zip(with_hooks.wall, without.wall, strict=True)
     low, middle, high = statistics.quantiles([a / b for a, b in pairs], n=4)
-    return Row(
-        what,
-        middle,
-        target,
-        1e3 * with_hooks.seconds,
-        1e3 * without.seconds,
-        "ms",
-        f"half of {TURNS} turns within {low:.2f} to {high:.2f}",
-    )
+    note = f"half of {TURNS} turns within {low:.2f} to {high:.2f}"
+    return Row(what, middle, target, 1e3 * with_hooks.seconds, 1e3 * without.seconds, "ms", note)

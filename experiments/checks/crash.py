@@ -46,18 +46,16 @@ def differences(one: Path, other: Path) -> list[str]:
     Raises:
         ShlError: a folder cannot be read as a run.
     """
-    names = [
+    ours, theirs = (
         {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        - set(PROCESS_FILES)
         for folder in (one, other)
-    ]
-    found = [
-        f"only in one: {name}" for name in sorted(names[0] ^ names[1]) if name not in PROCESS_FILES
-    ]
+    )
+    found = [f"only in one: {name}" for name in sorted(ours ^ theirs)]
     found += [
         f"differs: {name}"
-        for name in sorted(names[0] & names[1])
-        if name not in (*PROCESS_FILES, "events.jsonl")
-        and _timeless(one / name) != _timeless(other / name)
+        for name in sorted((ours & theirs) - {"events.jsonl"})
+        if _timeless(one / name) != _timeless(other / name)
     ]
     events = [
         [{k: v for k, v in event.items() if k != "seconds"} for event in read(folder)[1]]
@@ -110,10 +108,10 @@ def crash(config: CrashConfig) -> None:
         except subprocess.TimeoutExpired:
             last = kill == config.kills - 1
             process.send_signal(signal.SIGTERM if last else signal.SIGKILL)
-            asked = time.monotonic()
+            sent = time.monotonic()
             process.wait()
             name = "SIGTERM" if last else "SIGKILL"
-            delay = f", ended {time.monotonic() - asked:.2f} s later" if last else ""
+            delay = f", ended {time.monotonic() - sent:.2f} s later" if last else ""
             print(f"{name} after {wait:.0f} s: {_done(killed)} events{delay}", flush=True)
     _, error = (process := _start(config, killed)).communicate()
     found = differences(alone, killed) if not process.returncode else [error.decode().strip()]

@@ -33,6 +33,13 @@ def probe(config: ProbeConfig) -> None:
     show(wide_console(), config, base, plus, minus)
 
 
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
 def show(
     console: Console, config: ProbeConfig, base: Evaluation, plus: Evaluation, minus: Evaluation
 ) -> None:
@@ -56,30 +63,17 @@ def show(
     )
     # Base's own profile is flat by calibration, so reliability is that of the persona contrast.
     console.print(f"split-half of the persona contrast over vignettes {found.split_half:.3f}")
-    table = Table(title="chosen option (columns) by intended option (rows)")
-    for column in ("intended", *FOUNDATIONS, "recall"):
-        table.add_column(column, justify="right")
+    columns = ("intended", *FOUNDATIONS, "recall")
+    table = _table("chosen option (columns) by intended option (rows)", *columns)
     for name, row in zip(FOUNDATIONS, base.confusion, strict=True):
         recall = row[FOUNDATIONS.index(name)] / row.sum()
         noise = " noise" if name in base.noise else ""
         table.add_row(name, *map(str, row), f"{recall:.2f}{noise}")
     console.print(table)
-    table = Table(title="shift caused by a persona prompt alone [nats]")
-    for column in (
-        "foundation",
-        "positive",
-        "negative",
-        "positive - negative",
-        "95 % interval",
-        "by stem or order",
-    ):
-        table.add_column(column, justify="right")
-    per = [
-        nats_of(x) - nats_of(y)
-        for x, y in zip(
-            np.swapaxes(plus.log_p_each, 0, 1), np.swapaxes(minus.log_p_each, 0, 1), strict=True
-        )
-    ]
+    shifts = ("positive", "negative", "positive - negative", "95 % interval", "by stem or order")
+    table = _table("shift caused by a persona prompt alone [nats]", "foundation", *shifts)
+    each_plus, each_minus = (np.swapaxes(x.log_p_each, 0, 1) for x in (plus, minus))
+    per = [nats_of(x) - nats_of(y) for x, y in zip(each_plus, each_minus, strict=True)]
     for k, name in enumerate(FOUNDATIONS):
         low, high = plus.shift_interval(minus, name)
         table.add_row(

@@ -260,6 +260,12 @@ def series(
         panel.vlines(x, *np.transpose(y_spans), color=colour, lw=1)
 
 
+def point_label(panel: Axes, text: str, place: tuple[float, float], look: Look, **how: Any) -> None:
+    """A label above and to the right of a point, in the colour of its series."""
+    colour = HUES[look[0]]
+    panel.annotate(text, place, xytext=(5, 4), textcoords="offset points", color=colour, **how)
+
+
 def rule(
     panel: Axes,
     value: float,

@@ -15,23 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from experiments.questions.estimates import wilson
 from experiments.questions.thresholds import COHERENT, survival_margin
 from experiments.record.reader import Event, of_round, stages
+from experiments.report import figures as fig
 from experiments.report.escape import clean
-from experiments.report.figures import (
-    DASHES,
-    HUES,
-    Chart,
-    Look,
-    chart,
-    ecdf,
-    finite,
-    grid,
-    layout,
-    log_axis,
-    looks,
-    rule,
-    series,
-    styled,
-)
 from experiments.report.tables import ladders
 from shl.analysis.plots import FONT, drawable
 from shl.config import FOUNDATIONS
@@ -42,14 +27,52 @@ from shl.utils.errors import require
 LEAST_KL = 1e-3
 """Where the axis of token divergences begins [nats]."""
 
-LOOKS: dict[str, Look] = {
+LOOKS: dict[str, fig.Look] = {
     "base": ("grey", "o", "--"),
     "steered": ("red", "o", "-"),
     "healed": ("green", "s", "-"),
     "prompted+": ("blue", "^", ":"),
     "prompted-": ("purple", "v", "-."),
 }
-VERDICTS = {"kept": "blue", "dropped": "red", "healed": "green"}
+VERDICTS: dict[str, fig.Look] = {
+    "kept": ("blue", "", "-"),
+    "dropped": ("red", "", "--"),
+    "healed": ("green", "", ":"),
+}
+STEP_CHARTS: dict[str, dict[str, tuple[str, fig.Look]]] = {
+    "D [nats]": {"d": ("D", ("green", "", "-"))},
+    "lambda": {"lam": ("lambda", ("purple", "", "-"))},
+    "share above tau": {
+        "fired": ("completions, D > tau", ("orange", "", "-")),
+        "tokens_over": ("tokens, KL > tau", ("teal", "", "--")),
+    },
+    "gradient norm at the final hidden states": {
+        "grad_nll": ("NLL", ("blue", "", "-")),
+        "grad_barrier": ("lambda x barrier", ("red", "", "--")),
+    },
+    "adapter's gradient norm before clipping": {"grad_adapter": ("A and B", ("grey", "", "-"))},
+}
+"""Panels of `barrier`: title, and the keys of a training step that are drawn with their labels."""
+CAPTIONS = {
+    "trajectory": "Shift from base of the axis's foundations, {level} intervals paired by "
+    "vignette; coherence, the probability on valid answers over base's; survival, the share of "
+    f"free samples that pass the filter, {{level}} Wilson intervals. Q2 needs {COHERENT:g} of "
+    "base's coherence in every healed stage, and survival within a margin of base's.",
+    "plane": "Care against authority, log of their mean probability over the vignettes; numbers "
+    "are rounds, arrows follow the run.",
+    "token_kl": "Distribution of the per-token KL to base over the completions below, all rounds; "
+    f"the axis begins at {LEAST_KL:g} nats.",
+    "kl_tokens": "Per-token KL to base of the completions of the first round, with tau.",
+    "doses": "Share of probes that the filter keeps, {level} Wilson intervals, and their median "
+    "perplexity under base. The filter drops a text whose last quarter is above its limit.",
+    "foundations": "Shift of all seven foundations from base, {level} intervals. The axis expects "
+    "\u25b2 up and \u25bc down, and no shift of the others.",
+    "cosines": "Cosine of each round's steering vector to the first and to the last round's: mean "
+    "over the band's layers, bars from the least to the greatest layer.",
+    "barrier": "D is the aggregated KL of a completion to its reference, the barrier starts at "
+    "tau, lambda is its weight. Steps count over all rounds: {starts}.",
+}
+"""With the confidence `level` and the step at which each round `starts` left open."""
 Interval = tuple[float, float]
 
 
@@ -66,7 +89,7 @@ def _survival(e: Event, confidence: float) -> tuple[float, Interval]:
     return share, wilson(round(share * samples), samples, confidence)
 
 
-@styled
+@fig.styled
 def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) -> Figure:
     """Shift of the axis's foundations, coherence and survival per round, with reference lines."""
     measured = [*stages(events, "steered"), *stages(events, "healed")]
@@ -82,27 +105,25 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
         for name, sign in axis.expected.items()
     ]
     panels += [
-        (
-            "coherence [mass / base]",
-            lambda e: (e["coherence"], e["coherence_interval"]),
-            COHERENT,
-        ),
+        ("coherence [mass / base]", lambda e: (e["coherence"], e["coherence_interval"]), COHERENT),
         (
             "survival [share of texts]",
             lambda e: _survival(e, confidence),
             base["survival"] - survival_margin(COHERENT, base["samples"], confidence),
         ),
     ]
-    figure, axes = grid(len(panels), 2)
+    figure, axes = fig.grid(len(panels), 2)
     for panel, (title, measure, threshold) in zip(axes, panels, strict=True):
         panel.set(title=title, xlabel="round")
         if title.startswith("coherence"):
-            log_axis(panel, "y", [v for e in measured for v in (e["coherence"], *measure(e)[1])])
+            fig.log_axis(
+                panel, "y", [v for e in measured for v in (e["coherence"], *measure(e)[1])]
+            )
         for name, aside in (("steered", -0.04), ("healed", 0.04)):
             found = stages(events, name)
             values = [measure(e) for e in found]
             if found:
-                series(
+                fig.series(
                     panel,
                     [e["round"] + aside for e in found],
                     [value for value, _ in values],
@@ -113,18 +134,18 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
         for name in ("base", "prompted+", "prompted-"):
             for e in stages(events, name)[:1]:
                 value, interval = measure(e)
-                rule(panel, value, LOOKS[name], name, span=() if name == "base" else interval)
+                fig.rule(panel, value, LOOKS[name], name, span=() if name == "base" else interval)
         if threshold is not None:
-            rule(panel, threshold, ("text", "", ":"), "Q2 needs more")
+            fig.rule(panel, threshold, ("text", "", ":"), "Q2 needs more")
         _rounds(panel, (e["round"] for e in measured))
-    layout(figure)
+    fig.layout(figure)
     return figure
 
 
-@styled
+@fig.styled
 def plane(events: Sequence[Event]) -> Figure:
     """Care against authority: a point per stage, numbered by round, arrows in order of the run."""
-    figure, (panel,) = grid(1, 1, (5.6, 4.0))
+    figure, (panel,) = fig.grid(1, 1, (5.6, 4.0))
     panel.set(title="authority [nats]", xlabel="care [nats]")
     order = [e for e in events if e["event"] == "stage"]
     points = [
@@ -137,24 +158,20 @@ def plane(events: Sequence[Event]) -> Figure:
         if not found:
             continue
         x, y = ([e["nats"][f] for e in found] for f in ("care", "authority"))
-        series(panel, x, y, (*LOOKS[name][:2], "none"), name)
+        fig.series(panel, x, y, (*LOOKS[name][:2], "none"), name)
         for e, place in zip(found, zip(x, y, strict=True), strict=True):
-            panel.annotate(
-                "" if e["round"] < 0 else str(e["round"]),
-                place,
-                xytext=(5, 4),
-                textcoords="offset points",
-                color=HUES[LOOKS[name][0]],
-            )
+            label = "" if e["round"] < 0 else str(e["round"])
+            fig.point_label(panel, label, place, LOOKS[name])
+    grey = fig.HUES["grey"]
     for start, end in pairwise(points):
-        arrow = {"arrowstyle": "->", "color": HUES["grey"], "lw": 0.8, "shrinkA": 4, "shrinkB": 4}
+        arrow = {"arrowstyle": "->", "color": grey, "lw": 0.8, "shrinkA": 4, "shrinkB": 4}
         panel.annotate("", end, start, arrowprops=arrow)
     panel.margins(0.12)
-    layout(figure)
+    fig.layout(figure)
     return figure
 
 
-@styled
+@fig.styled
 def kl_tokens(events: Sequence[Event]) -> Figure:
     """Per-token KL to base of each completion of the first round that recorded any, with tau."""
     found = [e for e in of_round(events, "token_kl") if e["curves"]]
@@ -162,17 +179,17 @@ def kl_tokens(events: Sequence[Event]) -> Figure:
     index, curves = found[0]["round"], found[0]["curves"]
     tau = next(e["tau"] for e in of_round(events, "healing") if e["round"] == index)
     longest = max(len(curve["kl"]) for curve in curves)
-    figure, panels = grid(len(curves), 1, (min(40.0, max(9.0, 0.105 * longest)), 1.5))
+    figure, panels = fig.grid(len(curves), 1, (min(40.0, max(9.0, 0.105 * longest)), 1.5))
     for panel, curve in zip(panels, curves, strict=True):
         kl = np.array(curve["kl"])
         panel.set_title("KL to base [nats]")
-        finite(panel, "y", curve["kl"])
+        fig.finite(panel, "y", curve["kl"])
         panel.set_title(
             f"KL to base [nats], {curve['verdict']} at dose {curve['dose']:.2f}: mean "
             f"{kl.mean():.2f}, rmse {(kl**2).mean() ** 0.5:.2f}, max {kl.max():.2f}"
         )
-        panel.bar(range(len(kl)), kl, color=HUES[VERDICTS[curve["verdict"]]])
-        rule(panel, tau, ("text", "", ":"), f"tau {tau:g}")
+        panel.bar(range(len(kl)), kl, color=fig.HUES[VERDICTS[curve["verdict"]][0]])
+        fig.rule(panel, tau, ("text", "", ":"), f"tau {tau:g}")
         # A token may be a page of text, which would cover the panel.
         texts = [drawable(clean(repr(piece[:16])[1:-1]), FONT)[:12] for piece in curve["pieces"]]
         panel.set_xticks(
@@ -180,11 +197,11 @@ def kl_tokens(events: Sequence[Event]) -> Figure:
             fontsize=6,
         )  # fmt: skip
         panel.set_xlim(-0.8, longest - 0.2)
-    layout(figure, bottom=0.8)
+    fig.layout(figure, bottom=0.8)
     return figure
 
 
-@styled
+@fig.styled
 def token_kl(events: Sequence[Event], tau: float) -> Figure:
     """Distribution of the per-token KL of kept, dropped and healed completions, all rounds."""
     groups: dict[str, list[float]] = {}
@@ -192,19 +209,15 @@ def token_kl(events: Sequence[Event], tau: float) -> Figure:
         for curve in e["curves"]:
             groups.setdefault(curve["verdict"], []).extend(curve["kl"])
     require(bool(groups), "no completion has token divergences.")
-    figure, (panel,) = grid(1, 1)
+    figure, (panel,) = fig.grid(1, 1)
     panel.set(title="share of tokens at or below", xlabel="KL to base [nats]")
-    looks: dict[str, Look] = {
-        name: (VERDICTS[name], "", dash)
-        for name, dash in zip(VERDICTS, DASHES, strict=False)
-    }  # fmt: skip
-    named = {f"{name} ({len(kl)} tokens)": (looks[name], kl) for name, kl in groups.items()}
-    ecdf(panel, named, LEAST_KL, tau)
-    layout(figure, 2)
+    named = {f"{name} ({len(kl)} tokens)": (VERDICTS[name], kl) for name, kl in groups.items()}
+    fig.ecdf(panel, named, LEAST_KL, tau)
+    fig.layout(figure, 2)
     return figure
 
 
-@styled
+@fig.styled
 def doses(
     events: Sequence[Event],
     texts: Sequence[Event],
@@ -214,16 +227,18 @@ def doses(
     """Filter survival and median base perplexity against the dose, a line per round's ladder."""
     rungs = ladders(texts)
     require(bool(rungs), "no dose has been probed.")
-    figure, (left, right) = grid(2, 2)
+    figure, (left, right) = fig.grid(2, 2)
     left.set(title="survival [share of probes]", xlabel="dose [times the raw vector]")
     right.set(title="median base perplexity", xlabel="dose [times the raw vector]")
     limit = loop["filter"]["max_tail_perplexity"]
     medians = [r["perplexity"] for ladder in rungs.values() for r in ladder]
-    log_axis(right, "y", [*filter(math.isfinite, medians), limit])
+    fig.log_axis(right, "y", [*filter(math.isfinite, medians), limit])
     # A little apart, since survival takes few values and intervals would cover each other.
     apart = 0.012 * max(abs(r["dose"]) for ladder in rungs.values() for r in ladder)
-    for i, (look, (index, ladder)) in enumerate(zip(looks(len(rungs)), rungs.items(), strict=True)):
-        series(
+    for i, (look, (index, ladder)) in enumerate(
+        zip(fig.looks(len(rungs)), rungs.items(), strict=True)
+    ):
+        fig.series(
             left,
             [r["dose"] + apart * (i - (len(rungs) - 1) / 2) for r in ladder],
             [r["kept"] / r["generated"] for r in ladder],
@@ -233,20 +248,20 @@ def doses(
         )
         known = [r for r in ladder if math.isfinite(r["perplexity"])]
         dose, perplexity = ([r[key] for r in known] for key in ("dose", "perplexity"))
-        series(right, dose, perplexity, look, f"round {index}")
+        fig.series(right, dose, perplexity, look, f"round {index}")
     for base in stages(events, "base")[:1]:
-        rule(left, base["survival"], LOOKS["base"], "base")
+        fig.rule(left, base["survival"], LOOKS["base"], "base")
         if base["perplexity"] is not None:
-            rule(right, base["perplexity"], LOOKS["base"], "base")
+            fig.rule(right, base["perplexity"], LOOKS["base"], "base")
     target = loop["dose"]["target_survival"]
-    rule(left, target, ("text", "", ":"), f"target survival {target:g}")
-    rule(right, limit, ("text", "", "-."), f"limit of a text's tail perplexity {limit:g}")
+    fig.rule(left, target, ("text", "", ":"), f"target survival {target:g}")
+    fig.rule(right, limit, ("text", "", "-."), f"limit of a text's tail perplexity {limit:g}")
     left.set_ylim(-0.02, 1.02)
-    layout(figure, 4)
+    fig.layout(figure, 4)
     return figure
 
 
-@styled
+@fig.styled
 def foundations(events: Sequence[Event], axis: Axis) -> Figure:
     """Shift of all seven foundations: the prompted personas, then a panel per round."""
     rounds = sorted({e["round"] for e in events if e["event"] == "stage" and e["round"] >= 0})
@@ -260,14 +275,14 @@ def foundations(events: Sequence[Event], axis: Axis) -> Figure:
     require(bool(found), "no prompted, steered or healed stage has been measured.")
     marks = {1: " \u25b2", -1: " \u25bc", None: ""}
     names = [f"{name}{marks[axis.expected.get(name)]}" for name in FOUNDATIONS]
-    figure, panels = grid(len(found), 3, (3.2, 2.4), sharey=True)
+    figure, panels = fig.grid(len(found), 3, (3.2, 2.4), sharey=True)
     for panel, (title, group) in zip(panels, found, strict=True):
         panel.set(title=title, xlabel="shift from base [nats]")
         panel.grid(axis="x")
         panel.xaxis.set_major_locator(MaxNLocator(5))
         for e, aside in zip(group, (-0.13, 0.13), strict=False):
             colour, marker, _ = LOOKS[e["stage"]]
-            series(
+            fig.series(
                 panel,
                 [e["shift"][name] for name in FOUNDATIONS],
                 [i + aside for i in range(len(FOUNDATIONS))],
@@ -275,25 +290,25 @@ def foundations(events: Sequence[Event], axis: Axis) -> Figure:
                 e["stage"],
                 x_spans=[e["shift_interval"][name] for name in FOUNDATIONS],
             )
-        rule(panel, 0.0, LOOKS["base"], "base", along="x")
+        fig.rule(panel, 0.0, LOOKS["base"], "base", along="x")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    layout(figure, left=1.05, gap=0.35)
+    fig.layout(figure, left=1.05, gap=0.35)
     return figure
 
 
-@styled
+@fig.styled
 def cosines(vectors: Sequence[tuple[int, SteeringVector]]) -> Figure:
     """Cosine of each round's vector to the first and the last: mean over layers, and range."""
     require(bool(vectors), "no round has a vector.")
-    figure, (panel,) = grid(1, 1)
+    figure, (panel,) = fig.grid(1, 1)
     panel.set(title="cosine", xlabel="round")
     for name, (index, other), look, aside in (
         ("first", vectors[0], ("indigo", "o", "-"), -0.04),
         ("last", vectors[-1], ("orange", "D", "--"), 0.04),
     ):
         every = [list(vector.cosine(other).values()) for _, vector in vectors]
-        series(
+        fig.series(
             panel,
             [i + aside for i, _ in vectors],
             [sum(found) / len(found) for found in every],
@@ -301,52 +316,33 @@ def cosines(vectors: Sequence[tuple[int, SteeringVector]]) -> Figure:
             f"to the {name} (round {index})",
             y_spans=[(min(found), max(found)) for found in every],
         )
-    rule(panel, 0.0, LOOKS["base"], "orthogonal")
+    fig.rule(panel, 0.0, LOOKS["base"], "orthogonal")
     _rounds(panel, (i for i, _ in vectors))
-    layout(figure, 2)
+    fig.layout(figure, 2)
     return figure
 
 
-@styled
+@fig.styled
 def barrier(events: Sequence[Event]) -> Figure:
     """Divergence, its weight, tokens above tau and gradient norms per training step."""
     healing = of_round(events, "healing")
     require(bool(healing), "no round has been trained.")
     steps = [step for e in healing for step in e["steps"]]
     starts = list(accumulate(len(e["steps"]) for e in healing[:-1]))
-    figure, panels = grid(5, 3, (3.3, 1.8), sharex=True)
-    for panel, (title, lines) in zip(
-        panels,
-        (
-            ("D [nats]", [("d", "D", "green", "-")]),
-            ("lambda", [("lam", "lambda", "purple", "-")]),
-            (
-                "share above tau",
-                [("fired", "completions, D > tau", "orange", "-"),
-                 ("tokens_over", "tokens, KL > tau", "teal", "--")],
-            ),
-            (
-                "gradient norm at the final hidden states",
-                [("grad_nll", "NLL", "blue", "-"),
-                 ("grad_barrier", "lambda x barrier", "red", "--")],
-            ),
-            ("adapter's gradient norm before clipping", [("grad_adapter", "A and B", "grey", "-")]),
-        ),
-        strict=True,
-    ):  # fmt: skip
+    figure, panels = fig.grid(5, 3, (3.3, 1.8), sharex=True)
+    for panel, (title, lines) in zip(panels, STEP_CHARTS.items(), strict=True):
         panel.set(title=title, xlabel="training step, all rounds")
         panel.tick_params(labelbottom=True)
-        for key, label, colour, dash in lines:
-            values = [step[key] for step in steps]
-            series(panel, range(len(steps)), values, (colour, "", dash), label)
+        for key, (label, look) in lines.items():
+            fig.series(panel, range(len(steps)), [step[key] for step in steps], look, label)
         for start in starts:
-            rule(panel, start - 0.5, ("grey", "", ":"), "_round", along="x")
+            fig.rule(panel, start - 0.5, ("grey", "", ":"), "_round", along="x")
     for tau in sorted({e["tau"] for e in healing}):
-        rule(panels[0], tau, ("text", "", ":"), f"tau {tau:g}")
+        fig.rule(panels[0], tau, ("text", "", ":"), f"tau {tau:g}")
     for panel in panels:
         panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    layout(figure, 8)
+    fig.layout(figure, 8)
     return figure
 
 
@@ -356,89 +352,37 @@ def charts(
     axis: Axis,
     events: Sequence[Event],
     texts: Sequence[Event],
-) -> dict[str, Chart]:
-    """By name, every chart that a record of this length can have.
-
-    Args:
-        folder: where the rounds' vectors are.
-    """
+) -> dict[str, fig.Chart]:
+    """By name, every chart that a record of this length can have, vectors from `folder`."""
     loop = config["loop"]
     confidence = loop["eval"]["confidence"]
     level = f"{100 * confidence:g} %"
     present = {e["stage"] if e["event"] == "stage" else e["event"] for e in events}
     healing = of_round(events, "healing")
     starts = accumulate((len(e["steps"]) for e in healing), initial=0)
-    where = ", ".join(
-        f"round {e['round']} from step {at}" for e, at in zip(healing, starts, strict=False)
-    )
+    steps = zip(healing, starts, strict=False)
+    where = ", ".join(f"round {e['round']} from step {at}" for e, at in steps)
 
     def vectors() -> Figure:
         rounds = [e["round"] for e in events if e["event"] == "vector"]
-        path = folder / "rounds"
-        return cosines(
-            [(i, SteeringVector.load(path / str(i) / "vector.safetensors")) for i in rounds]
-        )
+        paths = {i: folder / "rounds" / str(i) / "vector.safetensors" for i in rounds}
+        return cosines([(i, SteeringVector.load(path)) for i, path in paths.items()])
 
-    every: list[tuple[str, set[str], str, Callable[[], Figure]]] = [
-        (
-            "trajectory",
-            {"steered", "healed"},
-            f"Shift from base of the axis's foundations, {level} intervals paired by vignette; "
-            f"coherence, the probability on valid answers over base's; survival, the share of "
-            f"free samples that pass the filter, {level} Wilson intervals. Q2 needs {COHERENT:g} "
-            "of base's coherence in every healed stage, and survival within a margin of base's.",
-            lambda: trajectory(events, axis, confidence),
-        ),
-        (
-            "plane",
-            {"steered", "healed"},
-            "Care against authority, log of their mean probability over the vignettes; numbers "
-            "are rounds, arrows follow the run.",
-            lambda: plane(events),
-        ),
-        (
-            "token_kl",
-            {"token_kl"},
-            "Distribution of the per-token KL to base over the completions below, all rounds; the "
-            f"axis begins at {LEAST_KL:g} nats.",
-            lambda: token_kl(events, tau_of(events, loop["heal"]["tau"])),
-        ),
-        (
-            "kl_tokens",
-            {"token_kl"},
-            "Per-token KL to base of the completions of the first round, with tau.",
-            lambda: kl_tokens(events),
-        ),
-        (
-            "doses",
-            {"probe"},
-            f"Share of probes that the filter keeps, {level} Wilson intervals, and their median "
-            "perplexity under base. The filter drops a text whose last quarter is above its limit.",
-            lambda: doses(events, texts, loop, confidence),
-        ),
-        (
-            "foundations",
-            {"prompted+", "steered", "healed"},
-            f"Shift of all seven foundations from base, {level} intervals. The axis expects "
-            "\u25b2 up and \u25bc down, and no shift of the others.",
-            lambda: foundations(events, axis),
-        ),
-        (
-            "cosines",
-            {"vector"},
-            "Cosine of each round's steering vector to the first and to the last round's: mean "
-            "over the band's layers, bars from the least to the greatest layer.",
-            vectors,
-        ),
-        (
-            "barrier",
-            {"healing"},
-            "D is the aggregated KL of a completion to its reference, the barrier starts at tau, "
-            f"lambda is its weight. Steps count over all rounds: {where}.",
-            lambda: barrier(events),
-        ),
-    ]
-    return {name: chart(name, text, draw) for name, needs, text, draw in every if needs & present}
+    drawings: dict[str, tuple[set[str], Callable[[], Figure]]] = {
+        "trajectory": ({"steered", "healed"}, lambda: trajectory(events, axis, confidence)),
+        "plane": ({"steered", "healed"}, lambda: plane(events)),
+        "token_kl": ({"token_kl"}, lambda: token_kl(events, tau_of(events, loop["heal"]["tau"]))),
+        "kl_tokens": ({"token_kl"}, lambda: kl_tokens(events)),
+        "doses": ({"probe"}, lambda: doses(events, texts, loop, confidence)),
+        "foundations": ({"prompted+", "steered", "healed"}, lambda: foundations(events, axis)),
+        "cosines": ({"vector"}, vectors),
+        "barrier": ({"healing"}, lambda: barrier(events)),
+    }
+    return {
+        name: fig.chart(name, CAPTIONS[name].format(level=level, starts=where), draw)
+        for name, (needs, draw) in drawings.items()
+        if needs & present
+    }
 
 
 def tau_of(events: Sequence[Event], setting: float) -> float:

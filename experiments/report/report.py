@@ -11,7 +11,7 @@ from experiments.questions.answers import answer_all, as_json
 from experiments.record.journal import write
 from experiments.record.reader import axis_of, read
 from experiments.report.diary import diary
-from experiments.report.tables import columns_of, markdown, rows
+from experiments.report.tables import cells, markdown, rows
 from shl.config import EvalConfig
 
 
@@ -26,27 +26,24 @@ def report(folder: Path, console: Console) -> None:
 
     config, events, texts = read(folder)
     axis = axis_of(folder)
-    lines = rows(events)
-    table = Table(
-        title=escape(f"{config['model']}, axis {axis.name}, seed {config['loop']['seed']}")
-    )
-    for column in columns_of(lines):
+    title = f"{config['model']}, axis {axis.name}, seed {config['loop']['seed']}"
+    columns, lines = cells(rows(events))
+    table = Table(title=escape(title))
+    for column in columns:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for line in lines:
-        table.add_row(*(line.get(column, "") for column in columns_of(lines)))
+        table.add_row(*line)
     console.print(table)
     for e in (e for e in events if e["event"] == "validity"):
         verdict = "valid" if e["valid"] else "not valid"
-        console.print(
-            f"[bold]{escape(e['instrument'])}[/] {verdict} on this model: {escape(e['reason'])}"
-        )
+        name, reason = escape(e["instrument"]), escape(e["reason"])
+        console.print(f"[bold]{name}[/] {verdict} on this model: {reason}")
     answers = answer_all(events, texts, axis, EvalConfig(**config["loop"]["eval"]))
     for a in answers:
         console.print(f"[bold]{a.key}: {a.question}[/] {escape(a.sentence)}", highlight=False)
-    write(folder / "table.md", markdown(lines))
-    write(
-        folder / "answers.json", json.dumps(as_json(answers), indent=2, ensure_ascii=False) + "\n"
-    )
+    write(folder / "table.md", markdown(rows(events)))
+    listed = json.dumps(as_json(answers), indent=2, ensure_ascii=False)
+    write(folder / "answers.json", f"{listed}\n")
     write(folder / "diary.md", diary(texts))
     write_page(folder, pngs=True)
     if events[-1]["event"] == "end":

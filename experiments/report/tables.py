@@ -65,14 +65,15 @@ def ladders(texts: Sequence[Event]) -> dict[int, list[dict[str, float]]]:
     }
 
 
-def columns_of(table: Sequence[Mapping[str, str]]) -> list[str]:
-    """Keys of all rows, in the order in which they appear."""
-    return list(dict.fromkeys(key for row in table for key in row))
+def cells(table: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """The keys of all rows in the order in which they appear, and each row's cells under them; a
+    missing key is an empty cell."""
+    names = list(dict.fromkeys(key for row in table for key in row))
+    return names, [[row.get(name, "") for name in names] for row in table]
 
 
 def markdown(table: Sequence[Mapping[str, str]]) -> str:
-    """Rows as a Markdown table; a missing key is an empty cell."""
-    names = columns_of(table)
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(row.get(name, "") for name in names) + " |" for row in table]
-    return "\n".join(lines) + "\n"
+    """Rows as a Markdown table."""
+    names, lines = cells(table)
+    head, *body = (f"| {' | '.join(line)} |\n" for line in (names, *lines))
+    return "".join([head, "|" + "---|" * len(names) + "\n", *body])

@@ -1,8 +1,9 @@
-"""Sanity checks for a loaded model: parity, caching, steering, adapters, and hooks removed."""
+"""Sanity checks for a loaded model: parity, caching, steering, adapters, and removal of hooks."""
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,7 @@ PROMPTS = ("What helps you fall asleep after an exciting day at the sea?", "Hi, 
 
 @dataclass(frozen=True)
 class CheckLine:
-    """One check: the largest deviation (None if it could not be made), its limit, and a note."""
+    """One check: the largest deviation (None if it cannot be made), its limit, and a note."""
 
     what: str
     deviation: float | None
@@ -31,7 +32,7 @@ class CheckLine:
 
     @property
     def ok(self) -> bool:
-        """Whether it passed; a check that could not be made did not."""
+        """Whether the check was made and passed."""
         return self.deviation is not None and self.deviation <= self.allowed
 
 
@@ -53,15 +54,14 @@ class CheckReport:
             verdict = "ok" if line.ok else "NOT CHECKED" if line.deviation is None else "FAILED"
             size = "" if line.deviation is None else f"{line.deviation:.1e} (<= {line.allowed:g})"
             rows.append(f"{line.what:<44} {verdict:<12} {size} {line.note}".rstrip())
-        return "\n".join([f"{self.model_name}", *rows])
+        return "\n".join([self.model_name, *rows])
 
 
 @torch.no_grad()
 def check(model: HookedTransformer) -> CheckReport:
-    """Compare the model with transformers and with itself; takes seconds on a small one.
+    """Compare a model with transformers and with itself; this takes seconds on a small model.
 
-    Parity needs the folder or hub name that the model was loaded from. Hooks that the checks add
-    are removed again.
+    Parity needs the folder or hub name that the model was loaded from.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -70,8 +70,7 @@ def check(model: HookedTransformer) -> CheckReport:
         ['logits equal transformers']
     """
     before = len(handles_on(model))
-    single_precision = model.W_U.dtype == torch.float32
-    close = 1e-3 if single_precision else 2.0
+    close = 1e-3 if model.W_U.dtype == torch.float32 else 2.0
     rows = [encode(model, prompt) for prompt in PROMPTS]
     whole = [model(torch.tensor([row], device=model.W_U.device))[0, -1].float() for row in rows]
     lines = [_parity(model, rows[0], whole[0], close)]
@@ -85,43 +84,37 @@ def check(model: HookedTransformer) -> CheckReport:
     last = torch.tensor([[row[-1]] for row in rows], device=residual.device)
     after = run(model, last, torch.ones_like(last), cache)
     cached = model.unembed(model.ln_final(after))[:, 0].float()
-    off = max(float((a - b).abs().max()) for a, b in zip(cached, whole, strict=True))
-    lines.append(CheckLine("cached, padded logits equal whole ones", off, close))
+    lines.append(_line("cached, padded logits equal whole ones", cached, torch.stack(whole), close))
 
     generator = generator_for(0, "check")
-    directions = {
-        layer: torch.randn(model.cfg.d_model, generator=generator)
-        for layer in range(model.cfg.n_layers)
-    }
+    layers = range(model.cfg.n_layers)
+    directions = {i: torch.randn(model.cfg.d_model, generator=generator) for i in layers}
     vector = SteeringVector(directions, str(model.cfg.model_name), "check", 1)
     tokens = torch.tensor([rows[0]], device=model.W_U.device)
     plain = model(tokens)
     with vector.steering(model, 0.0):
-        lines.append(_same("steering at dose 0 changes nothing", model(tokens), plain))
+        lines.append(_line("steering at dose 0 changes nothing", model(tokens), plain))
     adapter = fresh_adapter(model, HealConfig(rank=2))
     with adapter.attach(model):
-        lines.append(_same("a fresh adapter changes nothing", model(tokens), plain))
+        lines.append(_line("a fresh adapter changes nothing", model(tokens), plain))
     for up in adapter.up.values():
         up.copy_(0.02 * torch.randn(up.shape, generator=generator))
     with baked(model, [adapter]):
         hooked = model(tokens)
     with baked(model, [adapter], materialise=True):
-        inside = model(tokens)
-    off = float((hooked - inside).float().abs().max())
-    lines.append(CheckLine("an adapter as hooks equals it in the weights", off, close))
-    lines.append(_same("base comes back", model(tokens), plain))
-    left = float(len(handles_on(model)) - before)
-    lines.append(CheckLine("no hook is left behind", left, 0.0))
+        merged = model(tokens)
+    lines.append(_line("an adapter as hooks equals merged weights", hooked, merged, close))
+    lines.append(_line("logits return to those of base", model(tokens), plain))
+    remaining = float(len(handles_on(model)) - before)
+    lines.append(CheckLine("all added hooks are removed", remaining, 0.0))
     return CheckReport(str(model.cfg.model_name), tuple(lines))
 
 
-def _same(what: str, got: torch.Tensor, expected: torch.Tensor) -> CheckLine:
-    return CheckLine(what, float((got - expected).float().abs().max()), 0.0)
+def _line(what: str, got: Tensor, expected: Tensor, allowed: float = 0.0) -> CheckLine:
+    return CheckLine(what, float((got - expected).float().abs().max()), allowed)
 
 
-def _parity(
-    model: HookedTransformer, row: list[int], ours: torch.Tensor, close: float
-) -> CheckLine:
+def _parity(model: HookedTransformer, row: list[int], ours: Tensor, close: float) -> CheckLine:
     what = "logits equal transformers"
     try:
         folder = model_folder(str(model.cfg.model_name))
@@ -129,4 +122,4 @@ def _parity(
         return CheckLine(what, None, close, str(error))
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=model.W_U.dtype).eval()
     theirs = hf.to(model.W_U.device)(torch.tensor([row], device=model.W_U.device)).logits[0, -1]
-    return CheckLine(what, float((ours - theirs.float()).abs().max()), close)
+    return _line(what, ours, theirs.float(), close)

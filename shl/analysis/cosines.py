@@ -1,7 +1,7 @@
 """Norms of each round's steering vector, and its cosines with their null distributions."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformer_lens import HookedTransformer
@@ -18,24 +18,25 @@ from shl.utils.errors import require
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Direction, Float, Tensor
 
+Rows = Float[Tensor, "n d_model"]
+"""Residuals or their differences, one row per context."""
+Draws = Float[Tensor, " draws"]
+"""Cosines under a null hypothesis."""
+States = Mapping[int, Rows]
+"""Residuals at the assistant tag per layer, fp32."""
+
 
 def random_cosines(
-    reference: Direction,
-    states: Float[Tensor, "n d_model"],
-    *,
-    draws: int = 1000,
-    seed: int = 0,
-) -> Float[Tensor, " draws"]:
+    reference: Direction, states: Rows, *, draws: int = 1000, seed: int = 0
+) -> Draws:
     """Cosines between `reference` and normal random directions with the covariance of `states`.
 
     The null hypothesis is that any direction along which the stream varies is as close. A draw is
-    sum_i z_i x_i with z normal and x the centred rows, which has the covariance of the rows without
-    forming it. That has rank n - 1 at most, so n should be well above the number of large
-    principal components.
+    sum_i z_i x_i with z normal and x the centred rows. Its covariance has rank n - 1 at most, so n
+    should be well above the number of large principal components.
 
     Args:
-        reference: `[d_model]`.
-        states: `[n, d_model]`, for instance residuals at one token of n prompts.
+        states: for instance residuals at one token of n prompts.
 
     Raises:
         ShlError: fewer than two rows, rows that do not differ, or a reference of zero.
@@ -56,30 +57,23 @@ def random_cosines(
 
 
 def shuffled_cosines(
-    reference: Direction,
-    differences: Float[Tensor, "n d_model"],
-    *,
-    draws: int = 1000,
-    seed: int = 0,
-) -> Float[Tensor, " draws"]:
+    reference: Direction, differences: Rows, *, draws: int = 1000, seed: int = 0
+) -> Draws:
     """Cosines between `reference` and mean differences with shuffled persona labels.
 
-    The null hypothesis is that the persona labels do not matter. In each draw the two personas are
-    exchanged in a random half of the contexts (an odd one is left out), which removes the mean
-    difference exactly. Independent flips would leave a share of it, and a cosine does not show how
-    small that share is.
+    The null hypothesis is that the persona labels do not matter. Each draw exchanges the two
+    personas in a random half of the contexts (an odd one is left out), which removes the mean
+    difference exactly; independent flips would leave an unknown share of it.
 
     Args:
-        reference: `[d_model]`.
-        differences: `[n, d_model]`, positive minus negative persona, one row per context.
+        differences: positive minus negative persona.
 
     Raises:
         ShlError: fewer than two contexts, differences that are all alike, or a reference of zero.
 
     Example:
         >>> import torch
-        >>> noise = torch.eye(4)[[0, 1, 2, 3]]
-        >>> cosines = shuffled_cosines(torch.tensor([1.0, 0, 0, 0]), noise + 100.0, draws=10)
+        >>> cosines = shuffled_cosines(torch.tensor([1.0, 0, 0, 0]), torch.eye(4) + 100.0, draws=10)
         >>> sorted({round(float(c), 6) for c in cosines})  # four of +-1 each: 1 / sqrt(4)
         [-0.5, 0.5]
     """
@@ -96,15 +90,15 @@ def shuffled_cosines(
     return _cosines(reference, signs @ centred)
 
 
-def bound(cosines: Float[Tensor, " draws"], coverage: float = NULL_COVERAGE) -> float:
-    """The size below which a share `coverage` of the cosines lies.
+def bound(cosines: Draws) -> float:
+    """The size below which a share `NULL_COVERAGE` of the cosines lies.
 
     Example:
         >>> import torch
         >>> round(bound(torch.linspace(-1, 1, 2001)), 3)
         0.95
     """
-    return float(torch.quantile(cosines.abs(), coverage))
+    return float(torch.quantile(cosines.abs(), NULL_COVERAGE))
 
 
 def _cosines(reference: Direction, directions: Float[Tensor, "draws d_model"]) -> Tensor:
@@ -113,16 +107,12 @@ def _cosines(reference: Direction, directions: Float[Tensor, "draws d_model"]) -
     return torch.cosine_similarity(directions, reference[None], dim=1)
 
 
-States = Mapping[int, Float[Tensor, "n d_model"]]
-"""Residuals at the assistant tag per layer, one row per context, fp32."""
-
-
 @dataclass(frozen=True, eq=False)
 class Student:
-    """One round's residuals, all on the same contexts.
+    """Residuals of one round's student, all on the same contexts.
 
-    `positive`, `negative` and `neutral` (no persona) are those of the student that enters the
-    round; `healed` (after the round) and `base` (no adapter) are without persona too.
+    `positive`, `negative` (the two personas) and `neutral` (no persona) are those of the student
+    that enters the round; `healed` (after the round) and `base` (no adapter) are without persona.
 
     Example:
         >>> from shl.method.axes import load_axis
@@ -138,11 +128,11 @@ class Student:
     healed: States
     base: States
 
-    def differences(self, layer: int) -> Float[Tensor, "n d_model"]:
+    def differences(self, layer: int) -> Rows:
         """Positive minus negative persona per context; their mean is the round's vector."""
         return self.positive[layer] - self.negative[layer]
 
-    def shift(self, layer: int) -> Float[Tensor, " d_model"]:
+    def shift(self, layer: int) -> Direction:
         """Mean of healed minus base: the shift internalised by the end of the round."""
         return (self.healed[layer] - self.base[layer]).mean(0)
 
@@ -156,7 +146,7 @@ def students(
     contexts: int,
     batch_size: int = 16,
 ) -> list[Student]:
-    """Residuals of the student of every round on the axis's contexts.
+    """Residuals of every round's student on the axis's contexts.
 
     Hooks of this package that are on the model are suspended meanwhile.
 
@@ -173,9 +163,9 @@ def students(
         return residual_at_tag(model, prompts, layers, batch_size=batch_size)
 
     out = []
+    before: list[Adapter] = []
     with suspended(model):
         base = neutral = states(None)
-        before: list[Adapter] = []
         for added in adapters:
             with baked(model, before):
                 positive, negative = states(axis.positive), states(axis.negative)
@@ -214,9 +204,9 @@ class VectorEntry:
     """One layer of one round's steering vector.
 
     `norm` is in units of the residual stream, `relative_norm` its share of the mean norm of the
-    entering student's residuals without persona; `shift_norm` is that of the internalised shift,
-    the mean of healed minus base residuals without persona, after the round. All are read at the
-    assistant tag, and None without a model. A cosine is None where either vector is missing or 0.
+    entering student's residuals without persona, `shift_norm` that of `Student.shift`. All are
+    taken at the assistant tag; the last three are None without a model. A cosine is None where
+    either vector is missing or 0.
     """
 
     round: int
@@ -253,47 +243,39 @@ def vector_entries(
         >>> [round(e.to_first.value, 3) for e in vector_entries(vectors)]
         [1.0, 0.6]
     """
-    nulls = {"draws": draws, "seed": seed}
+
+    def cosine(
+        v: Direction, other: Direction | None, layer: int, student: Student | None
+    ) -> Cosine | None:
+        if other is None or not bool(other.any()) or not bool(v.any()):
+            return None
+        value = float(torch.cosine_similarity(v.cpu(), other.cpu(), dim=0))
+        if student is None:
+            return Cosine(value)
+        # Each persona's mean is subtracted, so that the trait is not part of the variation.
+        sides = (student.positive[layer], student.negative[layer])
+        states = torch.cat([side - side.mean(0) for side in sides])
+        random = random_cosines(other, states, draws=draws, seed=seed)
+        shuffled = shuffled_cosines(other, student.differences(layer), draws=draws, seed=seed)
+        return Cosine(value, bound(random), bound(shuffled))
+
     for index, vector in enumerate(vectors):
         student = found[index] if found else None
         for layer, v in sorted(vector.directions.items()):
             first = vectors[0].directions.get(layer)
             previous = vectors[index - 1].directions.get(layer) if index else None
-            entry = VectorEntry(
+            relative_norm = shift_norm = to_shift = None
+            if student:
+                relative_norm = float(v.norm()) / float(student.neutral[layer].norm(dim=1).mean())
+                shift = student.shift(layer)
+                shift_norm, to_shift = float(shift.norm()), cosine(v, shift, layer, student)
+            yield VectorEntry(
                 index,
                 layer,
                 float(v.norm()),
-                _cosine(v, first, layer, student, nulls),
-                _cosine(v, previous, layer, student, nulls),
+                cosine(v, first, layer, student),
+                cosine(v, previous, layer, student),
+                relative_norm,
+                shift_norm,
+                to_shift,
             )
-            if student:
-                shift = student.shift(layer)
-                entry = replace(
-                    entry,
-                    relative_norm=entry.norm / float(student.neutral[layer].norm(dim=1).mean()),
-                    shift_norm=float(shift.norm()),
-                    to_shift=_cosine(v, shift, layer, student, nulls),
-                )
-            yield entry
-
-
-def _cosine(
-    v: Direction,
-    other: Direction | None,
-    layer: int,
-    student: Student | None,
-    nulls: dict[str, int],
-) -> Cosine | None:
-    if other is None or not bool(other.any()) or not bool(v.any()):
-        return None
-    value = float(torch.cosine_similarity(v.cpu(), other.cpu(), dim=0))
-    if student is None:
-        return Cosine(value)
-    # Each persona's mean is subtracted, so that the trait is not part of the variation.
-    sides = (student.positive[layer], student.negative[layer])
-    states = torch.cat([side - side.mean(0) for side in sides])
-    return Cosine(
-        value,
-        bound(random_cosines(other, states, **nulls)),
-        bound(shuffled_cosines(other, student.differences(layer), **nulls)),
-    )

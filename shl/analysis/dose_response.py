@@ -41,6 +41,12 @@ class DoseResponse:
         return torch.stack([torch.stack([aggregate(kl, how) for kl in row]) for row in self.kl])
 
 
+def require_tokens(completions: Sequence[Completion]) -> None:
+    """Raise `ShlError` without a completion, or if one has no tokens."""
+    require(len(completions) > 0, "completions is empty, give at least one.")
+    require(all(c.tokens for c in completions), "a completion without tokens has no divergence.")
+
+
 @torch.no_grad()
 def dose_response(
     model: HookedTransformer,
@@ -50,11 +56,10 @@ def dose_response(
     *,
     batch_size: int = 64,
 ) -> DoseResponse:
-    """KL to base per dose over the same texts: every dose is a row of the same batches.
+    """KL to base per dose over the same texts; all doses share the batches.
 
-    The texts are fixed (base's answers, for instance), so only the dose varies. Base is the model
-    with this package's hooks suspended; adapters that are on stay on under the vector, and dose 0
-    then gives their divergence.
+    Base is the model with this package's hooks suspended; adapters that are on stay on under the
+    vector, and dose 0 then gives their divergence.
 
     Args:
         completions: results of `generate`; prompts and padding are left out.
@@ -65,21 +70,16 @@ def dose_response(
         ShlError: no dose, no completion, one without tokens, or a dose that is not finite.
 
     Example:
-        >>> from shl.method.axes import load_axis
-        >>> from shl.models.generate import generate
-        >>> from shl.models.tiny import tiny_gemma
-        >>> from shl.method.extract import extract_vector
-        >>> model = tiny_gemma()
-        >>> texts = generate(model, ["Hello?"], max_new_tokens=4, min_new_tokens=4)
-        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
+        >>> import shl
+        >>> model = shl.tiny.tiny_gemma()
+        >>> texts = shl.generate(model, ["Hello?"], max_new_tokens=4, min_new_tokens=4)
+        >>> vector = shl.extract_vector(model, shl.load_axis("love"), contexts=4)
         >>> d = dose_response(model, vector, texts, [0.0, 0.5, 1.0]).divergence()
         >>> bool(d[0, 0] < 1e-5 < d[1, 0] < d[2, 0])
         True
     """
     require(len(doses) > 0, "doses is empty, name at least one.")
-    require(len(completions) > 0, "completions is empty, give at least one.")
-    for completion in completions:
-        require(len(completion.tokens) > 0, "a completion without tokens has no divergence.")
+    require_tokens(completions)
     with suspended(model):
         hidden = completion_hidden(model, completions)
     sizes = [len(c.tokens) for c in completions]
@@ -93,18 +93,13 @@ def dose_response(
         chosen = [texts[row] for row in rows]
         with Steering(model, vector.directions, amounts[rows]):
             steered = completion_hidden(model, [completions[j] for j in chosen])
+        ref, ref_lse = (torch.cat([x[j] for j in chosen]) for x in (base, lse))
+        targets = torch.cat([torch.tensor(completions[j].tokens) for j in chosen])
+        settings = {"ref_lse": ref_lse, "lazy": True, **readout(model)}
         values, _ = reverse_kl_and_nll(
-            steered,
-            torch.cat([base[j] for j in chosen]),
-            model.W_U,
-            torch.cat([torch.tensor(completions[j].tokens) for j in chosen]).to(steered.device),
-            ref_lse=torch.cat([lse[j] for j in chosen]),
-            lazy=True,
-            **readout(model),
+            steered, ref, model.W_U, targets.to(steered.device), **settings
         )
         kl |= zip(rows, values.cpu().split([sizes[j] for j in chosen]), strict=True)
     n = len(completions)
-    return DoseResponse(
-        tuple(map(float, doses)),
-        tuple(tuple(kl[i * n + j] for j in range(n)) for i in range(len(doses))),
-    )
+    table = tuple(tuple(kl[i * n + j] for j in range(n)) for i in range(len(doses)))
+    return DoseResponse(tuple(map(float, doses)), table)

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from transformer_lens import HookedTransformer
 
-from shl.analysis.cosines import Cosine, Student, students, vector_entries
+from shl.analysis.cosines import Cosine, students, vector_entries
 from shl.analysis.weight_updates import NULL_COVERAGE, update_entries
 from shl.hooks.adapter import Adapter
-from shl.hooks.fingerprint import check_made_for
 from shl.hooks.vector import SteeringVector
 from shl.method.axes import Axis
 from shl.method.loop import Round
@@ -26,8 +25,8 @@ class Ledger:
     the bounds of two null distributions for each cosine.
 
     Args:
-        run: a run folder (`rounds/N/vector.safetensors` and `adapter.safetensors`; a last round
-            without its adapter is not finished and left out), or the rounds that `love` gave.
+        run: a run folder (`rounds/N/vector.safetensors` and `adapter.safetensors`; an unfinished
+            last round, without its adapter, is left out), or the rounds that `love` yields.
         model: the base model of the run, without other hooks.
         axis: the run's axis.
         contexts: number of the axis's contexts; None is as many as the vectors were made from.
@@ -40,14 +39,10 @@ class Ledger:
             or axis other than the run's, or one of the two without the other.
 
     Example:
+        >>> import shl
         >>> import torch
-        >>> from shl.config import HealConfig
-        >>> from shl.hooks.adapter import fresh_adapter
-        >>> from shl.models.tiny import tiny_gemma
-        >>> adapter = fresh_adapter(tiny_gemma(), HealConfig(rank=2, sites=("q",), layers=(0,)))
-        >>> vectors = [
-        ...     SteeringVector({1: torch.eye(32)[i]}, "tiny-gemma", "demo", 8) for i in (0, 1)
-        ... ]
+        >>> adapter = shl.hooks.adapter.fresh_adapter(shl.tiny.tiny_gemma(), shl.HealConfig())
+        >>> vectors = [SteeringVector({1: v}, "tiny-gemma", "demo", 8) for v in torch.eye(32)[:2]]
         >>> ledger = Ledger([(v, adapter) for v in vectors])
         >>> [entry.to_first.value for entry in ledger.vectors]
         [1.0, 0.0]
@@ -65,47 +60,38 @@ class Ledger:
         draws: int = 1000,
         seed: int = 0,
     ) -> None:
-        require(
-            (model is None) == (axis is None),
-            "a ledger takes model and axis together, or neither of them.",
-        )
+        together = (model is None) == (axis is None)
+        require(together, "a ledger takes model and axis together, or neither of them.")
         self.rounds = _rounds_of(run, model, any_weights)
-        first = self.rounds[0][0]
+        vectors, adapters = zip(*self.rounds, strict=True)
+        first = vectors[0]
         for vector, adapter in self.rounds:
             names = {first.model_name, vector.model_name, adapter.model_name}
             require(len(names) == 1, f"the rounds were made on different models: {sorted(names)}.")
             require(vector.axis == first.axis, f"the axes differ: {first.axis!r}, {vector.axis!r}.")
         self.model_name, self.axis_name = first.model_name, first.axis
-        found: list[Student] | None = None
+        found = None
         if model is not None and axis is not None:
-            for vector, _ in self.rounds:
-                made_on = (vector.model_name, vector.weights, vector.dtype)
-                check_made_for(model, "the run", *made_on, any_weights=any_weights)
+            for vector in vectors:
+                vector.check_made_for(model, "the run", any_weights=any_weights)
             require(
                 axis.name == first.axis,
                 f"the run's axis is {first.axis!r}, the ledger was given {axis.name!r}.",
             )
-            layers = sorted({layer for vector, _ in self.rounds for layer in vector.directions})
-            found = students(
-                model,
-                axis,
-                [[adapter] for _, adapter in self.rounds],
-                layers,
-                contexts=contexts or first.contexts,
-            )
-        self.vectors = tuple(
-            vector_entries([v for v, _ in self.rounds], found, draws=draws, seed=seed)
-        )
-        self.updates = tuple(update_entries([a for _, a in self.rounds], top))
+            layers = sorted({layer for vector in vectors for layer in vector.directions})
+            added = [[adapter] for adapter in adapters]
+            found = students(model, axis, added, layers, contexts=contexts or first.contexts)
+        self.vectors = tuple(vector_entries(vectors, found, draws=draws, seed=seed))
+        self.updates = tuple(update_entries(adapters, top))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that any round's vector has."""
+        """All layers of the rounds' vectors."""
         return tuple(sorted({entry.layer for entry in self.vectors}))
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites that any round's adapter has, in order of the forward pass."""
+        """All sites of the rounds' adapters, in order of the forward pass."""
         return tuple(dict.fromkeys(entry.site for entry in self.updates))
 
     def grid(self, of: str = "to_first") -> np.ndarray:
@@ -115,7 +101,7 @@ class Ledger:
         Raises:
             ShlError: no such number.
         """
-        return _grid(self.vectors, "layer", self.layers, len(self.rounds), of)
+        return self._grid(self.vectors, "layer", self.layers, of)
 
     def site_grid(self, of: str = "norm") -> np.ndarray:
         """A number per site x round, nan where there is none: `norm`, `effective_rank`, or the
@@ -124,15 +110,24 @@ class Ledger:
         Raises:
             ShlError: no such number.
         """
-        return _grid(self.updates, "site", self.sites, len(self.rounds), of)
+        return self._grid(self.updates, "site", self.sites, of)
+
+    def _grid(self, entries: Sequence[Any], key: str, rows: Sequence[Any], of: str) -> np.ndarray:
+        out = np.full((len(rows), len(self.rounds)), np.nan)
+        for entry in entries:
+            require(hasattr(entry, of), f"a ledger has no {of!r} per {key} and round.")
+            value = getattr(entry, of)
+            number = value.value if isinstance(value, Cosine) else getattr(value, "cosine", value)
+            one = number is None or isinstance(number, float)
+            require(one, f"{of!r} is not one number per {key} and round.")
+            out[rows.index(getattr(entry, key)), entry.round] = number
+        return out
 
     def __str__(self) -> str:
         lines = [f"{self.axis_name} on {self.model_name}, {len(self.rounds)} rounds"]
         if any(entry.to_first and entry.to_first.random for entry in self.vectors):
-            lines.append(
-                f"in brackets: {NULL_COVERAGE:.0%} bounds of random directions and of shuffled "
-                "persona labels"
-            )
+            nulls = "of random directions and of shuffled persona labels"
+            lines.append(f"in brackets: {NULL_COVERAGE:.0%} bounds {nulls}")
         lines += ["", "round layer    norm  rel.  cos first          cos previous       cos shift"]
         for entry in self.vectors:
             cosines = (_cell(c) for c in (entry.to_first, entry.to_previous, entry.to_shift))
@@ -152,28 +147,12 @@ class Ledger:
 
 
 def _cell(cosine: Cosine | None) -> str:
-    """`+0.87 (0.31, 0.22)`: the value, and the bounds of both nulls where there are any."""
+    """`+0.87 (0.31, 0.22)`: the value and the bounds of both nulls, if any."""
     if cosine is None:
         return ""
     if cosine.random is None or cosine.shuffled is None:
         return f"{cosine.value:+.2f}"
     return f"{cosine.value:+.2f} ({cosine.random:.2f}, {cosine.shuffled:.2f})"
-
-
-def _grid(
-    entries: Sequence[Any], key: str, rows: Sequence[Any], rounds: int, of: str
-) -> np.ndarray:
-    out = np.full((len(rows), rounds), np.nan)
-    for entry in entries:
-        require(hasattr(entry, of), f"a ledger has no {of!r} per {key} and round.")
-        value = getattr(entry, of)
-        number = value.value if isinstance(value, Cosine) else getattr(value, "cosine", value)
-        require(
-            number is None or isinstance(number, float),
-            f"{of!r} is not one number per {key} and round.",
-        )
-        out[rows.index(getattr(entry, key)), entry.round] = np.nan if number is None else number
-    return out
 
 
 def _rounds_of(
@@ -195,7 +174,6 @@ def _rounds_of(
         else:
             adapter = Adapter.load(files[1], model, any_weights=any_weights)
         found.append((SteeringVector.load(files[0]), adapter))
-    require(
-        len(found) > 0, f"{run} holds no finished round, rounds/0 needs a vector and an adapter."
-    )
+    present = len(found) > 0
+    require(present, f"{run} holds no finished round, rounds/0 needs a vector and an adapter.")
     return tuple(found)

@@ -14,10 +14,12 @@ from transformer_lens import HookedTransformer
 
 from shl.analysis.weight_updates import spectrum
 from shl.hooks.adapter import Adapter
-from shl.hooks.sites import Site
 from shl.models.tokens import decode
 from shl.utils.errors import require
 from shl.utils.shapes import Direction, Float, Tensor
+
+WRITES = {"o": "ln1_post", "down": "ln2_post", "resid": ""}
+"""Kinds of sites that write to the residual stream: Gemma's norm of their output."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def logit_lens(
     length; `largest_by_chance` gives the largest expected in a vocabulary of that size.
 
     Args:
-        direction: `[d_model]`, of the residual stream: a vector's, or `written_directions`.
+        direction: `[d_model]`, of a steering vector or from `written_directions`.
         k: tokens raised, and tokens lowered.
         keep: filter on a token's text (`str.isascii`); None keeps all tokens.
 
@@ -62,18 +64,12 @@ def logit_lens(
         >>> tokens.raised[0][0] == model.tokenizer.decode([70])
         True
     """
-    d_model = model.cfg.d_model
-    require(
-        tuple(direction.shape) == (d_model,),
-        f"the direction has shape {tuple(direction.shape)}, {model.cfg.model_name} has d_model "
-        f"{d_model}.",
-    )
-    require(
-        bool(torch.isfinite(direction).all() and direction.any()),
-        "the direction is 0 or not finite, it raises no token.",
-    )
+    name, d_model, shape = model.cfg.model_name, model.cfg.d_model, tuple(direction.shape)
+    require(shape == (d_model,), f"the direction has shape {shape}, {name} has d_model {d_model}.")
+    usable = bool(torch.isfinite(direction).all() and direction.any())
+    require(usable, "the direction is 0 or not finite, it raises no token.")
     require(k >= 1, f"k is {k}, it must be at least 1.")
-    scaled = _final_scale(model) * direction.to(model.W_U.device, torch.float32)
+    scaled = _scale(model.ln_final) * direction.to(model.W_U.device, torch.float32)
     logits = (scaled.to(model.W_U.dtype) @ model.W_U).float()
     scores = ((logits - logits.mean()) / logits.std()).cpu()
     order = scores.argsort(descending=True).tolist()
@@ -114,8 +110,12 @@ def written_directions(
     require(
         site in sites, f"{site!r} is no site of the adapter, its sites are {sorted(sites)[:4]} ..."
     )
+    kind, layer = sites[site].kind, sites[site].layer
+    require(
+        kind in WRITES, f"{site} does not write to the residual stream; {', '.join(WRITES)} do."
+    )
     written = spectrum(adapter.down[site], adapter.up[site], adapter.scale).left[:, :k].T.float()
-    written = written * _post_scale(model, sites[site]).cpu()
+    written = written * _scale(getattr(model.blocks[layer], WRITES[kind], None)).cpu()
     return written / written.norm(dim=1, keepdim=True)
 
 
@@ -140,18 +140,13 @@ def strongest_directions(
         ['blocks.1.o', 'blocks.2.o']
     """
     sizes = {}
-    for site in adapter.sites:
-        if site.kind in ("o", "down", "resid"):
-            values = spectrum(adapter.down[site.name], adapter.up[site.name], adapter.scale).values
-            if len(values):
-                sizes[site.name] = float(values[0])
+    for name in (site.name for site in adapter.sites if site.kind in WRITES):
+        values = spectrum(adapter.down[name], adapter.up[name], adapter.scale).values
+        if len(values):
+            sizes[name] = float(values[0])
     require(len(sizes) > 0, "the adapter writes to the residual stream nowhere (o, down or resid).")
     chosen = sorted(sizes, key=lambda name: -sizes[name])[:count]
-    return {
-        site.name: written_directions(model, adapter, site.name)[0]
-        for site in adapter.sites
-        if site.name in chosen
-    }
+    return {name: written_directions(model, adapter, name)[0] for name in sizes if name in chosen}
 
 
 def largest_by_chance(n: int) -> float:
@@ -164,21 +159,6 @@ def largest_by_chance(n: int) -> float:
     return NormalDist().inv_cdf(0.5 ** (1 / n))
 
 
-def _final_scale(model: HookedTransformer) -> Tensor:
-    w = getattr(model.ln_final, "w", None)
-    return torch.ones(model.cfg.d_model, device=model.W_U.device) if w is None else w.float()
-
-
-def _post_scale(model: HookedTransformer, site: Site) -> Tensor:
-    """The learned scale between a site's output and the residual stream."""
-    require(
-        site.kind in ("o", "down", "resid"),
-        f"{site.name} does not write to the residual stream; o, down and resid do.",
-    )
-    norm = {"o": "ln1_post", "down": "ln2_post"}.get(site.kind)
-    block = model.blocks[site.layer]
-    if norm is None or not hasattr(block, norm):
-        return torch.ones(model.cfg.d_model)
-    scale = getattr(block, norm).w
-    assert isinstance(scale, Tensor)
-    return scale.float()
+def _scale(norm: object) -> Tensor:
+    """The learned scale of a norm, 1 without one."""
+    return getattr(norm, "w", torch.ones(())).float()

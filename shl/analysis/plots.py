@@ -1,10 +1,10 @@
-"""Figures of what is inside a run; every public function returns a matplotlib `Figure`.
+"""Figures of a run's vectors, adapters and texts, each a matplotlib `Figure`.
 
-The numbers come from `Ledger`, `logit_lens`, `token_divergence` and `dose_response`. It needs
-matplotlib (the extra `pictures`), so `import shl` leaves it out: `from shl import pictures`.
+The module needs matplotlib (the extra `pictures`), so it is imported by `from shl import pictures`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 from transformer_lens import HookedTransformer
 
-from shl.analysis.dose_response import DoseResponse
+from shl.analysis.dose_response import DoseResponse, require_tokens
 from shl.analysis.ledger import Ledger
 from shl.analysis.logit_lens import largest_by_chance, logit_lens
 from shl.analysis.weight_updates import NULL_COVERAGE
@@ -26,39 +26,36 @@ from shl.models.tokens import decode
 from shl.utils.errors import require
 from shl.utils.shapes import Direction
 
-FONT, MONO = FontProperties("DejaVu Sans"), FontProperties("DejaVu Sans Mono")
+__all__ = ["cosines", "divergence", "lens", "norms", "response"]
+
+FONT = FontProperties(family="DejaVu Sans", size=7)
+MONO = FontProperties(family="DejaVu Sans Mono", size=8)
 """Shipped with matplotlib; a character that they lack is drawn as an empty square."""
+Colour = tuple[float, float, float, float]
+"""Red, green, blue and opacity, 0 to 1."""
 COLUMNS = 92
 """Characters in a line of drawn text."""
 
 
-def one_panel(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure with a single panel, in inches."""
-    figure, panel = plt.subplots(figsize=(width, height), layout="constrained")
-    return released(figure), panel
-
-
-def released(figure: Figure) -> Figure:
-    """The figure, closed in pyplot: a notebook would display an open one a second time."""
+def subplots(
+    rows: int, columns: int, width: float, height: float, **grid: Any
+) -> tuple[Figure, np.ndarray]:
+    """`plt.subplots` in inches; closed in pyplot, as a notebook would display it a second time."""
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **grid
+    )
     plt.close(figure)
-    return figure
+    return figure, panels
 
 
 def cell(
-    panel: Axes,
-    x: float,
-    y: float,
-    width: float,
-    text: str,
-    colour: tuple[float, ...],
-    font: FontProperties,
-    size: float,
+    panel: Axes, x: float, y: float, width: float, text: str, colour: Colour, font: FontProperties
 ) -> None:
-    """A coloured box, one line high, with centred text in black or white."""
+    """A coloured box of height 1 with centred text in black or white."""
     panel.add_patch(Rectangle((x, y), width, 1, color=colour, lw=0))
     red, green, blue, _ = colour
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-    one_line = "\n" not in text  # those stand on one baseline, side by side
+    one_line = "\n" not in text  # single lines, side by side, share a baseline
     panel.text(
         x + width / 2,
         y + (0.68 if one_line else 0.5),
@@ -66,7 +63,6 @@ def cell(
         ha="center",
         va="baseline" if one_line else "center",
         fontproperties=font,
-        fontsize=size,
         color="white" if dark else "black",
         linespacing=0.95,
         parse_math=False,
@@ -114,27 +110,24 @@ def lens(
 
     Args:
         directions: `vector.directions`, or `strongest_directions(model, adapter)` of dW, whose
-            two sides may be swapped.
-        keep: which tokens may be listed, given their text (`str.isascii`); None allows all.
+            signs are arbitrary.
+        keep: filter on a token's text (`str.isascii`); None keeps all tokens.
 
     Raises:
-        ShlError: no direction, or one that has no tokens.
+        ShlError: no direction, or one of zero or not finite.
 
     Example:
-        >>> from shl.method.axes import load_axis
-        >>> from shl.models.tiny import tiny_gemma
-        >>> from shl.method.extract import extract_vector
-        >>> model = tiny_gemma()
-        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
+        >>> import shl
+        >>> model = shl.tiny.tiny_gemma()
+        >>> vector = shl.extract_vector(model, shl.load_axis("love"), contexts=4)
         >>> figure = lens(model, vector.directions, keep=str.isalpha)
     """
-    require(len(directions) > 0, "there are no directions to look through, give at least one.")
+    require(len(directions) > 0, "there are no directions to draw, give at least one.")
     rows = [logit_lens(model, v, k, keep=keep) for v in directions.values()]
     labels = [f"layer {key}" if isinstance(key, int) else key for key in directions]
     chance = largest_by_chance(model.cfg.d_vocab)
-    # Scores within chance are pale.
-    norm = Normalize(-2.2 * chance, 2.2 * chance)
-    figure, panel = one_panel(1.4 + 1.12 * 2 * k, 1.1 + 0.36 * len(rows))
+    norm = Normalize(-2.2 * chance, 2.2 * chance)  # scores within chance are pale
+    figure, [[panel]] = subplots(1, 1, 1.4 + 1.12 * 2 * k, 1.1 + 0.36 * len(rows))
     colours = mpl.colormaps["PuOr_r"]
     for y, row in enumerate(rows):
         for side, tokens in enumerate((row.raised, row.lowered)):
@@ -142,7 +135,7 @@ def lens(
                 x = side * (k + 0.25) + i
                 text = drawable(token.replace(" ", "\u00b7"), FONT)
                 text = text if len(text) <= 14 else text[:13] + "\u2026"
-                cell(panel, x, y, 1.0, f"{text}\n{z:+.1f}", colours(norm(z)), FONT, 7)
+                cell(panel, x, y, 1.0, f"{text}\n{z:+.1f}", colours(norm(z)), FONT)
     panel.set(xlim=(0, 2 * k + 0.25), ylim=(len(rows), 0))
     panel.set_yticks(np.arange(len(rows)) + 0.5, labels, fontsize=8)
     panel.set_xticks([k / 2, k + 0.25 + k / 2], ["raised", "lowered"])
@@ -159,46 +152,33 @@ def lens(
 def divergence(
     model: HookedTransformer, completions: Sequence[Completion], *, tau: float = 0.5
 ) -> Figure:
-    """Per-token KL(model as it stands || base) over the text of each completion.
-
-    Call it inside the hooks to be measured (a steering vector, adapters).
+    """Per-token KL(model || base) over the text of each completion, with the hooks that are on.
 
     Args:
-        tau: nats, from which a token counts as above the barrier in the titles.
+        tau: nats; the titles give the share of tokens above it.
 
     Raises:
         ShlError: no completion, or one without tokens.
 
     Example:
-        >>> from shl.method.axes import load_axis
-        >>> from shl.models.generate import generate
-        >>> from shl.models.tiny import tiny_gemma
-        >>> from shl.method.extract import extract_vector
-        >>> model = tiny_gemma()
-        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
-        >>> texts = generate(model, ["Hello?"], max_new_tokens=4, min_new_tokens=4)
+        >>> import shl
+        >>> model = shl.tiny.tiny_gemma()
+        >>> vector = shl.extract_vector(model, shl.load_axis("love"), contexts=4)
+        >>> texts = shl.generate(model, ["Hello?"], max_new_tokens=4, min_new_tokens=4)
         >>> with vector.steering(model, 0.7):
         ...     figure = divergence(model, texts)
     """
-    require(len(completions) > 0, "there are no completions to draw, give at least one.")
-    for completion in completions:
-        require(len(completion.tokens) > 0, "a completion without tokens has no divergence.")
+    require_tokens(completions)
     values = [token_divergence(model, completion).numpy() for completion in completions]
     norm = PowerNorm(0.5, 0, max(float(kl.max()) for kl in values) or 1.0)
     colours = mpl.colormaps["YlOrBr"]
     placed = [wrapped([decode(model, [t]) for t in c.tokens]) for c in completions]
     heights = [1 + max(line for line, _, _ in tokens) for tokens in placed]
-    figure, axes = plt.subplots(
-        len(placed),
-        1,
-        figsize=(8.6, sum(0.24 * h + 0.35 for h in heights) + 0.2),
-        height_ratios=heights,
-        layout="constrained",
-        squeeze=False,
-    )
+    height = sum(0.24 * h + 0.35 for h in heights) + 0.2
+    figure, axes = subplots(len(placed), 1, 8.6, height, height_ratios=heights)
     for panel, tokens, kl, height in zip(axes[:, 0], placed, values, heights, strict=True):
         for (line, column, text), value in zip(tokens, kl, strict=True):
-            cell(panel, column, line, len(text), text, colours(norm(value)), MONO, 8)
+            cell(panel, column, line, len(text), text, colours(norm(value)), MONO)
         panel.set(xlim=(0, COLUMNS), ylim=(height, 0), xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
         panel.set_title(
@@ -209,10 +189,7 @@ def divergence(
         )
     scale = mpl.cm.ScalarMappable(norm, colours)
     figure.colorbar(scale, ax=list(axes[:, 0]), label="KL to base [nats]", pad=0.01, aspect=12)
-    return released(figure)
-
-
-__all__ = ["cosines", "divergence", "lens", "norms", "response"]
+    return figure
 
 
 def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
@@ -226,15 +203,11 @@ def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
         ShlError: another `to`, or a ledger that has no such cosine.
 
     Example:
-        >>> from shl.method.axes import load_axis
-        >>> from shl.config import HealConfig
-        >>> from shl.hooks.adapter import fresh_adapter
-        >>> from shl.models.tiny import tiny_gemma
-        >>> from shl.method.extract import extract_vector
-        >>> model = tiny_gemma()
-        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
-        >>> ledger = Ledger([(vector, fresh_adapter(model, HealConfig(rank=2)))])
-        >>> cosines(ledger).axes[0].get_xlabel()
+        >>> import shl
+        >>> model = shl.tiny.tiny_gemma()
+        >>> vector = shl.extract_vector(model, shl.load_axis("love"), contexts=4)
+        >>> adapter = shl.hooks.adapter.fresh_adapter(model, shl.HealConfig(rank=2))
+        >>> cosines(Ledger([(vector, adapter)])).axes[0].get_xlabel()
         'round'
     """
     names = {
@@ -246,37 +219,28 @@ def cosines(ledger: Ledger, to: str = "to_first") -> Figure:
     grid = ledger.grid(to)
     require(not np.isnan(grid).all(), f"the ledger has no cosine {to!r}; the shift takes a model.")
     layers = ledger.layers
-    figure, panel = one_panel(3.5 + 0.75 * grid.shape[1], 1.5 + 0.34 * len(layers))
+    figure, [[panel]] = subplots(1, 1, 3.5 + 0.75 * grid.shape[1], 1.5 + 0.34 * len(layers))
     # A missing cosine is grey, since white is 0.
     colours = mpl.colormaps["RdBu_r"].with_extremes(bad="#cccccc")
     image = panel.imshow(
         grid, cmap=colours, vmin=-1, vmax=1, origin="lower", aspect="auto", interpolation="nearest"
     )
-    nulls = False
+    note = ""
     for entry in ledger.vectors:
         cosine = getattr(entry, to)
         if cosine is None:
             continue
-        nulls = nulls or cosine.beyond_chance is not None
-        inside = cosine.beyond_chance is False
-        panel.text(
-            entry.round,
-            layers.index(entry.layer),
-            (f"({cosine.value:.2f})" if inside else f"{cosine.value:.2f}")
-            + ("" if cosine.random is None else f"\n{max(cosine.random, cosine.shuffled):.2f}"),
-            ha="center",
-            va="center",
-            fontsize=7.5,
-            color="white" if abs(cosine.value) > 0.6 else "black",
-        )
+        text = f"({cosine.value:.2f})" if cosine.beyond_chance is False else f"{cosine.value:.2f}"
+        if cosine.random is not None:
+            text += f"\n{max(cosine.random, cosine.shuffled):.2f}"
+            note = f"\n(below: {NULL_COVERAGE:.0%} of chance; brackets: within it)"
+        style = {"color": "white" if abs(cosine.value) > 0.6 else "black", "fontsize": 7.5}
+        place = (entry.round, layers.index(entry.layer))
+        panel.text(*place, text, ha="center", va="center", **style)
     panel.set_xticks(range(grid.shape[1]))
     panel.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     panel.set(xlabel="round", ylabel="layer")
-    panel.set_title(
-        f"cosine of each round's vector to\n{names[to]}"
-        + (f"\n(below: {NULL_COVERAGE:.0%} of chance; brackets: within it)" if nulls else ""),
-        fontsize=9,
-    )
+    panel.set_title(f"cosine of each round's vector to\n{names[to]}{note}", fontsize=9)
     figure.colorbar(image, ax=panel, label="cosine")
     return figure
 
@@ -285,19 +249,12 @@ def norms(ledger: Ledger) -> Figure:
     """Norms by layer, one line per round: of the vector, with a model also relative to the
     residual stream, and of the internalised shift.
 
-    Args:
-        ledger: of any run.
-
     Example:
-        >>> from shl.method.axes import load_axis
-        >>> from shl.config import HealConfig
-        >>> from shl.hooks.adapter import fresh_adapter
-        >>> from shl.models.tiny import tiny_gemma
-        >>> from shl.method.extract import extract_vector
-        >>> model = tiny_gemma()
-        >>> vector = extract_vector(model, load_axis("love"), contexts=4)
-        >>> ledger = Ledger([(vector, fresh_adapter(model, HealConfig(rank=2)))])
-        >>> norms(ledger).axes[0].get_xlabel()
+        >>> import shl
+        >>> model = shl.tiny.tiny_gemma()
+        >>> vector = shl.extract_vector(model, shl.load_axis("love"), contexts=4)
+        >>> adapter = shl.hooks.adapter.fresh_adapter(model, shl.HealConfig(rank=2))
+        >>> norms(Ledger([(vector, adapter)])).axes[0].get_xlabel()
         'layer'
     """
     panels = {
@@ -306,29 +263,17 @@ def norms(ledger: Ledger) -> Figure:
         "shift_norm": "norm of the internalised shift\n[units of the residual stream]",
     }
     present = {key: text for key, text in panels.items() if not np.isnan(ledger.grid(key)).all()}
-    figure, axes = plt.subplots(
-        1,
-        len(present),
-        figsize=(0.6 + 3.1 * len(present), 3.2),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure, axes = subplots(1, len(present), 0.6 + 3.1 * len(present), 3.2)
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(ledger.rounds)))
     for panel, (key, text) in zip(axes[0], present.items(), strict=True):
         for index, values in enumerate(ledger.grid(key).T):
-            panel.plot(
-                ledger.layers,
-                values,
-                color=colours[index],
-                marker="osD^vP*X"[index % 8],
-                ms=4,
-                label=f"round {index}",
-            )
+            style = {"color": colours[index], "marker": "osD^vP*X"[index % 8], "ms": 4}
+            panel.plot(ledger.layers, values, label=f"round {index}", **style)
         panel.set_ylim(bottom=0)
         panel.set(xlabel="layer", ylabel=text)
         panel.set_xticks(ledger.layers[:: 1 + len(ledger.layers) // 10])
     axes[0, 0].legend(fontsize=8, frameon=False)
-    return released(figure)
+    return figure
 
 
 def response(found: DoseResponse, *, how: str = "rmse", tau: float | None = 0.5) -> Figure:
@@ -337,7 +282,7 @@ def response(found: DoseResponse, *, how: str = "rmse", tau: float | None = 0.5)
 
     Args:
         how: the aggregate over tokens, as in `aggregate`.
-        tau: nats, where the barrier begins (dashed), or None.
+        tau: nats, the barrier (dashed), or None.
 
     Raises:
         ShlError: an unknown aggregate.
@@ -350,11 +295,10 @@ def response(found: DoseResponse, *, how: str = "rmse", tau: float | None = 0.5)
     """
     order = np.argsort(found.doses)
     doses, values = np.array(found.doses)[order], found.divergence(how).numpy()[order]
-    figure, panel = one_panel(5.4, 3.6)
+    median = np.median(values, 1)
+    figure, [[panel]] = subplots(1, 1, 5.4, 3.6)
     panel.plot(doses, values, color="#999999", lw=0.8)
-    panel.plot(
-        doses, np.median(values, 1), color="#0072B2", lw=2.2, marker="o", ms=5, label="median"
-    )
+    panel.plot(doses, median, color="#0072B2", lw=2.2, marker="o", ms=5, label="median")
     panel.plot([], [], color="#999999", lw=0.8, label=f"each of {values.shape[1]} texts")
     if tau is not None:
         panel.axhline(tau, ls="--", lw=1, color="#D55E00", label=f"tau = {tau:g}")

@@ -5,18 +5,16 @@
 
 from shl.fast.attention import explicit_positions
 from shl.fast.blocks import is_fast, speed_up
-from shl.fast.hooked import inputs_are_read_only, is_hooked, read_only
+from shl.fast.hooked import is_hooked, read_only
 from shl.fast.kv_cache import KVCache
-from shl.fast.linear import linear, onednn_linear
+from shl.fast.linear import onednn_linear
 from shl.fast.topk import shortlist_applies, top_logits
 
 __all__ = [
     "KVCache",
     "explicit_positions",
-    "inputs_are_read_only",
     "is_fast",
     "is_hooked",
-    "linear",
     "onednn_linear",
     "read_only",
     "shortlist_applies",

@@ -50,12 +50,8 @@ class PerForward:
         # Inference tensors cannot be saved for a later backward.
         inference = torch.is_inference_mode_enabled()
         key = (id(mask), version, offset, new, inference, like.device, like.dtype)
-        edited = (
-            content is not None
-            and self.content is not None
-            and not torch.equal(content, self.content)
-        )
-        if key != self.key or edited:
+        same = self.content is None or content is None or torch.equal(content, self.content)
+        if key != self.key or not same:
             # A reference to the mask, so that no other tensor can get its id.
             self.key, self.held, self.content, self.made = key, mask, content, {}
 
@@ -68,8 +64,7 @@ def explicit_positions(
 ) -> Iterator[None]:
     """Set the positions of the new tokens of one cached forward, and which keys are visible, if
     they do not follow from the attention mask. Needs a fast model."""
-    first: Any = model.blocks[0].attn
-    per_forward: PerForward = first.per_forward
+    per_forward: Any = model.blocks[0].attn.per_forward
     per_forward.at, per_forward.visible, per_forward.key = at, visible, ()
     try:
         yield
@@ -90,18 +85,13 @@ class FastAttention(GroupedQueryAttention):
     inv_freq: Tensor
 
     def calculate_sin_cos_rotary(
-        self,
-        rotary_dim: int,
-        n_ctx: int,
-        base: float = 10000,
-        dtype: torch.dtype = torch.float32,
+        self, rotary_dim: int, n_ctx: int, base: float = 10000, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """sin and cos `[n_ctx, d_head]`, computed as in transformers: position times inverse
         frequency in fp32. TransformerLens divides by the frequency, which changes the angle at
         position 700 by 6e-5."""
         inv_freq = self.inv_freq.float()
-        angles = torch.arange(n_ctx, device=inv_freq.device).float()[:, None] * inv_freq
-        angles = angles.repeat(1, 2)
+        angles = torch.arange(n_ctx, device=inv_freq.device).float()[:, None] * inv_freq.repeat(2)
         return angles.sin().to(dtype), angles.cos().to(dtype)
 
     def forward(
@@ -123,15 +113,8 @@ class FastAttention(GroupedQueryAttention):
         )
         supported = isinstance(entry, LayerCache) or (entry is None and not explicit)
         if not supported or additive_attention_mask is not None or position_bias is not None:
-            return super().forward(
-                query_input,
-                key_input,
-                value_input,
-                past_kv_cache_entry=entry,
-                additive_attention_mask=additive_attention_mask,
-                attention_mask=attention_mask,
-                position_bias=position_bias,
-            )
+            masks = additive_attention_mask, attention_mask, position_bias
+            return super().forward(query_input, key_input, value_input, entry, *masks)
         q, k, v = self.calculate_qkv_matrices(query_input, key_input, value_input)
         offset = entry.length if entry is not None else 0
         self.per_forward.start(attention_mask, offset, q.shape[1], q)
@@ -167,8 +150,8 @@ class FastAttention(GroupedQueryAttention):
     ) -> tuple[Tensor, Tensor]:
         """cos and sin of the new positions, `[batch or 1, pos, 1, d_head]`. As in TransformerLens,
         positions count a row's unmasked tokens."""
-        key = ("rotary", self.attn_type)
-        if key not in self.per_forward.made:
+        made, key = self.per_forward.made, ("rotary", self.attn_type)
+        if key not in made:
             at = self.per_forward.at
             end = offset + new if at is None else int(at.max()) + 1
             if end > self.rotary_cos.shape[0]:
@@ -179,19 +162,16 @@ class FastAttention(GroupedQueryAttention):
             elif at is None:
                 assert attention_mask is not None
                 at = (attention_mask.cumsum(1)[:, offset:] - 1).clamp(min=0)
-            self.per_forward.made[key] = (
-                self.rotary_cos[at][:, :, None],
-                self.rotary_sin[at][:, :, None],
-            )
-        return self.per_forward.made[key]
+            made[key] = self.rotary_cos[at][:, :, None], self.rotary_sin[at][:, :, None]
+        return made[key]
 
     def _allowed(
         self, attention_mask: Tensor | None, offset: int, new: int, device: torch.device
     ) -> Tensor | None:
         """Which keys a query attends to, `[batch or 1, 1, query, key]`; None for plain causal
         attention."""
-        key = ("allowed", self.attn_type)
-        if key not in self.per_forward.made:
+        made, key = self.per_forward.made, ("allowed", self.attn_type)
+        if key not in made:
             total = offset + new
             window = self.cfg.window_size if self.attn_type == "local" else None
             window = total if window is None else window
@@ -200,7 +180,7 @@ class FastAttention(GroupedQueryAttention):
                 attention_mask = self.per_forward.visible
             plain = attention_mask is None or bool(attention_mask.all())
             if plain and not cut and (offset == 0 or new == 1):
-                self.per_forward.made[key] = None
+                made[key] = None
             else:
                 at = torch.arange(total, device=device)
                 past = at[None] <= at[offset:, None]
@@ -209,8 +189,8 @@ class FastAttention(GroupedQueryAttention):
                 allowed = past[None, None]
                 if attention_mask is not None:
                     allowed = allowed & attention_mask.bool()[:, None, None]
-                self.per_forward.made[key] = allowed
-        return self.per_forward.made[key]
+                made[key] = allowed
+        return made[key]
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         """z `[batch, pos, head, d_head]`, without scores or pattern."""
@@ -219,16 +199,11 @@ class FastAttention(GroupedQueryAttention):
             # Heads that share keys become queries of one head, so no key is repeated.
             q = q.reshape(len(q), kv_heads, -1, q.shape[-1])  # [batch, kv, group, d_head]
         elif heads != kv_heads:
-            k, v = (
-                repeat(x, "b kv k d -> b (kv group) k d", group=heads // kv_heads) for x in (k, v)
-            )
+            group = heads // kv_heads
+            k, v = (repeat(x, "b kv k d -> b (kv group) k d", group=group) for x in (k, v))
+        causal = allowed is None and new > 1
         z = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=allowed,
-            is_causal=allowed is None and new > 1,
-            scale=1.0 / self.attn_scale,
+            q, k, v, attn_mask=allowed, is_causal=causal, scale=1.0 / self.attn_scale
         )
         if new == 1:
             return rearrange(z, "b kv group d -> b 1 (kv group) d")

@@ -1,53 +1,24 @@
 """Low-rank adapters: factors per site, initialisation, files, and attachment to a model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.config import SITE_KINDS, HealConfig
-from shl.hooks.fingerprint import check_made_for, dtype_of, name_of, weights_hash
+from shl.hooks.fingerprint import Stored, dtype_of, name_of, weights_hash
 from shl.hooks.lora import LoRA
 from shl.hooks.positions import Positions, Scope
 from shl.hooks.sites import Site, band, sites_of
 from shl.utils.errors import require
-from shl.utils.files import (
-    MADE_ON,
-    NONE,
-    Schema,
-    identity,
-    read_safetensors,
-    require_metadata,
-    write_safetensors,
-)
+from shl.utils.files import MADE_ON, NONE, Schema, read_safetensors
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Bool, Down, Float, Up
-
-SCHEMA: Schema = {
-    **MADE_ON,
-    "axis": (str, NONE),
-    "scale": (float,),
-    "rank": (int, NONE),
-    "alpha": (float, NONE),
-    "sites": (list,),
-}
-"""The metadata of format `shl-adapter-3`, in addition to `format` and `identity`.
-
-`scale` is s = alpha / rank; `rank` and `alpha` are null if sites differ in rank; a site is
-`[kind, layer, d_in, d_out, rank, hook of the input, hook of the output]`."""
-
-
-def site_metadata(sites: Sequence[Site], ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
-    """The file metadata `scale`, `rank`, `alpha` and `sites`."""
-    rank = common_value(ranks.values())
-    rows = [[s.kind, s.layer, s.d_in, s.d_out, ranks[s.name], *s.hooks] for s in sites]
-    alpha = None if rank is None else scale * rank
-    return {"scale": scale, "rank": rank, "alpha": alpha, "sites": rows}
 
 
 def common_value(values: Iterable[Any]) -> Any:
@@ -61,36 +32,29 @@ def common_value(values: Iterable[Any]) -> Any:
     return first if all(value == first for value in others) else None
 
 
-def read_sites(what: object, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Site]:
-    """The sites in a file's metadata, checked against its tensors.
+def read_sites(what: object, rows: list[Any], tensors: Mapping[str, Tensor]) -> tuple[Site, ...]:
+    """The sites in a file's metadata, which must be those of its tensors.
 
     Raises:
-        ShlError: a site is invalid or repeated, has other hooks or another rank than its tensors,
-            or the tensors are not those of the sites.
+        ShlError: a site is invalid or repeated or has other hooks, or the tensors are not those of
+            the sites.
     """
-    sites = [_site(what, row, tensors) for row in meta["sites"]]
+    sites = tuple(_site(what, row) for row in rows)
     require(len(sites) > 0, f"{what} names no site.")
-    names = [site.name for site in sites]
-    require(len(set(names)) == len(names), f"{what} names a site twice.")
-    expected = {f"{name}.{factor}" for name in names for factor in "AB"}
-    require(
-        set(tensors) == expected,
-        f"the tensors and the site table of {what} differ at "
-        f"{sorted(set(tensors) ^ expected)[:3]}.",
-    )
-    ranks = {name: len(tensors[f"{name}.A"]) for name in names}
-    for key, value in site_metadata(sites, ranks, meta["scale"]).items():
-        require(
-            meta[key] == value,
-            f"{what} has {key} = {short(meta[key])}, its tensors give {short(value)}.",
-        )
+    require(len(set(sites)) == len(sites), f"{what} names a site twice.")
+    expected = {f"{site.name}.{factor}" for site in sites for factor in "AB"}
+    differ = sorted(set(tensors) ^ expected)
+    require(not differ, f"the tensors and the site table of {what} differ at {differ[:3]}.")
     return sites
 
 
-def _site(what: object, row: object, tensors: Mapping[str, Tensor]) -> Site:
-    fits = isinstance(row, list) and [type(x) for x in row] == [str, *[int] * 4, str, str]
-    require(fits, f"{what} has the site {short(row)}, it must be a list like {EXAMPLE}.")
-    assert isinstance(row, list)
+def _site(what: object, row: Any) -> Site:
+    valid = isinstance(row, list) and [type(x) for x in row] == [str, *[int] * 4, str, str]
+    require(
+        valid,
+        f"{what} has the site {short(row)}, it must be [kind, layer, d_in, d_out, rank, hook of "
+        "the input, hook of the output].",
+    )
     kind, layer, d_in, d_out, rank, *hooks = row
     require(kind in SITE_KINDS, f"{what} has a site {kind!r}, the sites are {SITE_KINDS}.")
     require(
@@ -103,24 +67,11 @@ def _site(what: object, row: object, tensors: Mapping[str, Tensor]) -> Site:
         (*hooks,) == site.hooks,
         f"{what} has the hooks {short(hooks)} for {site.name}, they must be {site.hooks}.",
     )
-    for factor, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
-        x = tensors.get(f"{site.name}.{factor}")
-        require(
-            x is None or tuple(x.shape) == shape,
-            f"{factor} of {site.name} in {what} has shape {x is not None and tuple(x.shape)}, by "
-            f"the site table it must be {shape}.",
-        )
     return site
 
 
-EXAMPLE = short(site_metadata([Site("q", 3, 640, 1024)], {"blocks.3.q": 16}, 1.0)["sites"][0])
-
-
-FORMAT = "shl-adapter-3"
-
-
 @dataclass(frozen=True, eq=False)
-class Adapter:
+class Adapter(Stored):
     """Factors A `[rank, d_in]` and B `[d_out, rank]` per site, by site name.
 
     `scale` is s = lora_alpha / rank. `model_name`, `weights` (its `weights_hash`) and `dtype`
@@ -136,6 +87,19 @@ class Adapter:
         >>> Adapter((site,), {site.name: a}, {site.name: b}, 0.5, "tiny").norms()
         {'blocks.0.q': 1.2247...}
     """
+
+    FORMAT: ClassVar[str] = "shl-adapter-3"
+    SCHEMA: ClassVar[Schema] = {
+        **MADE_ON,
+        "axis": (str, NONE),
+        "scale": (float,),
+        "rank": (int, NONE),
+        "alpha": (float, NONE),
+        "sites": (list,),
+    }
+    """The metadata of a file, in addition to `format` and `identity`. `scale` is s = alpha / rank;
+    `rank` and `alpha` are null if sites differ in rank; a site is `[kind, layer, d_in, d_out, rank,
+    hook of the input, hook of the output]`."""
 
     sites: tuple[Site, ...]
     down: dict[str, Down]
@@ -176,13 +140,9 @@ class Adapter:
     ) -> LoRA:
         """Add the adapter to a model; returns a context manager with `.remove()`.
 
-        `model.reset_hooks()` does not remove it.
-
         Args:
-            dose: factor of the update; a number, or one per row of the batch.
-            mask: True where the adapter acts, by row and absolute position without padding; it does
-                not act beyond the mask's width.
-            positions: absolute positions on which it acts, in every row.
+            dose, mask, positions: factor of the update for each token, as in
+                `shl.hooks.positions.Scope`.
 
         Raises:
             ShlError: the model's sites differ from the adapter's, or dose, mask or positions are
@@ -194,11 +154,8 @@ class Adapter:
 
     def frozen(self) -> "Adapter":
         """A detached copy that does not require gradients."""
-        return replace(
-            self,
-            down={key: a.detach().clone() for key, a in self.down.items()},
-            up={key: b.detach().clone() for key, b in self.up.items()},
-        )
+        down, up = ({k: x.detach().clone() for k, x in f.items()} for f in (self.down, self.up))
+        return replace(self, down=down, up=up)
 
     def norms(self) -> dict[str, float]:
         """Frobenius norm of s B A per site, computed from the factors."""
@@ -220,28 +177,23 @@ class Adapter:
         """The common rank of all sites, or None if they differ."""
         return common_value(self.ranks.values())
 
-    def identity(self) -> str:
-        """The checksum that `save` writes: SHA-256 of tensors and metadata."""
-        tensors, metadata = self._content()
-        return identity(tensors, {"format": FORMAT, **metadata})
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file with the metadata of `shl.hooks.adapter.SCHEMA`."""
-        tensors, metadata = self._content()
-        require_metadata(path, metadata, SCHEMA)
-        write_safetensors(path, FORMAT, tensors, metadata)
-
-    def _content(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"{key}.A": a for key, a in self.down.items()}
         tensors |= {f"{key}.B": b for key, b in self.up.items()}
-        metadata = {
+        scale, rank, ranks = float(self.scale), self.rank, self.ranks
+        return tensors, {
             "model": self.model_name,
             "weights": self.weights,
             "dtype": self.dtype,
             "axis": self.axis,
             "round": self.round,
+            "scale": scale,
+            "rank": rank,
+            "alpha": None if rank is None else scale * rank,
+            "sites": [
+                [s.kind, s.layer, s.d_in, s.d_out, ranks[s.name], *s.hooks] for s in self.sites
+            ],
         }
-        return tensors, metadata | site_metadata(self.sites, self.ranks, float(self.scale))
 
     @classmethod
     def read(cls, path: str | Path) -> "Adapter":
@@ -251,19 +203,17 @@ class Adapter:
             ShlError: the file is missing, damaged or modified, or its metadata is invalid or does
                 not match the tensors.
         """
-        meta, tensors = read_safetensors(path, FORMAT, SCHEMA)
-        sites = tuple(read_sites(path, meta, tensors))
-        return cls(
-            sites,
-            {site.name: tensors[f"{site.name}.A"] for site in sites},
-            {site.name: tensors[f"{site.name}.B"] for site in sites},
-            meta["scale"],
-            meta["model"],
-            meta["round"],
-            meta["weights"],
-            meta["dtype"],
-            meta["axis"],
-        )
+        meta, tensors = read_safetensors(path, cls.FORMAT, cls.SCHEMA)
+        sites = read_sites(path, meta["sites"], tensors)
+        down, up = ({s.name: tensors[f"{s.name}.{factor}"] for s in sites} for factor in "AB")
+        keys = ("scale", "model", "round", "weights", "dtype", "axis")
+        adapter = cls(sites, down, up, *(meta[key] for key in keys))
+        for key, value in adapter._content()[1].items():
+            require(
+                meta[key] == value,
+                f"{path} has {key} = {short(meta[key])}, its tensors give {short(value)}.",
+            )
+        return adapter
 
     @classmethod
     def load(
@@ -291,19 +241,12 @@ class Adapter:
             Traceback (most recent call last):
             shl.utils.errors.ShlError: ... was made on weights of tiny-gemma with the hash ...
         """
-        adapter = cls.read(path)
-        check_made_for(
-            model,
-            str(path),
-            adapter.model_name,
-            adapter.weights,
-            adapter.dtype,
-            any_weights=any_weights,
-        )
-        check_fits(model, adapter)
+        it = cls.read(path)
+        it.check_made_for(model, path, any_weights=any_weights)
+        check_fits(model, it)
         device = model.W_U.device
-        down = {key: a.to(device) for key, a in adapter.down.items()}
-        return replace(adapter, down=down, up={key: b.to(device) for key, b in adapter.up.items()})
+        down, up = ({k: x.to(device) for k, x in f.items()} for f in (it.down, it.up))
+        return replace(it, down=down, up=up)
 
 
 def check_fits(model: HookedTransformer, adapter: Adapter) -> None:
@@ -315,11 +258,6 @@ def check_fits(model: HookedTransformer, adapter: Adapter) -> None:
             f"the adapter's {site.name} maps {site.d_in} to {site.d_out} features, on "
             f"{model.cfg.model_name} it maps {expected.d_in} to {expected.d_out}.",
         )
-
-
-def default_layers(model: HookedTransformer) -> Sequence[int]:
-    """All layers but the first and last sixth, which are closest to embedding and unembedding."""
-    return band(model, 1 / 6, 5 / 6)
 
 
 def fresh_adapter(
@@ -341,18 +279,17 @@ def fresh_adapter(
         >>> [tuple(p.shape) for p in adapter.parameters()]
         [(2, 32), (64, 2)]
     """
-    layers = default_layers(model) if config.layers is None else config.layers
+    # By default without the first and last sixth, which are closest to embedding and unembedding.
+    layers = band(model, 1 / 6, 5 / 6) if config.layers is None else config.layers
     sites = sites_of(model, config.sites, layers)
-    device = model.W_U.device
+    rank, device = config.rank, model.W_U.device
     down, up = {}, {}
     for site in sites:
-        draw = torch.rand(
-            config.rank, site.d_in, generator=generator_for(seed, "adapter", site.name)
-        )
+        draw = torch.rand(rank, site.d_in, generator=generator_for(seed, "adapter", site.name))
         a = ((2 * draw - 1) / site.d_in**0.5).to(device)
         down[site.name] = a.requires_grad_(True)
-        up[site.name] = torch.zeros(site.d_out, config.rank, device=device, requires_grad=True)
-    scale = config.lora_alpha / config.rank
+        up[site.name] = torch.zeros(site.d_out, rank, device=device, requires_grad=True)
+    scale = config.lora_alpha / rank
     provenance = name_of(model), round, weights_hash(model), dtype_of(model), axis
     return Adapter(sites, down, up, scale, *provenance)
 

@@ -64,13 +64,18 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     return Adapter(ordered, down, up, 1.0, models.pop(), **metadata)
 
 
+def _stack_for(model: HookedTransformer, adapters: Sequence[Adapter]) -> Adapter:
+    """The stack of `adapters`, which must fit the model; without sites if there are none."""
+    for adapter in adapters:
+        check_fits(model, adapter)
+    return stack(adapters) if adapters else Adapter((), {}, {}, 1.0, "")
+
+
 class Baked(LoRA):
     """A frozen stack of adapters on a model: a context manager with `.remove()`.
 
-    `model.reset_hooks()` does not remove it.
-
     Attributes:
-        stacked: all adapters as one, None if there are none.
+        stacked: all adapters as one.
         fused: whether `fused_decoding` may merge the stack into the weights.
     """
 
@@ -82,8 +87,7 @@ class Baked(LoRA):
         *,
         fused: bool = True,
     ) -> None:
-        for adapter in adapters:
-            check_fits(model, adapter)
+        self.fused, self.stacked = fused, _stack_for(model, adapters)
         count = Counter(s.name for a in adapters for s in a.sites if s.kind == "resid")
         repeated = [name for name, times in count.items() if times > 1]
         require(
@@ -91,44 +95,34 @@ class Baked(LoRA):
             f"several adapters act at {', '.join(repeated)}, where a dose of their composition "
             "is not the composition of their doses; attach them one by one.",
         )
-        self.fused = fused
-        self.stacked = stack(adapters) if adapters else None
-        merged = self.stacked or Adapter((), {}, {}, 1.0, "")
-        super().__init__(model, merged.sites, merged.down, merged.up, merged.scale, scope)
-        if self.stacked is not None:
-            self.stacked.down.update(self.down)  # share the hooks' tensors to save memory
+        one = self.stacked
+        super().__init__(model, one.sites, one.down, one.up, one.scale, scope)
+        one.down.update(self.down)  # share the hooks' tensors to save memory
 
 
 class Materialised(Handle):
     """A stack of adapters merged into the weights, computed once in fp32.
 
-    Base's tensors are kept and put back by reference on removal. `model.reset_hooks()` does not
-    remove it.
+    Base's tensors are kept and put back by reference on removal.
     """
 
     def __init__(self, model: HookedTransformer, adapters: Sequence[Adapter]) -> None:
-        for adapter in adapters:
-            check_fits(model, adapter)
+        stacked = _stack_for(model, adapters)
         require(
             not any(isinstance(h, Materialised) for h in handles_on(model)),
             "the model already has a materialised stack, remove it first.",
         )
-        stacked = stack(adapters) if adapters else None
         self.swaps: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-        for site in stacked.sites if stacked else ():
+        for site in stacked.sites:
             require(
                 site.kind != "resid",
                 f"{site.name} is on the residual stream, which has no weight to merge it into; "
                 "bake it as hooks.",
             )
-            assert stacked is not None
             parameter, out_in, sizes = as_linear(model, site)
             base = rearrange(parameter.data, out_in, **sizes)
-            update = einsum(
-                stacked.up[site.name].float(),
-                stacked.down[site.name].float(),
-                "d_out rank, rank d_in -> d_out d_in",
-            )
+            a, b = stacked.down[site.name].float(), stacked.up[site.name].float()
+            update = einsum(b, a, "d_out rank, rank d_in -> d_out d_in")
             effective = (base.float() + update * stacked.scale).to(base.dtype)
             back = " -> ".join(reversed(out_in.split(" -> ")))
             self.swaps.append((parameter, parameter.data, rearrange(effective, back, **sizes)))
@@ -173,10 +167,8 @@ def baked(
             exactly): no cost per token, one more copy of the adapted weights.
         fused: allow a long `generate` to merge the stack into the weights while it runs, if no
             other hook is on an adapted site (`fused_decoding`); False saves that copy.
-        dose: factor of the updates; a number, or one per row of the batch.
-        mask: True where they act, by row and absolute position without padding; they do not act
-            beyond the mask's width.
-        positions: absolute positions on which they act, in every row.
+        dose, mask, positions: factor of the updates for each token, as in
+            `shl.hooks.positions.Scope`.
 
     Raises:
         ShlError: an adapter was made for another model or other sites; dose, mask or positions are
@@ -218,10 +210,7 @@ def fused_decoding(model: HookedTransformer) -> Iterator[None]:
     if not stacks or others or torch.is_grad_enabled() or not is_fast(model):
         yield
         return
-    with (
-        suspended(model, *stacks),
-        Materialised(model, [h.stacked for h in stacks if h.stacked is not None]),
-    ):
+    with suspended(model, *stacks), Materialised(model, [h.stacked for h in stacks]):
         yield
 
 

@@ -1,10 +1,11 @@
-"""A model's name, dtype and a fast hash of its base weights.
+"""A model's name, dtype and a fast hash of its base weights, and files that contain them.
 
 Vectors and adapters store all three, so that loading them onto another model is an error.
 """
 
 import hashlib
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import suspended
 from shl.utils.errors import require
+from shl.utils.files import Schema, identity, require_metadata, write_safetensors
 
 SAMPLED = 65_536
 """The largest number of elements of one parameter in the hash."""
@@ -66,37 +68,54 @@ def dtype_of(model: HookedTransformer) -> str:
     return str(model.W_U.dtype).removeprefix("torch.")
 
 
-def check_made_for(
-    model: HookedTransformer,
-    what: str,
-    name: str,
-    weights: str | None,
-    dtype: str | None,
-    *,
-    any_weights: bool,
-) -> None:
-    """Raise unless name, weights and dtype are the model's; the message names the difference.
+class Stored:
+    """Base class of vectors and adapters: a safetensors file with the fingerprint of a model."""
 
-    Args:
-        what: the path of the file, for the message.
-        any_weights: check the name only.
-    """
-    expected = name_of(model)
-    require(name == expected, f"{what} was made for {name}, the model is {expected}.")
-    if any_weights:
-        return
-    accept = "any_weights=True accepts it"
-    require(
-        weights is not None and dtype is not None,
-        f"{what} has no hash or dtype of the weights of {name} it was made on; {accept}.",
-    )
-    require(
-        dtype == dtype_of(model),
-        f"{what} was made on {name} in {dtype}, the model is in {dtype_of(model)}; {accept}.",
-    )
-    model_hash = weights_hash(model)
-    require(
-        weights == model_hash,
-        f"{what} was made on weights of {name} with the hash {str(weights)[:12]}, the model's "
-        f"have {model_hash[:12]}; {accept}.",
-    )
+    FORMAT: ClassVar[str]
+    SCHEMA: ClassVar[Schema]
+    model_name: str
+    weights: str | None
+    dtype: str | None
+
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and metadata to store."""
+        raise NotImplementedError
+
+    def identity(self) -> str:
+        """The checksum that `save` writes: SHA-256 of tensors and metadata."""
+        tensors, metadata = self._content()
+        return identity(tensors, {"format": self.FORMAT, **metadata})
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with the metadata of `SCHEMA`."""
+        tensors, metadata = self._content()
+        require_metadata(path, metadata, self.SCHEMA)
+        write_safetensors(path, self.FORMAT, tensors, metadata)
+
+    def check_made_for(self, model: HookedTransformer, what: object, *, any_weights: bool) -> None:
+        """Raise unless it was made on `model`'s name, weights and dtype.
+
+        Args:
+            what: the path of the file, for the message.
+            any_weights: check the name only.
+        """
+        name, expected = self.model_name, name_of(model)
+        require(name == expected, f"{what} was made for {name}, the model is {expected}.")
+        if any_weights:
+            return
+        accept = "any_weights=True accepts it"
+        require(
+            self.weights is not None and self.dtype is not None,
+            f"{what} has no hash or dtype of the weights of {name} it was made on; {accept}.",
+        )
+        dtype = dtype_of(model)
+        require(
+            self.dtype == dtype,
+            f"{what} was made on {name} in {self.dtype}, the model is in {dtype}; {accept}.",
+        )
+        weights = weights_hash(model)
+        require(
+            self.weights == weights,
+            f"{what} was made on weights of {name} with the hash {str(self.weights)[:12]}, the "
+            f"model's have {weights[:12]}; {accept}.",
+        )

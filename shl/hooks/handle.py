@@ -1,8 +1,7 @@
 """Handles: sets of hooks on one model that are removed together.
 
 Every hook of this package is a torch hook owned by a `Handle`. TransformerLens keeps a separate
-list of hooks, so `model.reset_hooks()` and `model.hooks(...)` do not affect those of a handle. They
-are removed by `remove()` or at the end of the `with` body, exceptions included.
+list of hooks, which `model.reset_hooks()` and `model.hooks(...)` change.
 
 Code that runs the model on some of the caller's rows declares them with `running`, so that per-row
 values (a dose, a mask, the length of the prompt) are applied to the right rows.
@@ -10,9 +9,8 @@ values (a dose, a mask, the length of the prompt) are applied to the right rows.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -39,12 +37,14 @@ class Handle:
     """A set of hooks on one model: a context manager, and a handle with `remove()`.
 
     Subclasses add hooks in `__init__` with `add_hook` and `add_pre_hook`. Hooks are active from
-    then on, so a handle works without `with` too; entering returns the handle.
-    `model.reset_hooks()` does not remove a handle, even with `including_permanent=True`: only
-    `remove()` and the end of its `with` body do, and only `suspended` pauses it.
+    then on, so a handle works without `with` too. `model.reset_hooks()` does not remove a handle,
+    even with `including_permanent=True`: only `remove()` and the end of its `with` body do,
+    exceptions included, and only `suspended` pauses it.
 
     Attributes:
         model: the hooked model.
+        per_row: whether the hooks may treat rows of a batch differently, so that each must be run.
+        rows: number of rows with per-row values; None if all rows are treated alike.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -56,20 +56,13 @@ class Handle:
         True
     """
 
+    per_row: bool = False
+    rows: int | None = None
+
     def __init__(self, model: HookedTransformer) -> None:
         self.model = model
         self._torch_handles: list[RemovableHandle] = []
         _HANDLES.setdefault(model, []).append(self)
-
-    @property
-    def per_row(self) -> bool:
-        """Whether the hooks may treat rows of a batch differently, so that each must be run."""
-        return False
-
-    @property
-    def rows(self) -> int | None:
-        """Number of rows with per-row values; None if all rows are treated alike."""
-        return None
 
     @property
     def on(self) -> bool:
@@ -102,27 +95,20 @@ class Handle:
         return module._forward_hooks.keys() | module._forward_pre_hooks.keys() <= ids
 
     def _pause(self, paused: bool) -> None:
-        """Called when `suspended` begins (True) and ends (False); for subclasses that change more
-        than hooks."""
+        """Called when `suspended` begins (True) and ends (False)."""
 
     def remove(self) -> None:
         """Remove the hooks; a second call does nothing."""
         for handle in self._torch_handles:
             handle.remove()
         self._torch_handles.clear()
-        handles = _HANDLES.get(self.model, [])
-        if self in handles:
-            handles.remove(self)
+        with suppress(KeyError, ValueError):
+            _HANDLES[self.model].remove(self)
 
     def __enter__(self: H) -> H:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.remove()
 
 
@@ -133,10 +119,8 @@ def handles_on(model: HookedTransformer) -> tuple[Handle, ...]:
 
 @contextmanager
 def suspended(model: HookedTransformer, *handles: Handle) -> Iterator[None]:
-    """Pause `handles`, by default all handles on `model`, inside the body.
-
-    With all of them paused the model is the base model. Hooks added through TransformerLens stay
-    active.
+    """Pause `handles`, by default all handles on `model`, inside the body; hooks added through
+    TransformerLens stay active.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -159,10 +143,7 @@ def suspended(model: HookedTransformer, *handles: Handle) -> Iterator[None]:
 
 @contextmanager
 def unhooked(model: HookedTransformer) -> Iterator[None]:
-    """Run the body on the base model without any hook.
-
-    Handles are paused, and all other forward hooks, TransformerLens's included, are removed and put
-    back.
+    """Run the body on the base model without any hook, TransformerLens's included.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma

@@ -23,8 +23,7 @@ class LoRA(Handle):
     """Adds s B A x to the output of each site, where x is the site's input.
 
     Sites with the same input (q, k and v; gate and up) share one product with their stacked A. The
-    update is computed in the factors' dtype and added in the output's. `model.reset_hooks()` does
-    not remove it.
+    update is computed in the factors' dtype and added in the output's.
 
     Args:
         down: A `[rank, d_in]` by site name.
@@ -45,6 +44,7 @@ class LoRA(Handle):
         super().__init__(model)
         self.sites, self.down, self.up, self.scale = tuple(sites), dict(down), dict(up), scale
         self.scope = scope or Scope(model)
+        self.per_row, self.rows = self.scope.per_row, self.scope.rows
         self._inner: dict[str, Tensor] = {}  # A x by site, from the input hook to the output hook
         self._factors: dict[int, Tensor] = {}  # `[tokens, 1]` by layer
         if not self.scope.plain:
@@ -63,16 +63,6 @@ class LoRA(Handle):
                 self.add_pre_hook(module, partial(_read_argument, argument, read))
             for site in group:
                 self.add_hook(linear_output(model, site), partial(self._add, site))
-
-    @property
-    def per_row(self) -> bool:
-        """Whether dose or mask may differ by row."""
-        return self.scope.per_row
-
-    @property
-    def rows(self) -> int | None:
-        """Number of rows with a per-row dose or mask; None if all rows are treated alike."""
-        return self.scope.rows
 
     def _stack(self, group: Sequence[Site]) -> Tensor | None:
         """The concatenated A of a group if frozen; None if trainable, because they change."""

@@ -42,9 +42,8 @@ class Scope:
 
         dose[i] * 0.5 ** (n / half_life) * mask[i, p] * (p in positions),
 
-    where n = max(0, p - (prompt tokens of row i) + 1) counts completion tokens. Prompt tokens, the
-    assistant tag included, have the full dose. `generate` and the scores declare the prompt
-    lengths; in a plain `model(tokens)` all tokens are prompt, unless
+    where n = max(0, p - (prompt tokens of row i) + 1) counts completion tokens. `generate` and the
+    scores declare the prompt lengths; in a plain `model(tokens)` all tokens are prompt, unless
     `shl.hooks.running(prompts=...)` is used.
 
     Args:
@@ -53,7 +52,8 @@ class Scope:
             mask's width, such as generated tokens**. Rows are those of the dose.
         positions: positions on which the hook acts, the same in each row: a range, integers from
             0, or a slice such as `slice(20, None)`.
-        half_life: number of completion tokens over which the dose halves; None for no decay.
+        half_life: number of completion tokens over which the dose halves; prompt tokens, the
+            assistant tag included, have the full dose. None for no decay.
 
     Raises:
         ShlError: a value is not finite, the mask is not a boolean `[batch, pos]`, or the model
@@ -89,12 +89,12 @@ class Scope:
                 f"mask has dtype {mask.dtype} and shape {shape}, it must be torch.bool and (batch, "
                 f"pos) with 1 to {model.cfg.n_ctx} positions.",
             )
-            if isinstance(dose, Tensor):
-                require(
-                    len(dose) == len(mask),
-                    f"{len(dose)} per-row doses and a mask of {len(mask)} rows were given, the "
-                    "numbers must be equal.",
-                )
+            doses = len(dose) if isinstance(dose, Tensor) else len(mask)
+            require(
+                doses == len(mask),
+                f"{doses} per-row doses and a mask of {len(mask)} rows were given, the numbers "
+                "must be equal.",
+            )
         self.dose = dose
         self.mask = None if mask is None else mask.to(model.W_U.device)
         self.half_life = half_life
@@ -182,12 +182,6 @@ class Applied:
     rows: Tensor
     positions: Tensor
     factors: Tensor
-
-
-def record_factors(at: Int[Tensor, "batch pos"], factor: Float[Tensor, "batch pos 1"]) -> Applied:
-    """The factors applied to the current batch, on the CPU."""
-    flat = rearrange(factor, "batch pos 1 -> batch pos")
-    return Applied(caller_rows(len(at)), at.clone().cpu(), flat.detach().clone().cpu())
 
 
 def caller_rows(batch: int) -> Int[Tensor, " batch"]:

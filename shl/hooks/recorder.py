@@ -17,17 +17,12 @@ from shl.utils.shapes import Bool
 class Recorder(Handle):
     """Stores a clone of every tensor at the named HookPoints, in order, while it is active.
 
-    A context manager and a handle; `model.reset_hooks()` does not remove it. During `generate` the
-    first tensor of each name is the prompt's, the others have one position each. Clones are
-    ordinary tensors that can be used in autograd.
-
-    With `mask` or `positions` only the selected tokens are stored, as `[tok, ...]`, and
-    `where[name]` has the row and absolute position of each, `[tok, 2]`.
+    During `generate` the first tensor of each name is the prompt's, the others have one position
+    each. Clones are ordinary tensors that can be used in autograd.
 
     Args:
-        mask: True for tokens to store, by row and absolute position without padding; tokens beyond
-            its width are not stored.
-        positions: absolute positions to store, in every row: a range, integers from 0, or a slice.
+        mask, positions: the tokens to store, as in `shl.hooks.positions.Scope`. They are stored as
+            `[tok, ...]`, and `where[name]` has the row and absolute position of each, `[tok, 2]`.
 
     Raises:
         ShlError: the model does not have a name, or a name is outside the blocks while `mask` or
@@ -64,6 +59,7 @@ class Recorder(Handle):
         self.scope = Scope(model, mask=mask, positions=positions)
         layers = {} if self.scope.plain else {name: _layer(name) for name in names}
         super().__init__(model)
+        self.per_row, self.rows = not self.scope.plain, self.scope.rows
         self.seen: dict[str, list[Tensor]] = {name: [] for name in names}
         self.where: dict[str, list[Tensor]] = {name: [] for name in names}
         self._at: dict[int, Tensor] = {}
@@ -71,16 +67,6 @@ class Recorder(Handle):
         for name in names:
             store = partial(self._store_selected, layers[name]) if layers else self._store
             self.add_hook(model.hook_dict[name], partial(store, name))
-
-    @property
-    def per_row(self) -> bool:
-        """Whether tokens are selected, which requires that every row is run."""
-        return not self.scope.plain
-
-    @property
-    def rows(self) -> int | None:
-        """Number of rows of the mask; None without a mask."""
-        return self.scope.rows
 
     def _store(self, name: str, x: Tensor) -> None:
         # A tensor cloned in inference mode could not be used in autograd.

@@ -1,22 +1,4 @@
-"""Sites on a HookedTransformer: names, shapes, hooks and parameters.
-
-The hooks of a LoRA that equals an update of the weights (TransformerLens 3.9, Gemma-3 and Llama):
-
-=========  ==========================================  ====================================
-site       input of the linear                         output, where the update is added
-=========  ==========================================  ====================================
-q k v      argument of module ``blocks.i.attn``        ``attn.hook_q`` / ``k`` / ``v``
-o          ``attn.hook_z``, heads flattened            output of module ``attn``
-gate up    argument of module ``blocks.i.mlp``         ``mlp.hook_pre`` / ``hook_pre_linear``
-down       ``mlp.hook_post``                           output of module ``mlp``
-resid      ``hook_resid_post``                         ``hook_resid_post``
-=========  ==========================================  ====================================
-
-Where no HookPoint is at the right place, the module itself is hooked: ``hook_attn_out`` and
-``hook_mlp_out`` come after Gemma's post-norms and ``hook_normalized`` before the norm's learned
-scale, so their values are not those of the linear. `hook_q` and `hook_k` come before the q/k norms,
-as required.
-"""
+"""Sites on a HookedTransformer (Gemma-3 and Llama): names, shapes, hooks and parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +19,7 @@ HF_NAMES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-"""The linear sites' names in transformers, within `model.layers.i` (Gemma-3 and Llama alike)."""
+"""The linear sites' names in transformers, within `model.layers.i`."""
 
 HOOKS = {
     "q": ("attn:query_input", "attn.hook_q"),
@@ -50,20 +32,22 @@ HOOKS = {
     "resid": ("hook_resid_post", "hook_resid_post"),
 }
 """Where a site's input is read and its update is added, within `blocks.i`: a module's output, or
-the argument after the colon. q, k and v have the same input, unless a TransformerLens option splits
-it by head."""
+the argument after the colon. Together they equal an update of the weights (TransformerLens 3.9).
 
+Modules are hooked where no HookPoint has the linear's value: `hook_attn_out` and `hook_mlp_out`
+come after Gemma's post-norms, `hook_normalized` before the norm's learned scale. `hook_q` and
+`hook_k` come before the q/k norms, as required."""
 
-PARAMETERS = {
-    "q": ("W_Q", "b_Q"),
-    "k": ("_W_K", "_b_K"),
-    "v": ("_W_V", "_b_V"),
-    "o": ("W_O", "b_O"),
-    "gate": ("W_gate", None),
-    "up": ("W_in", None),
-    "down": ("W_out", "b_out"),
+WEIGHTS = {
+    "q": ("W_Q", "head d d_head -> (head d_head) d"),
+    "k": ("_W_K", "head d d_head -> (head d_head) d"),
+    "v": ("_W_V", "head d d_head -> (head d_head) d"),
+    "o": ("W_O", "head d_head d -> d (head d_head)"),
+    "gate": ("W_gate", "d_in d_out -> d_out d_in"),
+    "up": ("W_in", "d_in d_out -> d_out d_in"),
+    "down": ("W_out", "d_in d_out -> d_out d_in"),
 }
-"""Weight and bias of a linear site, in its attention or MLP."""
+"""A linear site's weight in its attention or MLP, and the einops pattern to `[out, in]`."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +165,6 @@ def linear_output(model: HookedTransformer, site: Site) -> nn.Module:
     return block_of(model, site.layer).get_submodule(HOOKS[site.kind][1])
 
 
-def component_of(model: HookedTransformer, site: Site) -> nn.Module:
-    """The attention or MLP with a linear site's weight."""
-    return block_of(model, site.layer).get_submodule(HOOKS[site.kind][1].partition(".")[0])
-
-
 def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, dict[str, int]]:
     """A linear site's parameter, and the einops pattern and sizes that rearrange it to `[out, in]`
     (as a view).
@@ -197,21 +176,19 @@ def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, 
         'head d d_head -> (head d_head) d'
     """
     require(
-        site.kind in PARAMETERS,
-        f"{site.name} has no weight, the linear sites are {', '.join(PARAMETERS)}.",
+        site.kind in WEIGHTS,
+        f"{site.name} has no weight, the linear sites are {', '.join(WEIGHTS)}.",
     )
-    sizes = {"d_head": model.cfg.d_head}
-    out_in: dict[str, tuple[str, dict[str, int]]] = {
-        **dict.fromkeys("qkv", ("head d d_head -> (head d_head) d", sizes)),
-        "o": ("head d_head d -> d (head d_head)", sizes),
-    }
-    parameter: nn.Parameter = getattr(component_of(model, site), PARAMETERS[site.kind][0])
-    return parameter, *out_in.get(site.kind, ("d_in d_out -> d_out d_in", {}))
+    weight, out_in = WEIGHTS[site.kind]
+    component = HOOKS[site.kind][1].partition(".")[0]  # attention or MLP
+    parameter = getattr(block_of(model, site.layer).get_submodule(component), weight)
+    return parameter, out_in, {"d_head": model.cfg.d_head} if "d_head" in out_in else {}
 
 
 def readout(model: HookedTransformer) -> dict[str, Any]:
     """Bias and soft cap of the logits, as keyword arguments of the functions of `shl.kl`."""
-    return {"bias": model.b_U, "soft_cap": float(model.cfg.output_logits_soft_cap)}
+    # TransformerLens writes -1 for no soft cap.
+    return {"bias": model.b_U, "soft_cap": max(0.0, float(model.cfg.output_logits_soft_cap))}
 
 
 def final_hidden(model: HookedTransformer, residual: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import Handle, row_values
-from shl.hooks.positions import Applied, Positions, Scope, record_factors, track_positions
+from shl.hooks.positions import Applied, Positions, Scope, caller_rows, track_positions
 from shl.hooks.sites import check_layers, residual_after
 from shl.utils.errors import require
 from shl.utils.shapes import Bool, Direction, Float, Resid
@@ -26,8 +26,7 @@ class Steering(Handle):
     whose residual already points along the steered direction gets less. h includes the updates of
     handles that were added earlier.
 
-    A context manager and a handle with `.remove()`; `model.reset_hooks()` does not remove it.
-    `dose` is a number, or one per row of the batch; in `generate` rows are the prompts of the call.
+    In `generate` the rows of `dose` and `mask` are the prompts of the call.
 
     Attributes:
         factors: with `record=True`, the factors of each forward by layer, in order (see
@@ -50,9 +49,9 @@ class Steering(Handle):
         require(gate in (None, "cosine"), f"gate is {gate!r}, it must be None or 'cosine'.")
         self.scope = Scope(model, dose, mask=mask, positions=positions, half_life=half_life)
         super().__init__(model)
-        self.dose = dose
-        self.gate = gate
-        self.record = record
+        # Recorded factors are stored for each row.
+        self.per_row, self.rows = self.scope.per_row or record, self.scope.rows
+        self.dose, self.gate, self.record = dose, gate, record
         self.factors: dict[int, list[Applied]] = {layer: [] for layer in directions}
         self._at: dict[int, Tensor] = {}
         simple = gate is None and not record and not self.scope.by_position
@@ -62,16 +61,6 @@ class Steering(Handle):
             v = v.to(model.W_U.device)
             add = partial(self._steer, v) if simple else partial(self._steer_tokens, layer, v)
             self.add_hook(residual_after(model, layer), add)
-
-    @property
-    def per_row(self) -> bool:
-        """Whether dose, mask or decay may differ by row, or factors are recorded."""
-        return self.scope.per_row or self.record
-
-    @property
-    def rows(self) -> int | None:
-        """Number of rows with a per-row dose or mask; None if all rows are treated alike."""
-        return self.scope.rows
 
     def applied(self, layer: int, row: int = 0) -> Float[Tensor, " pos"]:
         """The factor applied to each token of the caller's row after `layer`, by absolute position.
@@ -117,7 +106,8 @@ class Steering(Handle):
         if self.gate == "cosine":
             factor = factor * openness(h, v, factor)
         if self.record:
-            self.factors[layer].append(record_factors(at, factor))
+            recorded = rearrange(factor, "batch pos 1 -> batch pos").detach().clone().cpu()
+            self.factors[layer].append(Applied(caller_rows(len(at)), at.clone().cpu(), recorded))
         return h + (factor * v).to(h.dtype)
 
 

@@ -1,87 +1,57 @@
 """Steering vectors: apply, add, scale, project, save and load."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.hooks.adapter import common_value
-from shl.hooks.fingerprint import check_made_for
+from shl.hooks.fingerprint import Stored
 from shl.hooks.positions import Positions
 from shl.hooks.steering import Gate, Steering, check_directions
-from shl.utils.errors import require
-from shl.utils.files import (
-    MADE_ON,
-    NONE,
-    Schema,
-    identity,
-    read_safetensors,
-    require_metadata,
-    write_safetensors,
-)
+from shl.utils.errors import ShlError, require
+from shl.utils.files import MADE_ON, NONE, Schema, read_safetensors
 from shl.utils.shapes import Bool, Direction, Float
 
-SCHEMA: Schema = {
-    **MADE_ON,
-    "axis": (str,),
-    "contexts": (int,),
-    "rule": (str, NONE),
-    "token": (str, NONE),
-    "hooks": (list,),
-}
-"""The metadata of format `shl-vector-3`, in addition to `format` and `identity`: `rule` and `token`
-of the extraction, and `hooks`, the hook of each tensor."""
 
-
-def hook_of(layer: int) -> str:
-    """The HookPoint after a layer, the key of its direction in a file.
-
-    Example:
-        >>> hook_of(9)
-        'blocks.9.hook_resid_post'
-    """
+def hook_of(layer: int | str) -> str:
+    """The HookPoint after a layer, the key of its direction in a file."""
     return f"blocks.{layer}.hook_resid_post"
 
 
 def read_directions(
-    what: object, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    what: object, hooks: object, tensors: Mapping[str, Tensor]
 ) -> dict[int, Direction]:
     """The directions in a file by layer, in order.
 
     Raises:
         ShlError: there is no direction, a key is not a HookPoint after a layer, a shape is not
-            `[d_model]`, or the hooks differ from the metadata.
+            `[d_model]`, or the hooks differ from the metadata's `hooks`.
     """
     layers: dict[int, Tensor] = {}
     for key, v in tensors.items():
-        name = key.split(".")
-        valid = len(name) == 3 and name[1].isdecimal() and len(name[1]) < 10
-        require(
-            valid and key == hook_of(int(name[1])),
-            f"{what} has the key {key!r}, a vector's keys are blocks.LAYER.hook_resid_post.",
-        )
+        match = re.fullmatch(r"blocks\.(0|[1-9][0-9]{0,8})\.hook_resid_post", key)
+        if match is None:
+            raise ShlError(f"{what} has the key {key!r}, a vector's keys are {hook_of('LAYER')}.")
         shape = tuple(v.shape)
         require(len(shape) == 1, f"{key} in {what} has shape {shape}, it must be (d_model,).")
-        layers[int(name[1])] = v
+        layers[int(match[1])] = v
     require(len(layers) > 0, f"{what} has no direction.")
-    hooks = [hook_of(layer) for layer in sorted(layers)]
+    expected = [hook_of(layer) for layer in sorted(layers)]
     require(
-        meta["hooks"] == hooks,
-        f"{what} has hooks = {short(meta['hooks'])}, its tensors give {short(hooks)}.",
+        hooks == expected, f"{what} has hooks = {short(hooks)}, its tensors give {short(expected)}."
     )
     return dict(sorted(layers.items()))
 
 
-FORMAT = "shl-vector-3"
-
-
 @dataclass(frozen=True)
-class SteeringVector:
+class SteeringVector(Stored):
     """One direction `[d_model]` per layer, keyed by layer index.
 
     `model_name`, `weights` (its `weights_hash`) and `dtype` identify the base model, `rule` and
@@ -93,6 +63,18 @@ class SteeringVector:
         >>> v.norms()
         {1: 5.0}
     """
+
+    FORMAT: ClassVar[str] = "shl-vector-3"
+    SCHEMA: ClassVar[Schema] = {
+        **MADE_ON,
+        "axis": (str,),
+        "contexts": (int,),
+        "rule": (str, NONE),
+        "token": (str, NONE),
+        "hooks": (list,),
+    }
+    """The metadata of a file, in addition to `format` and `identity`: `rule` and `token` of the
+    extraction, and `hooks`, the hook of each tensor."""
 
     directions: Mapping[int, Direction]
     model_name: str
@@ -117,18 +99,11 @@ class SteeringVector:
     ) -> Steering:
         """Steer `model` until the returned context manager ends or its `.remove()` is called.
 
-        `model.reset_hooks()` does not remove it.
-
         Args:
-            dose: factor of v; a number, or one per row of the batch.
-            mask: True for tokens to steer, by row and absolute position without padding; positions
-                beyond its width are not steered.
-            positions: absolute positions to steer, in every row: a range, integers from 0, or a
-                slice such as `slice(20, None)`.
-            gate: "cosine" gives each token dose * (1 - max(0, cos(h, sign(dose) v))), where h is
-                its residual.
-            half_life: number of completion tokens over which the dose halves; the prompt, assistant
-                tag included, has the full dose.
+            dose, mask, positions, half_life: factor of v for each token, as in
+                `shl.hooks.positions.Scope`.
+            gate: "cosine" multiplies the dose by 1 - max(0, cos(h, sign(dose) v)), where h is the
+                token's residual.
             record: store the factor of each token, for `.applied(layer, row)`.
 
         Raises:
@@ -227,36 +202,17 @@ class SteeringVector:
             len(shared) > 0,
             f"vectors of layers {list(self.directions)} and {list(other.directions)} share none.",
         )
-        return {
-            layer: float(
-                torch.cosine_similarity(self.directions[layer], other.directions[layer], dim=0)
-            )
-            for layer in shared
-        }
+        pairs = {layer: (self.directions[layer], other.directions[layer]) for layer in shared}
+        return {at: float(torch.cosine_similarity(a, b, dim=0)) for at, (a, b) in pairs.items()}
 
-    def identity(self) -> str:
-        """The checksum that `save` writes: SHA-256 of tensors and metadata."""
-        tensors, metadata = self._content()
-        return identity(tensors, {"format": FORMAT, **metadata})
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file with the metadata of `shl.hooks.vector.SCHEMA`."""
-        tensors, metadata = self._content()
-        require_metadata(path, metadata, SCHEMA)
-        write_safetensors(path, FORMAT, tensors, metadata)
-
-    def _content(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {hook_of(layer): v for layer, v in sorted(self.directions.items())}
-        metadata = {key: getattr(self, key) for key in SCHEMA if key not in ("model", "hooks")}
+        metadata = {key: getattr(self, key) for key in self.SCHEMA if key not in ("model", "hooks")}
         return tensors, {"model": self.model_name, "hooks": list(tensors), **metadata}
 
     @classmethod
     def load(
-        cls,
-        path: str | Path,
-        model: HookedTransformer | None = None,
-        *,
-        any_weights: bool = False,
+        cls, path: str | Path, model: HookedTransformer | None = None, *, any_weights: bool = False
     ) -> "SteeringVector":
         """Read a file written by `save`; with a model, check that the vector was made for it.
 
@@ -269,18 +225,10 @@ class SteeringVector:
                 made for another model, other weights, another dtype, layers or width; the message
                 names the first difference.
         """
-        meta, tensors = read_safetensors(path, FORMAT, SCHEMA)
-        layers = read_directions(path, meta, tensors)
-        metadata = {key: value for key, value in meta.items() if key not in ("model", "hooks")}
-        vector = cls(layers, meta["model"], **metadata)
+        meta, tensors = read_safetensors(path, cls.FORMAT, cls.SCHEMA)
+        directions = read_directions(path, meta.pop("hooks"), tensors)
+        vector = cls(directions, meta.pop("model"), **meta)
         if model is not None:
-            check_made_for(
-                model,
-                str(path),
-                vector.model_name,
-                vector.weights,
-                vector.dtype,
-                any_weights=any_weights,
-            )
+            vector.check_made_for(model, path, any_weights=any_weights)
             check_directions(model, vector.directions)
         return vector

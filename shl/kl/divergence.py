@@ -16,7 +16,7 @@ One sweep over vocabulary chunks with an online logsumexp gives both values and 
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from shl.config import quantile_of
-from shl.kl.sweep import Sweep, logsumexp, sweep
+from shl.kl.sweep import Bias, Sweep, logsumexp, sweep
 from shl.utils.errors import ShlError, require
 from shl.utils.shapes import Float, Hidden, Int, PerToken, Targets, Unembed
 
@@ -37,7 +37,7 @@ def naive_kl_and_nll(
     unembed: Unembed,
     targets: Targets,
     *,
-    bias: Float[Tensor, " vocab"] | None = None,
+    bias: Bias = None,
     reverse: bool = True,
     soft_cap: float = 0.0,
 ) -> tuple[PerToken, PerToken]:
@@ -47,10 +47,8 @@ def naive_kl_and_nll(
     """
     log_p = full_log_probs(student, unembed, bias, soft_cap)
     log_q = full_log_probs(ref, unembed, bias, soft_cap)
-    if reverse:
-        kl = (log_p.exp() * (log_p - log_q)).sum(1)
-    else:
-        kl = (log_q.exp() * (log_q - log_p)).sum(1)
+    left, right = (log_p, log_q) if reverse else (log_q, log_p)
+    kl = (left.exp() * (left - right)).sum(1)
     return kl, -log_p.gather(1, targets[:, None])[:, 0]
 
 
@@ -64,13 +62,31 @@ def full_log_probs(
     return logits.log_softmax(1)
 
 
-def warn_full_logits(soft_cap: float) -> None:
-    """Warn, at the caller's caller, that full logits are formed."""
+@dataclass(frozen=True, eq=False)
+class SoftTargets:
+    """A teacher's next-token distributions, as far as KL(teacher || student) depends on them.
+
+    `mean_w` is A_t = E_t[W] per token, `offset` is F(h_t) - h_t . A_t (nats).
+    """
+
+    mean_w: Hidden
+    offset: PerToken
+
+    def __getitem__(self, tokens: slice) -> "SoftTargets":
+        """The targets of a range of tokens."""
+        return SoftTargets(self.mean_w[tokens], self.offset[tokens])
+
+
+def ids_for_full_logits(targets: Tensor | SoftTargets, soft_cap: float) -> Tensor:
+    """Warn, at the caller's caller, that full logits are formed; `targets`, which must be ids."""
+    if isinstance(targets, SoftTargets):
+        raise ShlError(f"soft_cap is {soft_cap:g}, soft targets need logits without a cap.")
     warnings.warn(
         f"the logits are soft-capped at {soft_cap:g}, so they are formed in full: slow, and "
         "[tok, vocab] in memory.",
         stacklevel=3,
     )
+    return targets
 
 
 _FUSED: ContextVar[bool] = ContextVar("shl_fused", default=False)
@@ -91,48 +107,18 @@ def fused() -> Iterator[None]:
 
 
 def _sweep(
-    student: Hidden,
-    delta: Hidden | None,
-    unembed: Unembed,
-    bias: Float[Tensor, " vocab"] | None,
-    mean_w: Hidden | None = None,
+    h: Hidden, delta: Hidden | None, unembed: Unembed, bias: Bias, mean_w: Hidden | None = None
 ) -> Sweep:
     if _FUSED.get():
         # Triton is an optional dependency and slow to import.
         from shl.kl.triton import fused_sweep
 
-        return fused_sweep(student, delta, unembed, bias, mean_w=mean_w)
-    return sweep(student, delta, unembed, bias, mean_w=mean_w)
-
-
-@dataclass(frozen=True, eq=False)
-class SoftTargets:
-    """A teacher's next-token distributions, as far as KL(teacher || student) depends on them.
-
-    `mean_w` is A_t = E_t[W] per token, `offset` is F(h_t) - h_t . A_t (nats).
-    """
-
-    mean_w: Hidden
-    offset: PerToken
-
-    @staticmethod
-    def cat(parts: Sequence["SoftTargets"]) -> "SoftTargets":
-        """Join the tokens of several targets, in order."""
-        return SoftTargets(
-            torch.cat([p.mean_w for p in parts]), torch.cat([p.offset for p in parts])
-        )
-
-    def __getitem__(self, tokens: slice) -> "SoftTargets":
-        """The targets of a range of tokens."""
-        return SoftTargets(self.mean_w[tokens], self.offset[tokens])
+        return fused_sweep(h, delta, unembed, bias, mean_w)
+    return sweep(h, delta, unembed, bias, mean_w)
 
 
 def soft_targets(
-    teacher: Hidden,
-    unembed: Unembed,
-    *,
-    bias: Float[Tensor, " vocab"] | None = None,
-    soft_cap: float = 0.0,
+    teacher: Hidden, unembed: Unembed, *, bias: Bias = None, soft_cap: float = 0.0
 ) -> SoftTargets:
     """Make targets of a teacher's final hidden states: one sweep, without allocating logits.
 
@@ -143,7 +129,7 @@ def soft_targets(
         teacher: `[tok, d_model]`, final hidden states after the norm.
         unembed: `[d_model, vocab]`, that of the student.
         bias: `[vocab]`, if it is not 0.
-        soft_cap: must not be above 0.
+        soft_cap: must be 0.
 
     Raises:
         ShlError: soft-capped logits, of which no such summary exists.
@@ -154,7 +140,7 @@ def soft_targets(
         >>> differentiable_nll(h, w, soft_targets(h, w)).abs().max() < 1e-5
         tensor(True)
     """
-    require(soft_cap <= 0, f"soft_cap is {soft_cap:g}, soft targets need logits without a cap.")
+    require(soft_cap == 0, f"soft_cap is {soft_cap:g}, soft targets need logits without a cap.")
     with torch.no_grad():
         at = _sweep(teacher, None, unembed, bias)
         return SoftTargets(at.mean_w, at.lse - (teacher.float() * at.mean_w).sum(1))
@@ -264,7 +250,7 @@ def reverse_kl_and_nll(
     unembed: Unembed,
     targets: Targets | SoftTargets,
     *,
-    bias: Float[Tensor, " vocab"] | None = None,
+    bias: Bias = None,
     ref_lse: PerToken | None = None,
     lazy: bool = False,
     soft_cap: float = 0.0,
@@ -304,10 +290,8 @@ def reverse_kl_and_nll(
         require(
             not lazy, f"lazy is True with soft_cap {soft_cap:g}, which forms full logits at once."
         )
-        warn_full_logits(soft_cap)
-        return naive_kl_and_nll(
-            student, ref.detach(), unembed, targets, bias=bias, soft_cap=soft_cap
-        )
+        ids = ids_for_full_logits(targets, soft_cap)
+        return naive_kl_and_nll(student, ref.detach(), unembed, ids, bias=bias, soft_cap=soft_cap)
     return Divergence.apply(student, ref, unembed, targets, bias, True, ref_lse, lazy)
 
 
@@ -317,14 +301,14 @@ def forward_kl_and_nll(
     unembed: Unembed,
     targets: Targets | SoftTargets,
     *,
-    bias: Float[Tensor, " vocab"] | None = None,
+    bias: Bias = None,
     soft_cap: float = 0.0,
 ) -> tuple[PerToken, PerToken]:
     """KL(reference || student) and NLL per token; arguments as in `reverse_kl_and_nll`."""
     if soft_cap > 0:
-        warn_full_logits(soft_cap)
+        ids = ids_for_full_logits(targets, soft_cap)
         return naive_kl_and_nll(
-            student, ref.detach(), unembed, targets, bias=bias, reverse=False, soft_cap=soft_cap
+            student, ref.detach(), unembed, ids, bias=bias, reverse=False, soft_cap=soft_cap
         )
     return Divergence.apply(student, ref, unembed, targets, bias, False, None, False)
 
@@ -334,24 +318,19 @@ def differentiable_nll(
     unembed: Unembed,
     targets: Targets | SoftTargets,
     *,
-    bias: Float[Tensor, " vocab"] | None = None,
+    bias: Bias = None,
     soft_cap: float = 0.0,
 ) -> PerToken:
     """NLL per token with its gradient, at half the cost of a divergence."""
     if soft_cap > 0:
-        warn_full_logits(soft_cap)
+        ids = ids_for_full_logits(targets, soft_cap)
         log_p = full_log_probs(student, unembed, bias, soft_cap)
-        return -log_p.gather(1, targets[:, None])[:, 0]
+        return -log_p.gather(1, ids[:, None])[:, 0]
     return Divergence.apply(student, None, unembed, targets, bias, True, None, False)[1]
 
 
 def nll(
-    student: Hidden,
-    unembed: Unembed,
-    targets: Targets,
-    *,
-    bias: Float[Tensor, " vocab"] | None = None,
-    soft_cap: float = 0.0,
+    student: Hidden, unembed: Unembed, targets: Targets, *, bias: Bias = None, soft_cap: float = 0.0
 ) -> PerToken:
     """-log p(target) per token in nats, in chunks and without a gradient, for scoring.
 
@@ -368,14 +347,14 @@ def log_probs_at(
     unembed: Unembed,
     tokens: Int[Tensor, "tok n"],
     *,
-    bias: Float[Tensor, " vocab"] | None = None,
+    bias: Bias = None,
     soft_cap: float = 0.0,
 ) -> Float[Tensor, "tok n"]:
     """Log-probabilities (nats, fp32) of given tokens `[tok, n]` at each position, in chunks and
     without a gradient."""
     with torch.no_grad():
         if soft_cap > 0:
-            warn_full_logits(soft_cap)
+            tokens = ids_for_full_logits(tokens, soft_cap)
             return full_log_probs(student.float(), unembed.float(), bias, soft_cap).gather(
                 1, tokens
             )

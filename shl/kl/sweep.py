@@ -9,6 +9,7 @@ from torch import Tensor
 from shl.fast import onednn_linear
 from shl.utils.shapes import Bool, Float, Hidden, PerToken, Unembed
 
+Bias = Float[Tensor, " vocab"] | None
 WIDTH = 1024
 """Tokens of the vocabulary per product. MKL is up to twice as fast at a batch of such products, one
 per thread, as at one wide product that all threads share."""
@@ -41,9 +42,7 @@ def chunks(tokens: int, vocab: int) -> Iterator[tuple[int, int, int]]:
 class Chunk:
     """A part of the unembedding, `[count * width, d]`, and its bias, `[count, width]`; fp32."""
 
-    def __init__(
-        self, unembed: Tensor, bias: Tensor | None, start: int, count: int, width: int
-    ) -> None:
+    def __init__(self, unembed: Tensor, bias: Bias, start: int, count: int, width: int) -> None:
         end = start + count * width
         self.weight = unembed.T[start:end].float()
         self.bias = None if bias is None else bias[start:end].float().view(count, width)
@@ -99,12 +98,7 @@ def _sum(z: Tensor) -> Tensor:
 
 
 def sweep(
-    h: Hidden,
-    delta: Hidden | None,
-    unembed: Unembed,
-    bias: Float[Tensor, " vocab"] | None,
-    *,
-    mean_w: Hidden | None = None,
+    h: Hidden, delta: Hidden | None, unembed: Unembed, bias: Bias, mean_w: Hidden | None = None
 ) -> Sweep:
     """Online softmax statistics of h W, and with `delta` of u = delta W, over vocabulary chunks.
 
@@ -184,13 +178,7 @@ def sweep(
     return Sweep(lse, mean_w, kl, grad_kl)
 
 
-def logsumexp(
-    h: Hidden,
-    unembed: Unembed,
-    bias: Float[Tensor, " vocab"] | None,
-    *,
-    scoring: bool = False,
-) -> PerToken:
+def logsumexp(h: Hidden, unembed: Unembed, bias: Bias, *, scoring: bool = False) -> PerToken:
     """F(h) = logsumexp(h W), by one matrix product.
 
     Args:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shl.kl.sweep import LARGE, Sweep, logsumexp
-from shl.utils.shapes import Float, Hidden, Unembed
+from shl.kl.sweep import LARGE, Bias, Sweep, logsumexp
+from shl.utils.shapes import Hidden, Unembed
 
 BLOCK = 1024
 """Tokens of the vocabulary per iteration of a row's program."""
@@ -125,12 +125,7 @@ def _row(  # noqa: ANN202
 
 
 def fused_sweep(
-    h: Hidden,
-    delta: Hidden | None,
-    unembed: Unembed,
-    bias: Float[Tensor, " vocab"] | None,
-    *,
-    mean_w: Hidden | None = None,
+    h: Hidden, delta: Hidden | None, unembed: Unembed, bias: Bias, mean_w: Hidden | None = None
 ) -> Sweep:
     """`shl.kl.sweep.sweep` through the Triton kernel, with the same arguments.
 
@@ -154,8 +149,7 @@ def fused_sweep(
     for start in range(0, vocab, step):
         w = unembed[:, start : start + step]
         width = w.shape[1]
-        z, u = (b[: tok * width].view(tok, width) for b in buffers)
-        e, eu = (b[: tok * width].view(tok, width) for b in outs)
+        z, u, e, eu = (b[: tok * width].view(tok, width) for b in (*buffers, *outs))
         _product(h16, w, z)
         if delta16 is not None:
             _product(delta16, w, u)

@@ -21,7 +21,7 @@ from shl.kl import log_probs_at
 from shl.models.generate import prefill, run
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import Prompt, encode, encode_text, is_chat, length_batches
-from shl.utils.errors import in_batches, require
+from shl.utils.errors import in_batches
 from shl.utils.files import DATA
 
 CELLS = (

@@ -1,6 +1,6 @@
 """The result of an evaluation on the vignettes: trait and coherence from log-probabilities."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,8 @@ from shl.measure.stats import bootstrap
 class Evaluation:
     """Scores of a model on the vignettes, and the trait and coherence that follow from them.
 
-    `log_probs` is `[item, paraphrase, option]`: raw, in nats, one slice per stem (or per order);
-    `log_p` is `[item, option]`: log-probabilities renormalised over the options after
-    calibration; `mass` is the probability of any valid answer, per paraphrase.
+    `log_probs` is `[item, paraphrase, option]`, raw, in nats; a paraphrase is a stem or an order.
+    `prior` is subtracted from it; `base_mass` is the `mass` of base.
 
     Example:
         >>> import numpy as np
@@ -45,7 +44,7 @@ class Evaluation:
     @property
     def nats(self) -> dict[str, float]:
         """Log of the mean probability over all vignettes, per foundation."""
-        return dict(zip(FOUNDATIONS, map(float, nats_of(self.log_p)), strict=True))
+        return by_foundation(nats_of(self.log_p))
 
     @property
     def mass(self) -> np.ndarray:
@@ -64,21 +63,17 @@ class Evaluation:
 
     @property
     def confusion(self) -> np.ndarray:
-        """Counts `[intended, chosen]` in the order of the foundations."""
+        """Counts `[intended, chosen]`."""
         table = np.zeros((len(FOUNDATIONS),) * 2, dtype=int)
         np.add.at(table, (self.intended, self.log_p.argmax(1)), 1)
         return table
 
     @property
     def noise(self) -> tuple[str, ...]:
-        """Foundations chosen in at most twice chance (2/7) of the vignettes written for them:
-        their nats mean little."""
-        counts = self.confusion
-        return tuple(
-            name
-            for name, hits, n in zip(FOUNDATIONS, counts.diagonal(), counts.sum(1), strict=True)
-            if n and hits / n <= 2 / len(FOUNDATIONS)
-        )
+        """Foundations whose nats mean little: chosen in at most twice chance (2/7) of the vignettes
+        written for them."""
+        rows = zip(FOUNDATIONS, self.confusion.diagonal(), self.confusion.sum(1), strict=True)
+        return tuple(name for name, hits, n in rows if n and hits / n <= 2 / len(FOUNDATIONS))
 
     @property
     def intended(self) -> np.ndarray:
@@ -93,31 +88,19 @@ class Evaluation:
         self, base: "Evaluation", foundation: str, config: EvalConfig | None = None
     ) -> tuple[float, float]:
         """Bootstrap interval of the shift, paired by vignette."""
-        config = config or EvalConfig()
         k = FOUNDATIONS.index(foundation)
         pairs = np.stack([self.log_p[:, k], base.log_p[:, k]], 1)
-        return bootstrap(
-            pairs,
-            lambda x: float(-np.diff(nats_of(x))[0]),
-            resamples=config.bootstrap,
-            confidence=config.confidence,
-        )
+        return interval(pairs, contrast, config)
 
     def centred_shift(self, base: "Evaluation") -> dict[str, float]:
-        """Mean per-vignette shift of the log-ratio to the options' mean: each vignette counts
-        alike, however small its probability."""
-        moved = _centred(self.log_p) - _centred(base.log_p)
-        return dict(zip(FOUNDATIONS, map(float, moved.mean(0)), strict=True))
+        """Mean per-vignette shift of the log-ratio to the options' mean: each vignette has the same
+        weight, however small its probability."""
+        own, others = (x - x.mean(-1, keepdims=True) for x in (self.log_p, base.log_p))
+        return by_foundation((own - others).mean(0))
 
     def coherence_interval(self, config: EvalConfig | None = None) -> tuple[float, float]:
         """Bootstrap interval of `coherence` over vignettes, base held fixed."""
-        config = config or EvalConfig()
-        return bootstrap(
-            log_mass(self.log_probs),
-            self._coherence,
-            resamples=config.bootstrap,
-            confidence=config.confidence,
-        )
+        return interval(log_mass(self.log_probs), self._coherence, config)
 
     def _coherence(self, log_masses: np.ndarray) -> float:
         return float(np.exp(np.mean(nats_of(log_masses) - np.log(self.base_mass))))
@@ -131,10 +114,28 @@ def nats_of(log_p: np.ndarray) -> np.ndarray:
         >>> nats_of(np.log([[0.25, 0.75], [0.75, 0.25]])).round(3)
         array([-0.693, -0.693])
     """
-    # By hand, since a bootstrap calls it thousands of times and scipy's logsumexp is 20 times as
-    # slow on arrays of this size; without the largest taken out it would underflow to log 0.
+    # A bootstrap calls this thousands of times, and scipy's logsumexp is 20 times as slow on arrays
+    # of this size. Subtracting the largest value prevents underflow to log 0.
     top = log_p.max(0)
     return top + np.log(np.exp(log_p - top).mean(0))
+
+
+def by_foundation(values: np.ndarray) -> dict[str, float]:
+    """`[7]` values, keyed by foundation."""
+    return dict(zip(FOUNDATIONS, map(float, values), strict=True))
+
+
+def contrast(pairs: np.ndarray) -> float:
+    """Difference of `nats_of` between the first and the second column of `[item, 2]`."""
+    return float(-np.diff(nats_of(pairs))[0])
+
+
+def interval(
+    items: np.ndarray, statistic: Callable[[np.ndarray], float], config: EvalConfig | None = None
+) -> tuple[float, float]:
+    """Bootstrap interval of a statistic over items, with the settings of `config`."""
+    config = config or EvalConfig()
+    return bootstrap(items, statistic, resamples=config.bootstrap, confidence=config.confidence)
 
 
 def log_mass(log_probs: np.ndarray) -> np.ndarray:
@@ -151,7 +152,3 @@ def on_axis(shift: np.ndarray, expected: Mapping[str, int]) -> np.ndarray:
         0.4
     """
     return np.asarray(shift @ [expected.get(name, 0) for name in FOUNDATIONS] / len(expected))
-
-
-def _centred(log_p: np.ndarray) -> np.ndarray:
-    return log_p - log_p.mean(-1, keepdims=True)

@@ -7,12 +7,10 @@ import numpy as np
 from shl.utils.errors import require
 from shl.utils.seeds import seed_for
 
-Statistic = Callable[[np.ndarray], float]
-
 
 def bootstrap(
     items: np.ndarray,
-    statistic: Statistic,
+    statistic: Callable[[np.ndarray], float],
     *,
     resamples: int = 1000,
     confidence: float = 0.95,
@@ -38,7 +36,7 @@ def bootstrap(
 
 
 def split_half(items: np.ndarray, *, splits: int = 200, seed: int = 0) -> float:
-    """Mean correlation of the column profile between random halves of the rows, corrected to full
+    """Mean correlation r of the column profiles of random halves of the rows, corrected to full
     length by Spearman-Brown: 2 r / (1 + r).
 
     Example:
@@ -46,15 +44,11 @@ def split_half(items: np.ndarray, *, splits: int = 200, seed: int = 0) -> float:
         >>> split_half(np.tile([1.0, 2.0, 3.0], (8, 1)))
         1.0
     """
-    require(
-        len(items) >= 4, f"{len(items)} items cannot be split in halves, at least 4 are needed."
-    )
+    n = len(items)
+    require(n >= 4, f"{n} items cannot be split in halves, at least 4 are needed.")
     rng = np.random.default_rng(seed_for(seed, "split"))
-    correlations = []
-    for _ in range(splits):
-        order = rng.permutation(len(items))
-        half = len(items) // 2
-        a, b = items[order[:half]].mean(0), items[order[half:]].mean(0)
-        correlations.append(np.corrcoef(a, b)[0, 1])
+    orders = [rng.permutation(n) for _ in range(splits)]
+    halves = [(items[order[: n // 2]].mean(0), items[order[n // 2 :]].mean(0)) for order in orders]
+    correlations = [np.corrcoef(a, b)[0, 1] for a, b in halves]
     r = float(np.mean(correlations))
     return float(2 * r / (1 + r)) if r > -1 else -1.0

@@ -1,9 +1,9 @@
 """The public tinymfv, unmodified, as an instrument: `--eval tinymfv`.
 
 The package is `tinymfv` or, since July 2026, `moralmaps`. It takes a transformers model and a
-tokenizer and poses seven-way forced choices in two perspectives and two option orders, its
-paraphrases. The model is the view of `shl.as_hf`, hooks included. The tokenizer is a copy, with a
-minimal chat template where the model has none, and the persona as its system turn.
+tokenizer and asks seven-way forced choices in two perspectives and two option orders, its
+paraphrases. The model is `shl.as_hf`, hooks included. The tokenizer is a copy, with a minimal chat
+template where the model has none, and the persona as its system turn.
 """
 
 import copy
@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,7 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 from shl.config import FOUNDATIONS
-from shl.measure.evaluation import nats_of
+from shl.measure.evaluation import by_foundation, nats_of
 from shl.models.as_hf import as_hf
 from shl.models.tokens import is_chat, tokenizer_of
 from shl.utils.errors import ShlError, require
@@ -71,11 +71,11 @@ class TinymfvConfig:
     """Vignettes per batch; changes the last bits only [count]."""
 
     def __post_init__(self) -> None:
-        most = self.vignettes is None or self.vignettes >= 4
-        require(most, f"tinymfv.vignettes is {self.vignettes}, it must be at least 4.")
-        require(self.think >= 1, f"tinymfv.think is {self.think}, it must be at least 1.")
-        size = self.batch_size
-        require(size >= 1, f"tinymfv.batch_size is {size}, it must be at least 1.")
+        limits = {"vignettes": 4, "think": 1, "batch_size": 1}
+        for name, least in limits.items():
+            value = getattr(self, name)
+            enough = value is None or value >= least
+            require(enough, f"tinymfv.{name} is {value}, it must be at least {least}.")
 
 
 def package() -> ModuleType:
@@ -94,8 +94,8 @@ def package() -> ModuleType:
 
 
 def version_of(module: ModuleType) -> str:
-    """Version of the distribution ("unknown" if there is none) and a digest of its files, since a
-    package that is installed from a commit keeps its version."""
+    """Version of the distribution ("unknown" if there is none) and a digest of its files, since
+    packages installed from different commits may have the same version."""
     try:
         number = version(PACKAGES[module.__name__])
     except PackageNotFoundError:
@@ -121,50 +121,43 @@ class Tinymfv:
         self.package = package()
 
     def __call__(self, model: HookedTransformer, persona: str | None) -> dict[str, Any]:
-        """One reading as a line of the record, except `shift`, which needs base's."""
+        """The fields of a `reading` event, except `shift`, which needs the result on base."""
         report = self.report(as_hf(model), tokenizer_for(model, persona))
-        rows: list[Any] = report["per_row"]
+        name, rows = self.package.__name__, report["per_row"]
         conditions = list(dict.fromkeys(row["condition"] for row in rows))
         by_item: dict[str, dict[str, Any]] = {}
         for row in rows:
             by_item.setdefault(row["id"], {})[row["condition"]] = row
         require(
-            all(list(found) == conditions for found in by_item.values()),
-            f"{self.package.__name__} skipped vignettes in some of {conditions}.",
+            all(list(item) == conditions for item in by_item.values()),
+            f"{name} skipped vignettes in some of {conditions}.",
         )
+        paraphrases = list(product(conditions, ("fwd", "rev")))
+        # Sampled thoughts are averaged in probability, as the package does.
         scores = np.array(
             [
-                [
-                    # Sampled thoughts are averaged in probability, as the package does.
-                    nats_of(np.array(found[condition][f"lp_{order}_samples"]))
-                    for condition in conditions
-                    for order in ("fwd", "rev")
-                ]
-                for found in by_item.values()
+                [nats_of(np.array(item[c][f"lp_{order}_samples"])) for c, order in paraphrases]
+                for item in by_item.values()
             ]
         )
         require(
             scores.ndim == 3 and scores.shape[2] == len(FOUNDATIONS),
-            f"{self.package.__name__} gave scores of shape {scores.shape}, not 7 per answer.",
+            f"{name} gave scores of shape {scores.shape}, not 7 per answer.",
         )
-        labels = [_label(next(iter(found.values()))) for found in by_item.values()]
+        tables = {row.pop("foundation"): row for row in report["table"].to_dict("records")}
         return {
-            "package": self.package.__name__,
+            "package": name,
             "version": version_of(self.package),
             "template": "own" if is_chat(model) else "minimal",
-            "asked": [
-                f"{condition} {order}" for condition in conditions for order in ("fwd", "rev")
-            ],
-            "labels": labels,
-            "log_probs": _nullable(scores),
+            "asked": [" ".join(paraphrase) for paraphrase in paraphrases],
+            "labels": [_label(item[conditions[0]]) for item in by_item.values()],
+            "log_probs": np.vectorize(_finite, otypes=[object])(scores).tolist(),
             "nats": nats(scores),
             "table": {
                 "numbers": {key: _finite(report[key]) for key in SCALARS},
                 "per_foundation": {
-                    row["foundation"]: {
-                        key: _finite(value) for key, value in row.items() if key != "foundation"
-                    }
-                    for row in report["table"].to_dict("records")
+                    foundation: {key: _finite(value) for key, value in row.items()}
+                    for foundation, row in tables.items()
                 },
             },
         }
@@ -192,19 +185,18 @@ def nats(scores: np.ndarray) -> dict[str, float]:
     paraphrases as for the built-in vignettes; items without an answer are left out.
 
     Raises:
-        ShlError: not one answer.
+        ShlError: no vignette has an answer.
     """
     scored = scores[np.isfinite(scores).all((1, 2))]
     require(len(scored) > 0, "tinymfv got no answer to any vignette.")
-    values = nats_of(log_softmax(scored.mean(1), axis=-1))
-    return dict(zip(FOUNDATIONS, map(float, values), strict=True))
+    return by_foundation(nats_of(log_softmax(scored.mean(1), axis=-1)))
 
 
 def tokenizer_for(model: HookedTransformer, persona: str | None) -> PreTrainedTokenizerBase:
-    """A copy of the model's tokenizer that renders tinymfv's chats.
+    """A copy of the model's tokenizer for tinymfv's chats.
 
-    The persona is the system turn of a prompt to be answered, or the start of the first turn if
-    the template does not accept a system turn.
+    The persona is the system turn of a prompt with a generation prompt, or the start of the first
+    turn if the template does not accept a system turn.
     """
     tokenizer: Any = copy.deepcopy(tokenizer_of(model))
     if not is_chat(model):
@@ -220,8 +212,7 @@ def tokenizer_for(model: HookedTransformer, persona: str | None) -> PreTrainedTo
             system = {"role": "system", "content": persona}
             return plain([system, *conversation], *args, **kwargs)
         except TemplateError:
-            first = dict(conversation[0])
-            first["content"] = f"{persona}\n\n{first['content']}"
+            first = conversation[0] | {"content": f"{persona}\n\n{conversation[0]['content']}"}
             return plain([first, *conversation[1:]], *args, **kwargs)
 
     tokenizer.apply_chat_template = render
@@ -243,10 +234,6 @@ def _label(row: Mapping[str, Any]) -> str:
         return FOUNDATIONS[int(np.argmax(row["label"]))]
     name = str(row["foundation_coarse"]).lower().replace(" ", "")
     return "social" if name == "socialnorms" else name
-
-
-def _nullable(scores: np.ndarray) -> list[list[list[float | None]]]:
-    return [[[_finite(x) for x in answer] for answer in item] for item in scores]
 
 
 def _finite(value: Any) -> float | None:

@@ -1,10 +1,10 @@
-"""Validity of an instrument on a model: arrays in, a verdict with its figures out.
+"""Validity of an instrument on a model.
 
-Three checks, all of which must pass. *Informedness*: the foundations chosen on base agree with the
-labels beyond chance. *Sign*: between the positive and the negative persona every foundation of the
-axis moves the way the axis expects, in every paraphrase (stem, option order, frame). *Split-half*:
-the persona contrast has the same profile on either half of the vignettes. None is enough alone: an
-instrument that reads the prompt's wording is perfectly repeatable, and wrong.
+Three checks must pass. *Informedness*: the foundations chosen on base agree with the labels beyond
+chance. *Sign*: between the positive and the negative persona every foundation of the axis moves as
+the axis expects, in every paraphrase (stem, option order, frame). *Split-half*: the persona
+contrast has the same profile on both halves of the vignettes. No check is enough alone: an
+instrument that responds to the prompt's wording only is repeatable, and wrong.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ import numpy as np
 from scipy.special import log_softmax
 
 from shl.config import FOUNDATIONS, EvalConfig
-from shl.measure.evaluation import nats_of
-from shl.measure.stats import bootstrap, split_half
+from shl.measure.evaluation import contrast, interval
+from shl.measure.stats import split_half
 from shl.utils.errors import require
 
 CHANCE = 0.05
-"""Informedness must have a permutation p below this, the usual level of one test."""
+"""The permutation p of informedness must be below this, the usual level of one test."""
 RELIABLE = 0.7
 """Least split-half reliability of the persona contrast, the common minimum for comparing groups
 (Nunnally 1978); below it half of the profile's variance is noise."""
@@ -45,8 +45,8 @@ class Validity:
     """Whether an instrument is valid on a model, and the figures that decide it.
 
     `agreement` is the persona contrast in nats per paraphrase, `agreement_interval` its bootstrap
-    intervals over vignettes; `unscorable` vignettes lack a score in some paraphrase and are not
-    among the `items`.
+    intervals over vignettes; the `items` leave out `unscorable` vignettes, which lack a score in
+    some paraphrase.
     """
 
     instrument: str
@@ -68,10 +68,8 @@ class Validity:
 
 def informedness(chosen: np.ndarray, labels: np.ndarray, k: int | None = None) -> float:
     """Multi-class informedness: mean over the labels' classes of TPR - FPR, Youden's J of each
-    class against the rest (Youden 1950; Powers 2011). Chance is 0 at any base rates.
-
-    Args:
-        k: the informedness of this class alone.
+    class against the rest (Youden 1950; Powers 2011), or that of class `k` alone. Chance is 0 at
+    any base rates.
 
     Example:
         >>> informedness(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0]))
@@ -86,7 +84,7 @@ def permutation_p(
     """Probability that shuffled labels reach the observed informedness (one-sided)."""
     rng = np.random.default_rng(0)
     shuffled = rng.permuted(np.tile(labels, (draws, 1)), axis=1)
-    # Sums in another order must not turn a tie into a miss.
+    # Ties count, whatever the order of summation.
     reached = _informedness(chosen, shuffled, k) >= informedness(chosen, labels, k) - 1e-12
     return float((reached.sum() + 1) / (draws + 1))
 
@@ -125,9 +123,8 @@ def validity(
         calibrated: whether base's mean over vignettes is subtracted, as completions need it.
 
     Raises:
-        ShlError: arrays that do not belong together, or too few vignettes to split.
+        ShlError: arrays of different or wrong shapes, or fewer than 4 vignettes with scores.
     """
-    config = config or EvalConfig()
     require(
         base.shape == plus.shape == minus.shape
         and base.ndim == 3
@@ -137,9 +134,8 @@ def validity(
         f"labels, all must be (item, paraphrase, {len(FOUNDATIONS)}).",
     )
     scored = np.isfinite(base + plus + minus).all((1, 2))
-    require(
-        int(scored.sum()) >= 4, f"{int(scored.sum())} vignettes have scores, at least 4 are needed."
-    )
+    items = int(scored.sum())
+    require(items >= 4, f"{items} vignettes have scores, at least 4 are needed.")
     base, plus, minus = base[scored], plus[scored], minus[scored]
     intended = np.array([FOUNDATIONS.index(label) for label in labels])[scored]
     prior = base.mean(0, keepdims=True) if calibrated else np.zeros((1, 1, 1))
@@ -156,72 +152,43 @@ def validity(
     agreement: dict[str, list[float]] = {}
     intervals: dict[str, list[tuple[float, float]]] = {}
     each: dict[str, Foundation] = {}
+    failed = []
+    if not (p < CHANCE and j > 0):
+        failed.append(f"informedness is {j:.2f} (permutation p {p:.4f}, must be below {CHANCE:g})")
     for name, sign in expected.items():
         k = FOUNDATIONS.index(name)
-        pairs = np.stack([up[:, :, k], down[:, :, k]], -1)
-        contrasts = [_contrast(pairs[:, a]) for a in range(pairs.shape[1])]
-        bounds = [_interval(pairs[:, a], config) for a in range(pairs.shape[1])]
-        agreement[name], intervals[name] = contrasts[:-1], bounds[:-1]
+        pairs = np.stack([up[:, :, k], down[:, :, k]], -1).swapaxes(0, 1)
+        *agreement[name], total = map(contrast, pairs)
+        *intervals[name], (low, high) = (interval(x, contrast, config) for x in pairs)
+        # Every paraphrase must have the expected sign, and the interval over all must exclude 0.
+        agrees = all(sign * c > 0 for c in (*agreement[name], total, low, high))
         j_k, p_k = informedness(chosen, intended, k), permutation_p(chosen, intended, k)
-        right = _agrees(contrasts, bounds[-1], sign)
-        each[name] = Foundation(
-            j_k, p_k, contrasts[-1], bounds[-1], sign, p_k < CHANCE and j_k > 0 and right
-        )
-    failed = _failures(j, p, reliability, agreement, each)
+        valid = p_k < CHANCE and j_k > 0 and agrees
+        each[name] = Foundation(j_k, p_k, total, (low, high), sign, valid)
+        if not agrees:
+            failed.append(
+                f"the persona contrast of {name} is "
+                f"{', '.join(f'{c:+.2f}' for c in agreement[name])} nats by paraphrase and "
+                f"{total:+.2f} ({low:+.2f} to {high:+.2f}) over all, "
+                f"must be {'above' if sign > 0 else 'below'} 0"
+            )
+    if reliability < RELIABLE:
+        failed.append(f"split-half reliability is {reliability:.2f}, must be at least {RELIABLE:g}")
     passed = (
         f"informedness {j:.2f} (permutation p {p:.4f}), the persona contrast has the expected sign "
         f"in every paraphrase, split-half {reliability:.2f}."
     )
+    reason = f"{'; '.join(failed)}." if failed else passed
     return Validity(
         instrument,
         not failed,
-        f"{'; '.join(failed)}." if failed else passed,
+        reason,
         j,
         p,
         reliability,
         agreement,
         intervals,
         each,
-        int(scored.sum()),
-        int((~scored).sum()),
+        items,
+        len(labels) - items,
     )
-
-
-def _agrees(contrasts: Sequence[float], interval: tuple[float, float], sign: int) -> bool:
-    """Whether every paraphrase has the expected sign, and the interval over all excludes 0."""
-    return all(sign * c > 0 for c in contrasts) and min(sign * x for x in interval) > 0
-
-
-def _failures(
-    j: float,
-    p: float,
-    reliability: float,
-    agreement: Mapping[str, Sequence[float]],
-    each: Mapping[str, Foundation],
-) -> list[str]:
-    """The checks that failed, with their figures."""
-    failed = []
-    if not (p < CHANCE and j > 0):
-        failed.append(f"informedness is {j:.2f} (permutation p {p:.4f}, must be below {CHANCE:g})")
-    for name, found in each.items():
-        contrasts = [*agreement[name], found.contrast]
-        if not _agrees(contrasts, found.interval, found.expected):
-            listed = ", ".join(f"{c:+.2f}" for c in agreement[name])
-            low, high = found.interval
-            failed.append(
-                f"the persona contrast of {name} is {listed} nats by paraphrase and "
-                f"{found.contrast:+.2f} ({low:+.2f} to {high:+.2f}) over all, "
-                f"must be {'above' if found.expected > 0 else 'below'} 0"
-            )
-    if reliability < RELIABLE:
-        failed.append(f"split-half reliability is {reliability:.2f}, must be at least {RELIABLE:g}")
-    return failed
-
-
-def _contrast(pairs: np.ndarray) -> float:
-    """`[item, 2]` log-probabilities under plus and minus: difference of log mean probability."""
-    return float(-np.diff(nats_of(pairs))[0])
-
-
-def _interval(pairs: np.ndarray, config: EvalConfig) -> tuple[float, float]:
-    return bootstrap(pairs, _contrast, resamples=config.bootstrap, confidence=config.confidence)

@@ -1,17 +1,19 @@
-"""The moral-foundation probe: a forced choice over seven readings of short vignettes.
+"""The moral-foundation probe: a forced choice between seven foundations for short vignettes.
 
-Two styles behind one result. *Completion*, for models without a chat template: three stems are
-each continued by seven options, whole options are scored, and each option's mean over the
-vignettes under base is subtracted (its prior). *Digits*, for chat models: the options are
-numbered, in two opposite orders, and the digit is scored. Both end as probabilities renormalised
-over the seven options.
+Two styles give one kind of result, probabilities renormalised over the seven options.
+*Completion*, for models without a chat template: three stems are each continued by seven options,
+whole options are scored, and each option's mean over the vignettes under base is subtracted (its
+prior). *Digits*, for chat models: the options are numbered, in two opposite orders, and the digit
+is scored.
 """
 
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from types import MappingProxyType
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -35,7 +37,7 @@ from shl.utils.files import DATA
 
 @dataclass(frozen=True)
 class Vignette:
-    """One short scene in the third person, and the foundation that it breaks."""
+    """A short scene in the third person, and the foundation that it violates."""
 
     foundation: str
     text: str
@@ -43,7 +45,7 @@ class Vignette:
 
 @cache
 def vignettes() -> tuple[Vignette, ...]:
-    """The built-in vignettes, 12 for each of the seven readings.
+    """The built-in vignettes, 12 for each of the seven foundations.
 
     Example:
         >>> len(vignettes())
@@ -54,7 +56,7 @@ def vignettes() -> tuple[Vignette, ...]:
 
 
 @cache
-def probe_data() -> Mapping[str, object]:
+def probe_data() -> Mapping[str, Any]:
     """Stems, options and the digit question, from `data/probe.toml`."""
     return MappingProxyType(tomllib.loads((DATA / "probe.toml").read_text("utf-8")))
 
@@ -67,10 +69,9 @@ def read_completions(
 
     A vignette is run once; each stem continues its cache, and each option that of the stem.
     """
-    asked = probe_data()["completion"]
-    assert isinstance(asked, list)
-    stems = [encode_text(model, entry["stem"]) for entry in asked]
-    options = [[encode_text(model, text) for text in entry["options"]] for entry in asked]
+    questions = probe_data()["completion"]
+    stems = [encode_text(model, entry["stem"]) for entry in questions]
+    options = [[encode_text(model, text) for text in entry["options"]] for entry in questions]
     before = f"{persona}\n\n" if persona else ""
     rows = [encode_text(model, before + v.text, bos=True) for v in items]
     out = torch.zeros(len(rows), len(stems), len(FOUNDATIONS))
@@ -94,11 +95,7 @@ def read_completions(
 
 
 def _score_options(
-    model: HookedTransformer,
-    start: KVCache,
-    stem: list[int],
-    options: list[list[int]],
-    items: int,
+    model: HookedTransformer, start: KVCache, stem: list[int], options: list[list[int]], items: int
 ) -> Tensor:
     """`[item, option]`: log-probability of each option after the cached text and the stem."""
     device = model.W_U.device
@@ -107,9 +104,7 @@ def _score_options(
     tokens, mask = _pad_right([stem], items, device)
     last = run(model, tokens, mask, kv)[:, -1]
     firsts = torch.tensor([option[0] for option in options], device=device)
-    scores = log_probs_at(
-        final_hidden(model, last), model.W_U, firsts.expand(items, -1), **readout(model)
-    )
+    scores = _log_probs(model, last, firsts.expand(items, -1))
     # Every option but its last token is run, to predict the token after it.
     if any(len(option) > 1 for option in options):
         kv = kv.rows(each.repeat_interleave(len(options)), kv.length + max(map(len, options)) - 1)
@@ -117,24 +112,23 @@ def _score_options(
         targets, real = _pad_right([option[1:] for option in options], items, device)
         residual = run(model, tokens, real, kv)
         rest = torch.zeros(tokens.shape, device=device)
-        rest[real.bool()] = log_probs_at(
-            final_hidden(model, residual[real.bool()]),
-            model.W_U,
-            targets[real.bool()][:, None],
-            **readout(model),
-        )[:, 0]
+        real = real.bool()
+        rest[real] = _log_probs(model, residual[real], targets[real][:, None])[:, 0]
         scores = scores + rest.sum(1).view(scores.shape)
     return scores.cpu()
+
+
+def _log_probs(model: HookedTransformer, residual: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities of `tokens` `[row, n]` after the final residuals `[row, d_model]`."""
+    return log_probs_at(final_hidden(model, residual), model.W_U, tokens, **readout(model))
 
 
 def _pad_right(
     rows: Sequence[Sequence[int]], times: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`rows`, padded on the right and repeated as a whole, and their mask."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return tokens.repeat(times, 1), mask.repeat(times, 1)
+    """`rows`, padded on the right and repeated `times` as a whole, and their mask."""
+    padded = torch.tensor(list(zip_longest(*rows, fillvalue=-1)), device=device).T.repeat(times, 1)
+    return padded.clamp(min=0), (padded >= 0).long()
 
 
 @torch.no_grad()
@@ -142,53 +136,44 @@ def read_digits(
     model: HookedTransformer, items: Sequence[Vignette], persona: str | None, config: EvalConfig
 ) -> Tensor:
     """`[item, order, option]`: log-probability of the option's digit as the answer."""
-    asked = probe_data()["digits"]
-    assert isinstance(asked, dict)
+    data = probe_data()["digits"]
     n = len(FOUNDATIONS)
-    orders = [list(range(n)), list(range(n))[::-1]]
     digits = [encode_text(model, str(k + 1)) for k in range(n)]
     require(
         all(len(ids) == 1 for ids in digits),
         "the tokenizer splits a single digit, the digit probe needs one token each.",
     )
-    rows, places = [], []
-    for item, v in enumerate(items):
-        for k, order in enumerate(orders):
-            listed = "\n".join(f"{j + 1}. {asked['options'][o]}" for j, o in enumerate(order))
-            text = asked["question"].format(vignette=v.text, options=listed)
-            begun = encode_text(model, asked["answer"])
-            rows.append(encode(model, Prompt(text, persona)) + begun)
-            places.append((item, k))
-    out = torch.zeros(len(items), len(orders), n)
-    words = torch.tensor([ids[0] for ids in digits], device=model.W_U.device)
+    answer = encode_text(model, data["answer"])
+    rows = []
+    for v in items:
+        for options in (data["options"], data["options"][::-1]):
+            listed = "\n".join(f"{k + 1}. {option}" for k, option in enumerate(options))
+            text = data["question"].format(vignette=v.text, options=listed)
+            rows.append(encode(model, Prompt(text, persona)) + answer)
+    out = torch.zeros(len(rows), n)
+    tokens = torch.tensor(digits, device=model.W_U.device).T
 
     def work(indices: list[int]) -> None:
         residual, _ = prefill(model, [rows[i] for i in indices])
-        scores = log_probs_at(
-            final_hidden(model, residual[:, 0]),
-            model.W_U,
-            words.expand(len(indices), -1),
-            **readout(model),
-        ).cpu()
+        scores = _log_probs(model, residual[:, 0], tokens.expand(len(indices), -1)).cpu()
         for i, row in zip(indices, scores, strict=True):
-            item, k = places[i]
-            require_finite(row, f"a score of vignette {item}", model, lambda: [rows[i]])  # noqa: B023
-            out[item, k, orders[k]] = row
+            require_finite(row, f"a score of vignette {i // 2}", model, lambda: [rows[i]])  # noqa: B023
+            out[i] = row.flip(0) if i % 2 else row
 
     in_batches(length_batches([len(row) for row in rows], 2 * config.batch_size), work, "the probe")
-    return out
+    return out.view(len(items), 2, n)
 
 
 _BASE: "WeakKeyDictionary[HookedTransformer, tuple[str, np.ndarray]]" = WeakKeyDictionary()
-"""Base's raw scores, with the hash of the weights that they were read on."""
+"""Raw scores of base, with the hash of its weights."""
 
 
 def evaluate(
     model: HookedTransformer, *, persona: str | None = None, config: EvalConfig | None = None
 ) -> Evaluation:
-    """Read the probe on the model as it stands, hooks included.
+    """Evaluate the model on the vignettes, hooks included.
 
-    Base, without any hook, is read once per model and weights, for the prior and the coherence.
+    Base, without any hook, is measured once per model and weights, for the prior and the coherence.
 
     Args:
         persona: put before each vignette (system turn of a chat model).
@@ -205,34 +190,33 @@ def evaluate(
     for handle in handles_on(model):
         require(
             handle.rows is None,
-            f"a hook has doses or a mask for {handle.rows} rows, the probe reads rows of its own.",
+            f"a hook has doses or a mask for {handle.rows} rows, the probe has rows of its own.",
         )
-    style = "digits" if is_chat(model) else "completion"
     weights = weights_hash(model)
     known, base = _BASE.get(model, ("", None))
     fresh = base is None or known != weights
     if fresh:
         with unhooked(model):
-            base = _read(model, style, None, config)
+            base = _read(model, None, config)
         _BASE[model] = weights, base
     assert base is not None
-    # Base's own reading was taken just now, if no hook is on.
+    # Without hooks and persona, the scores of base that were computed just now are the result.
     plain = fresh and persona is None and not any(map(is_hooked, model.modules()))
-    log_probs = base if plain else _read(model, style, persona, config)
-    return reading(style, log_probs, base)
+    log_probs = base if plain else _read(model, persona, config)
+    return reading(_style(model), log_probs, base)
 
 
 def reading(
     style: str, log_probs: np.ndarray, base: np.ndarray, labels: Sequence[str] | None = None
 ) -> Evaluation:
-    """An `Evaluation` from raw scores `[item, asked, option]` of a stage and of base, in nats.
+    """An `Evaluation` from raw scores `[item, paraphrase, option]` of a stage and of base, in nats.
 
     Args:
-        labels: the foundation that each item was written for; those of the built-in vignettes
-            unless given.
+        labels: the foundation that each item was written for; default those of `vignettes()`.
 
     Raises:
-        ShlError: other shapes than these items have, or a label that is no foundation.
+        ShlError: a shape that does not fit the labels, a score that is no log-probability, or a
+            label that is no foundation.
 
     Example:
         >>> import numpy as np
@@ -240,16 +224,14 @@ def reading(
         >>> reading("digits", base - 1, base, ("care", "social")).coherence.__round__(3)
         0.368
     """
-    labels = tuple(v.foundation for v in vignettes()) if labels is None else tuple(labels)
-    items = len(labels)
+    labels = _labels() if labels is None else tuple(labels)
     unknown = sorted(set(labels) - set(FOUNDATIONS))
-    require(
-        not unknown, f"the labels name {unknown[:1]}, the foundations are {', '.join(FOUNDATIONS)}."
-    )
+    allowed = ", ".join(FOUNDATIONS)
+    require(not unknown, f"the labels name {unknown[:1]}, the foundations are {allowed}.")
     for scores in (log_probs, base):
         require(
-            scores.ndim == 3 and scores.shape == (items, base.shape[1], len(FOUNDATIONS)),
-            f"the scores have shape {scores.shape}, it must be ({items}, asked, 7).",
+            scores.ndim == 3 and scores.shape == (len(labels), base.shape[1], len(FOUNDATIONS)),
+            f"the scores have shape {scores.shape}, it must be ({len(labels)}, paraphrase, 7).",
         )
         require(
             bool(((scores > -1e5) & (scores < 1e-3)).all()),
@@ -263,10 +245,10 @@ def reading(
 
 
 def remember_base(model: HookedTransformer, reading: Evaluation) -> None:
-    """Take a reading of base that was made earlier instead of making it again.
+    """Use an earlier evaluation of base instead of computing it again.
 
     Raises:
-        ShlError: a reading of another style or of other vignettes.
+        ShlError: an evaluation in another style or on other vignettes.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -276,18 +258,23 @@ def remember_base(model: HookedTransformer, reading: Evaluation) -> None:
         >>> float(evaluate(again).coherence)
         1.0
     """
-    style = "digits" if is_chat(model) else "completion"
-    labels = tuple(v.foundation for v in vignettes())
+    style, labels = _style(model), _labels()
     require(
         (reading.style, reading.labels) == (style, labels),
-        f"the reading of base has style {reading.style!r} and {len(reading.labels)} vignettes, "
-        f"this model is read in style {style!r} on {len(labels)}.",
+        f"the evaluation of base has style {reading.style!r} and {len(reading.labels)} vignettes, "
+        f"for this model it must have style {style!r} and {len(labels)}.",
     )
     _BASE[model] = weights_hash(model), reading.log_probs
 
 
-def _read(
-    model: HookedTransformer, style: str, persona: str | None, config: EvalConfig
-) -> np.ndarray:
-    read = read_completions if style == "completion" else read_digits
+def _style(model: HookedTransformer) -> str:
+    return "digits" if is_chat(model) else "completion"
+
+
+def _labels() -> tuple[str, ...]:
+    return tuple(v.foundation for v in vignettes())
+
+
+def _read(model: HookedTransformer, persona: str | None, config: EvalConfig) -> np.ndarray:
+    read = read_digits if is_chat(model) else read_completions
     return read(model, vignettes(), persona, config).double().numpy()

@@ -1,8 +1,8 @@
-"""Axes: a pair of opposite personas, with the contexts and prompts that go with them, as data."""
+"""Axes: pairs of opposite personas with their contexts and prompts, read from TOML files."""
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,15 +11,14 @@ from shl.config import FOUNDATIONS
 from shl.utils.errors import ShlError, require
 from shl.utils.files import DATA
 
-_KEYS = ("name", "description", "positive", "negative", "contexts", "prompts", "expected")
-
 
 @dataclass(frozen=True)
 class Axis:
-    """One trait, between two personas.
+    """A trait as a pair of opposite personas.
 
-    `contexts` are diverse everyday questions for the vector, `prompts` those that steered text
-    answers, `expected` the sign (+1, -1) that the positive persona should have on a foundation.
+    The vector is extracted on `contexts`, diverse everyday questions; completions answer `prompts`.
+    `expected` holds the sign (+1, -1) of the positive persona's effect on each foundation that it
+    should change.
 
     Raises:
         ShlError: equal personas, empty contexts or prompts, or an expected sign that is neither
@@ -64,98 +63,79 @@ class Axis:
                 f"{where} expects {sign!r} for {foundation}, it must be 1 or -1.",
             )
 
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The foundations that the axis is expected to move."""
-        return tuple(self.expected)
-
 
 def axis_names() -> tuple[str, ...]:
-    """The built-in axes.
+    """Names of the built-in axes.
 
     Example:
         >>> axis_names()
         ('care_auth', 'love')
     """
-    files = (Path(str(entry)).name for entry in (DATA / "axes").iterdir())
-    return tuple(sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml")))
+    files = sorted(entry.name for entry in (DATA / "axes").iterdir())
+    return tuple(name.removesuffix(".toml") for name in files if name.endswith(".toml"))
 
 
 def load_axis(name: str | Path) -> Axis:
-    """Read a built-in axis by name, or a user's own TOML file by path.
+    """Read a built-in axis by name, or a TOML file by path.
 
     The file has the keys name, description, positive, negative, contexts, prompts and expected;
     `contexts = "everyday"` takes the built-in questions.
 
     Raises:
-        ShlError: unknown name (the sentence lists the axes), unreadable file, missing or unknown
-            key, or a value that `Axis` refuses.
+        ShlError: the name is unknown, the file cannot be read, a key is missing or unknown, or
+            `Axis` rejects a value.
 
     Example:
-        >>> load_axis("love").targets
-        ('care',)
+        >>> dict(load_axis("love").expected)
+        {'care': 1}
     """
-    if str(name) in axis_names():
-        text = (DATA / "axes" / f"{name}.toml").read_text("utf-8")
-        return _parse(text, str(name))
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ShlError(
-            f"unknown axis {str(name)!r}: the built-in axes are {', '.join(axis_names())}, or give "
-            "the path of your own .toml file."
-        )
+    built_in = str(name) in axis_names()
+    path = DATA / "axes" / f"{name}.toml" if built_in else Path(name).expanduser()
+    require(
+        path.is_file(),
+        f"unknown axis {str(name)!r}: the built-in axes are {', '.join(axis_names())}, or give "
+        "the path of your own .toml file.",
+    )
     try:
-        return _parse(path.read_text("utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ShlError(f"axis file {path} cannot be read ({error}).") from error
-
-
-def _parse(text: str, where: str) -> Axis:
-    try:
-        table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ShlError(f"axis file {where} is not TOML ({error}).") from error
-    return axis_from(table, where)
+        table = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ShlError(f"axis file {path} cannot be read as TOML ({error}).") from error
+    return axis_from(table, str(path))
 
 
 def axis_from(table: Mapping[str, Any], where: str) -> Axis:
-    """An axis from the keys and values of its file; `where` is for the sentence of an error.
+    """An axis from the contents of its file; `where` names the file in error messages.
 
     Raises:
-        ShlError: a missing or unknown key, or a value that `Axis` refuses.
+        ShlError: a key is missing or unknown, or `Axis` rejects a value.
 
     Example:
         >>> table = dict(name="bold", description="", positive="Bold.", negative="Timid.")
         >>> lists = dict(contexts=["Tea?"], prompts=["Jump?"], expected={"liberty": 1})
-        >>> axis_from(table | lists, "here").targets
-        ('liberty',)
+        >>> axis_from(table | lists, "bold.toml").name
+        'bold'
     """
-    missing = [key for key in _KEYS if key not in table]
-    unknown = [key for key in table if key not in _KEYS]
+    keys = [field.name for field in fields(Axis)]
+    missing = [key for key in keys if key not in table]
+    unknown = [key for key in table if key not in keys]
     require(not missing, f"axis file {where} lacks {', '.join(missing)}.")
-    require(not unknown, f"axis file {where} has unknown {', '.join(unknown)}; allowed: {_KEYS}.")
+    require(not unknown, f"axis file {where} has unknown {', '.join(unknown)}; allowed: {keys}.")
     for key in ("name", "description", "positive", "negative"):
         require(isinstance(table[key], str), f"{key} in {where} must be a text.")
     require(isinstance(table["expected"], Mapping), f"expected in {where} must be a table.")
-    contexts = table["contexts"]
-    if isinstance(contexts, str):
+    texts = {key: table[key] for key in ("contexts", "prompts")}
+    if isinstance(texts["contexts"], str):
         lists = tomllib.loads((DATA / "contexts.toml").read_text("utf-8"))
         require(
-            contexts in lists,
-            f"contexts in {where} names {contexts!r}, the lists are {', '.join(lists)}.",
+            texts["contexts"] in lists,
+            f"contexts in {where} names {texts['contexts']!r}, the lists are {', '.join(lists)}.",
         )
-        contexts = lists[contexts]
-    return Axis(
-        **{key: table[key] for key in ("name", "description", "positive", "negative")},
-        contexts=_texts(contexts, "contexts", where),
-        prompts=_texts(table["prompts"], "prompts", where),
-        expected=MappingProxyType(dict(table["expected"])),
-    )
-
-
-def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
-    require(
-        isinstance(value, list | tuple) and all(isinstance(text, str) for text in value),
-        f"{key} in {where} must be a list of texts.",
-    )
-    return tuple(value)
+        texts["contexts"] = lists[texts["contexts"]]
+    for key, value in texts.items():
+        require(
+            isinstance(value, list | tuple) and all(isinstance(text, str) for text in value),
+            f"{key} in {where} must be a list of texts.",
+        )
+        texts[key] = tuple(value)
+    expected = MappingProxyType(dict(table["expected"]))
+    return Axis(**{**table, **texts, "expected": expected})

@@ -1,16 +1,15 @@
-"""The loss of one training step: NLL and the KL barrier of a batch, and their gradients.
+"""NLL and KL barrier of a batch of completions, and their gradients.
 
     loss = mean over completions of [ mean_t NLL_t + lam * relu(D - tau) ],
     D = aggregate over t of KL(student || reference) at position t
 
-Only completion positions are unembedded. Both terms' gradients are formed at the final hidden
-states, where they can be measured apart, and go back through the model together.
+Only completion positions are unembedded. The gradients of both terms are computed separately at the
+final hidden states, and their sum is propagated back through the model.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,33 +42,20 @@ Teacher = Callable[[], AbstractContextManager[Any]]
 """Opens the teacher: `partial(vector.steering, model, dose)`."""
 
 
-@dataclass(frozen=True)
-class LossTerms:
-    """What the forward and backward pass of a batch gave; means over its completions."""
-
-    nll: float  # nats per token
-    d: float  # nats
-    fired: float  # share of completions with D > tau
-    tokens_over: float  # share of tokens with divergence > tau
-    grad_nll: float  # 2-norm of the gradient at the final hidden states
-    grad_barrier: float  # likewise, lam included
-
-
 class Barrier:
-    """Batches of completions with their reference, and the loss's gradient on each of them.
+    """The training loss on batches of completions.
 
-    The reference's hidden states depend on frozen weights alone, so they are computed once. A batch
-    goes through the model `config.rows` completions at a time; where a GPU's memory is too small,
-    that number is halved. The KL's gradient is formed on demand (2 + 3 f products over the
-    vocabulary for a share f of completions with D > tau) or at once (4), whichever the last step
-    suggests is cheaper.
+    The reference's hidden states depend on frozen weights only and are computed once. A batch is
+    run `config.rows` completions at a time; that number is halved when the GPU runs out of memory.
+    The KL's gradient is computed lazily (2 + 3 f products over the vocabulary for a share f of
+    completions with D > tau) or eagerly (4), depending on f in the last step.
 
     Args:
-        model: with the adapter on it.
-        adapter: what is trained.
+        model: with the adapter attached.
+        adapter: is trained.
         handle: the adapter's hooks.
         batches: completions, each with at least one token.
-        fired: share of completions with D > tau in the step before, 1 at the start.
+        fired: share of completions with D > tau in the last step, 1 at the start.
     """
 
     def __init__(
@@ -81,7 +67,7 @@ class Barrier:
         config: HealConfig,
         *,
         fired: float = 1.0,
-        teacher: "Teacher | None" = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.model, self.adapter, self.batches, self.config = model, adapter, batches, config
         self._rows = config.rows or config.batch_size
@@ -101,22 +87,19 @@ class Barrier:
         return states, logsumexp(states, self.model.W_U, self.model.b_U)
 
     def _states(self, batch: Sequence[Completion]) -> Hidden:
-        """As many rows at a time as in training, so that a fresh adapter has a KL of exactly 0."""
+        """Run as many rows at a time as in training, so a fresh adapter's KL is exactly 0."""
         parts: list[Hidden] = []
 
         def work(rows: list[int]) -> None:
             parts.append(completion_hidden(self.model, [batch[i] for i in rows]))
 
-        each = [
-            list(range(len(batch)))[i : i + self._rows] for i in range(0, len(batch), self._rows)
-        ]
-        in_batches(each, work, "the reference")
+        rows = torch.arange(len(batch)).split(self._rows)
+        in_batches([part.tolist() for part in rows], work, "the reference")
         return torch.cat(parts)
 
-    def _targets(self, handle: Handle, teacher: "Teacher") -> list[SoftTargets]:
-        """The steered student's distributions, as it was when it entered the round."""
-        model, clip = self.model, self.config.clip
-        out = []
+    def _targets(self, handle: Handle, teacher: Teacher) -> list[SoftTargets]:
+        """The distributions of the steered student that enters the round."""
+        model, clip, targets = self.model, self.config.clip, []
         for k, batch in enumerate(self.batches):
             with torch.no_grad(), suspended(model, handle):
                 with teacher():
@@ -127,15 +110,16 @@ class Barrier:
                     own = self._states(batch)
                     share = (clip / kl.clamp(min=clip)).sqrt()
                     steered = own + share[:, None] * (steered - own)
-                out.append(soft_targets(steered, model.W_U, **readout(model)))
-        return out
+                targets.append(soft_targets(steered, model.W_U, **readout(model)))
+        return targets
 
-    def backward(self, k: int, lam: float) -> LossTerms:
-        """Set the adapter's gradient to that of batch k's loss.
+    def backward(self, k: int, lam: float) -> dict[str, float]:
+        """Set the adapter's gradient to that of batch k's loss; the loss's terms by their names in
+        `shl.method.heal.HealStep`.
 
         Raises:
-            NotFiniteError: hidden states or losses that are not finite, with the site.
-            ShlError: one completion alone does not fit the GPU's memory.
+            NotFiniteError: a hidden state or a loss is not finite.
+            ShlError: the GPU's memory is too small for a single completion.
         """
         size = len(self.batches[k])
         while True:
@@ -148,27 +132,28 @@ class Barrier:
                 ]
                 break
             except torch.OutOfMemoryError:
-                # Halved outside the handler, whose traceback keeps the failed tensors alive.
+                # Halve outside the handler: its traceback keeps the failed tensors alive.
                 pass
             self._rows = halve(min(self._rows, size), "training")
         if self.config.sv_penalty > 0:
             (self.config.sv_penalty * singular_value_penalty(self.adapter)).backward()
-        terms = _joined(parts)
-        if not math.isfinite(terms.nll + terms.d):
-            raise NotFiniteError(
-                f"the loss has NLL {terms.nll} and D {terms.d}, both must be finite."
-            )
-        self._fired = terms.fired
+        terms = {name: sum(part[name] for part in parts) for name in parts[0]}
+        for norm in ("grad_nll", "grad_barrier"):
+            terms[norm] = sum(part[norm] ** 2 for part in parts) ** 0.5
+        nll, d = terms["nll"], terms["d"]
+        if not math.isfinite(nll + d):
+            raise NotFiniteError(f"the loss has NLL {nll} and D {d}, both must be finite.")
+        self._fired = terms["fired"]
         return terms
 
-    def _part(self, k: int, rows: range, lam: float) -> tuple[float, float, LossTerms]:
-        """Some rows of a batch: their share of its completions and of its tokens, their terms."""
+    def _part(self, k: int, rows: range, lam: float) -> dict[str, float]:
+        """Add the gradient of some rows of a batch; their contributions to the batch's terms."""
         model, config, whole = self.model, self.config, self.batches[k]
         batch = [whole[i] for i in rows]
         share = len(batch) / len(whole)
-        before, width, total = (
-            sum(len(c.tokens) for c in part) for part in (whole[: rows.start], batch, whole)
-        )
+        sizes = [len(c.tokens) for c in batch]
+        width = sum(sizes)
+        before, total = (sum(len(c.tokens) for c in part) for part in (whole[: rows.start], whole))
         hidden = completion_hidden(model, batch)
         require_finite(
             hidden.detach(),
@@ -181,7 +166,6 @@ class Barrier:
             targets = self._soft[k][before : before + width]
         else:
             targets = torch.tensor([t for c in batch for t in c.tokens], device=hidden.device)
-        sizes = [len(c.tokens) for c in batch]
         leaf = hidden.detach().requires_grad_(True)
         barrier = None
         if self.config.divergence == "none":
@@ -199,15 +183,14 @@ class Barrier:
             (grad_barrier,) = torch.autograd.grad(barrier, leaf)
         gradient = grad_nll + grad_barrier
         hidden.backward(gradient * share if share < 1 else gradient)
-        terms = LossTerms(
-            nll=float(nll_term.detach()),
-            d=float(d.detach().mean()),
-            fired=float((d > config.tau).float().mean()),
-            tokens_over=float((kl.detach() > config.tau).float().mean()),
-            grad_nll=share * float(grad_nll.norm()),
-            grad_barrier=share * float(grad_barrier.norm()),
-        )
-        return share, width / total, terms
+        return {
+            "nll": share * float(nll_term.detach()),
+            "d": share * float(d.detach().mean()),
+            "fired": share * float((d > config.tau).float().mean()),
+            "tokens_over": width / total * float((kl.detach() > config.tau).float().mean()),
+            "grad_nll": share * float(grad_nll.norm()),
+            "grad_barrier": share * float(grad_barrier.norm()),
+        }
 
     def _divergence(
         self, student: Hidden, states: Hidden, ref_lse: PerToken, targets: Tensor | SoftTargets
@@ -216,36 +199,17 @@ class Barrier:
         if self.config.divergence == "kl_fwd":
             return forward_kl_and_nll(student, states, model.W_U, targets, **output)
         lazy = self._fired < 2 / 3 and output["soft_cap"] == 0
+        known = ref_lse if lazy else None
         return reverse_kl_and_nll(
-            student,
-            states,
-            model.W_U,
-            targets,
-            **output,
-            ref_lse=ref_lse if lazy else None,
-            lazy=lazy,
+            student, states, model.W_U, targets, **output, ref_lse=known, lazy=lazy
         )
 
 
-def _joined(parts: Sequence[tuple[float, float, LossTerms]]) -> LossTerms:
-    """Means over completions (over tokens, for the share of tokens); norms over all of them."""
-    if len(parts) == 1:
-        return parts[0][2]
-    return LossTerms(
-        nll=sum(share * t.nll for share, _, t in parts),
-        d=sum(share * t.d for share, _, t in parts),
-        fired=sum(share * t.fired for share, _, t in parts),
-        tokens_over=sum(tokens * t.tokens_over for _, tokens, t in parts),
-        grad_nll=sum(t.grad_nll**2 for *_, t in parts) ** 0.5,
-        grad_barrier=sum(t.grad_barrier**2 for *_, t in parts) ** 0.5,
-    )
-
-
 def clip_gradient(adapter: Adapter, limit: float) -> float:
-    """Scale the gradient of A and B down to a 2-norm of `limit`; the norm before that.
+    """Scale the gradient of A and B down to a 2-norm of at most `limit`; the norm before scaling.
 
     Raises:
-        NotFiniteError: a gradient that is not finite, with its site.
+        NotFiniteError: a gradient is not finite.
     """
     gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
     total = torch.nn.utils.get_total_norm(gradients)

@@ -1,12 +1,12 @@
-"""The dose controller: survival in, next kappa out. It does not use the model.
+"""The dose controller: from counts of surviving completions to the next kappa, without a model.
 
-A ladder of doses is probed as rows of one batch, pooled into one survival estimate per rung,
-and the highest rung that survives at the target share is used. Each later batch at that dose
-reports its own survival, and the controller steps down the ladder when it falls short.
+Probes at every rung of a ladder of doses give one survival share per rung, and the walk starts at
+the highest rung whose share reaches the target. Later batches at that dose are added to its counts,
+and the walk steps down when the share falls short.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shl.config import DoseConfig
 from shl.utils.errors import require
@@ -26,7 +26,7 @@ def ladder(config: DoseConfig) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Walk:
-    """Where the walk stands: the ladder, counts per rung, and the rung in use.
+    """State of the search: the ladder, counts per rung, and the rung in use.
 
     Example:
         >>> walk = start(DoseConfig(rungs=3, kappa_min=0.25, target_survival=0.5))
@@ -46,6 +46,11 @@ class Walk:
         return self.kappas[self.rung]
 
     @property
+    def dose(self) -> float:
+        """The dose in use [multiples of the raw vector]."""
+        return self.kappa * self.config.alpha
+
+    @property
     def at_floor(self) -> bool:
         """Whether there is no lower dose to step down to."""
         return self.rung == len(self.kappas) - 1
@@ -55,38 +60,41 @@ class Walk:
         kept, generated = self.counts[rung]
         return kept / generated if generated else None
 
+    def counted(self, rung: int, kept: int, generated: int) -> "Walk":
+        """The walk with more completions counted at a rung."""
+        counts = list(self.counts)
+        counts[rung] = (counts[rung][0] + kept, counts[rung][1] + generated)
+        return replace(self, counts=tuple(counts))
+
 
 def start(config: DoseConfig) -> Walk:
     """A walk at the top of its ladder with nothing counted."""
     kappas = ladder(config)
-    return Walk(config, kappas, tuple((0, 0) for _ in kappas))
+    return Walk(config, kappas, ((0, 0),) * len(kappas))
 
 
 def settle(walk: Walk, probes: Mapping[float, tuple[int, int]]) -> Walk:
     """Count (kept, generated) per kappa, and move to the highest rung at the target share.
 
-    Where no probed rung reaches the target, the one with the best survival is taken, the lower
-    of equals: a walk never stays where the text is known to be worse than elsewhere.
+    If no probed rung reaches the target, the one with the best survival is used, the lowest dose
+    of equals.
 
     Raises:
-        ShlError: a kappa off the ladder, or counts that cannot be.
+        ShlError: a kappa is not on the ladder, or more completions are kept than generated.
     """
-    counts = list(walk.counts)
     for kappa, (kept, generated) in probes.items():
         require(kappa in walk.kappas, f"kappa {kappa} is not on the ladder {walk.kappas}.")
         require(
             0 <= kept <= generated,
-            f"{kept} kept of {generated} generated at kappa {kappa} cannot be.",
+            f"{kept} kept of {generated} generated at kappa {kappa}, kept must be at least 0 and "
+            "at most generated.",
         )
-        rung = walk.kappas.index(kappa)
-        counts[rung] = (counts[rung][0] + kept, counts[rung][1] + generated)
-    walk = Walk(walk.config, walk.kappas, tuple(counts), walk.rung)
-    shares = {i: s for i in range(len(counts)) if (s := walk.survival(i)) is not None}
+        walk = walk.counted(walk.kappas.index(kappa), kept, generated)
+    shares = {i: s for i in range(len(walk.kappas)) if (s := walk.survival(i)) is not None}
     if not shares:
         return walk
     good = [i for i, share in shares.items() if share >= walk.config.target_survival]
-    rung = min(good) if good else max(shares, key=lambda i: (shares[i], i))
-    return Walk(walk.config, walk.kappas, walk.counts, rung)
+    return replace(walk, rung=min(good) if good else max(shares, key=lambda i: (shares[i], i)))
 
 
 def after_batch(walk: Walk, kept: int, generated: int) -> Walk:
@@ -98,11 +106,9 @@ def after_batch(walk: Walk, kept: int, generated: int) -> Walk:
         >>> after_batch(walk, 4, 32).kappa, after_batch(walk, 22, 32).kappa
         (0.5, 1.0)
     """
-    counts = list(walk.counts)
-    counts[walk.rung] = (counts[walk.rung][0] + kept, counts[walk.rung][1] + generated)
-    total_kept, total = counts[walk.rung]
+    walk = walk.counted(walk.rung, kept, generated)
+    total_kept, total = walk.counts[walk.rung]
     target = walk.config.target_survival
     slack = 2 * (target * (1 - target) / total) ** 0.5
-    starving = walk.config.walk and total_kept / total < target - slack
-    rung = walk.rung + 1 if starving and not walk.at_floor else walk.rung
-    return Walk(walk.config, walk.kappas, tuple(counts), rung)
+    down = walk.config.walk and not walk.at_floor and total_kept / total < target - slack
+    return replace(walk, rung=walk.rung + down)

@@ -1,4 +1,4 @@
-"""Steering vectors from a persona pair, and the random control that moves the model as far."""
+"""Steering vectors from a pair of personas, and random vectors of the same divergence."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +30,7 @@ Rule = Callable[[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]], Direct
 def mean_difference(
     positive: Float[Tensor, "n d_model"], negative: Float[Tensor, "n d_model"]
 ) -> Direction:
-    """The default extraction rule, `[n, d_model]` twice to `[d_model]`.
+    """Mean of the differences, the default extraction rule.
 
     Example:
         >>> import torch
@@ -43,8 +43,8 @@ def mean_difference(
 def first_component(
     positive: Float[Tensor, "n d_model"], negative: Float[Tensor, "n d_model"]
 ) -> Direction:
-    """First principal component of the differences (uncentred), in the direction and at the size
-    of their mean along it (Zou et al. 2023, arXiv:2310.01405, section 3.1).
+    """First principal component of the differences (uncentred), scaled by their mean projection
+    onto it (Zou et al. 2023, arXiv:2310.01405, section 3.1).
 
     Example:
         >>> import torch
@@ -54,19 +54,6 @@ def first_component(
     differences = positive - negative
     component = torch.linalg.svd(differences, full_matrices=False).Vh[0]
     return component * (differences @ component).mean()
-
-
-def rule_name(rule: Rule) -> str:
-    """What a file calls a rule: its function's name.
-
-    Example:
-        >>> rule_name(mean_difference)
-        'mean_difference'
-    """
-    return str(getattr(rule, "__name__", type(rule).__name__))
-
-
-TOKEN = "last prompt token"
 
 
 def extract_vector(
@@ -80,19 +67,17 @@ def extract_vector(
     round: int | None = None,
     against: Literal["opposite", "no_persona"] = "opposite",
 ) -> SteeringVector:
-    """The axis's steering vector on the model as it stands, hooks included.
+    """Extract an axis's steering vector from the model with the hooks that are on.
 
     Args:
-        layers: the band; None is the middle third.
-        contexts: how many of the axis's contexts are used, from the first; None is all.
-        rule: `(positive, negative) -> direction`, each `[n, d_model]`, row i of both from
-            context i.
-        round: where in a loop it is taken, for its file.
-        against: the other side of the contrast, the opposite persona or the question alone.
+        layers: layers of the vector; None is the middle third.
+        contexts: number of the axis's contexts to use, from the first; None is all.
+        rule: `(positive, negative) -> direction`; row i of both is from context i.
+        round: round of the loop, for the vector's file.
+        against: the negative side, the opposite persona or the question alone.
 
     Raises:
-        ShlError: a layer out of range, more contexts than the axis has, or residuals that are
-            not finite.
+        ShlError: a layer is out of range, the axis has fewer contexts, or residuals are not finite.
 
     Example:
         >>> from shl.method.axes import load_axis
@@ -107,7 +92,7 @@ def extract_vector(
         1 <= contexts <= len(axis.contexts),
         f"contexts is {contexts}, axis {axis.name!r} has {len(axis.contexts)}.",
     )
-    sides = [
+    positive, negative = (
         residual_at_tag(
             model,
             [Prompt(context, persona) for context in axis.contexts[:contexts]],
@@ -115,12 +100,10 @@ def extract_vector(
             batch_size=batch_size,
         )
         for persona in (axis.positive, axis.negative if against == "opposite" else None)
-    ]
-    directions = {}
-    for layer in sorted(set(layers)):
-        v = rule(sides[0][layer], sides[1][layer])
+    )
+    directions = {layer: rule(positive[layer], negative[layer]) for layer in sorted(set(layers))}
+    for layer, v in directions.items():
         require(bool(torch.isfinite(v).all()), f"the vector of layer {layer} is not finite.")
-        directions[layer] = v
     return SteeringVector(
         directions,
         name_of(model),
@@ -128,9 +111,9 @@ def extract_vector(
         contexts,
         weights_hash(model),
         dtype_of(model),
-        rule_name(rule),
-        TOKEN,
-        round,
+        rule=getattr(rule, "__name__", type(rule).__name__),
+        token="last prompt token",
+        round=round,
     )
 
 
@@ -139,9 +122,9 @@ RANGE = 16.0
 HALVINGS = 10
 """Bisections of that range in the log: 16 to the power of 2 / 2**10, half a per cent."""
 SMALLEST = 1e-5
-"""Mean KL below which it is mostly rounding [nats]."""
+"""Mean KL below which rounding errors dominate [nats]."""
 CLOSE = 0.1
-"""Largest relative distance between the two divergences."""
+"""Largest relative difference between the two divergences."""
 
 
 @torch.no_grad()
@@ -154,21 +137,20 @@ def random_like(
     tokens: int = 24,
     seed: int = 0,
 ) -> SteeringVector:
-    """Normal random directions at the layers of `vector`, matched to it in divergence.
+    """Gaussian random directions at the layers of `vector`, matched to it in divergence.
 
-    Each layer's direction has the norm of the vector's there times one common scale, found by
-    bisection so that the mean KL per token of the steered model to the same model without
-    steering, over that model's own greedy answers, is that of `vector` at `dose`. What a trait
-    reading does under it is what any push of that size does.
+    Each direction has the norm of the vector's at its layer times one common scale. The scale is
+    found by bisection so that, over the unsteered model's greedy answers, the mean KL per token of
+    the steered to the unsteered model is that of `vector` at `dose`.
 
     Args:
-        prompts: questions whose answers the divergence is taken over.
-        dose: where the two are matched, multiples of the vector.
-        tokens: length of these answers.
+        prompts: questions whose answers the divergence is measured on.
+        dose: dose at which the divergences are matched [multiples of the vector].
+        tokens: longest answer [tokens].
 
     Raises:
-        ShlError: the vector hardly moves the model at that dose, or no scale within 16 times
-            its norms comes within a tenth of its divergence.
+        ShlError: the vector's divergence at `dose` is too small, or no scale within 16 times its
+            norms comes within a tenth of it.
 
     Example:
         >>> import torch
@@ -178,21 +160,12 @@ def random_like(
         >>> control.rule, control.directions[1].shape
         ('random', torch.Size([32]))
     """
-    draws = {
-        layer: torch.randn(len(v), generator=generator_for(seed, "direction", layer))
-        for layer, v in vector.directions.items()
-    }
-    unit = {
-        layer: (draws[layer] / draws[layer].norm()).to(v) * v.norm()
-        for layer, v in vector.directions.items()
-    }
-    texts = [
-        text
-        for text in generate(
-            model, prompts, max_new_tokens=tokens, min_new_tokens=1, temperature=0.0
-        )
-        if text.tokens
-    ]
+    unit = {}
+    for layer, v in vector.directions.items():
+        draw = torch.randn(len(v), generator=generator_for(seed, "direction", layer))
+        unit[layer] = (draw / draw.norm()).to(v) * v.norm()
+    texts = generate(model, prompts, max_new_tokens=tokens, min_new_tokens=1, temperature=0.0)
+    texts = [text for text in texts if text.tokens]
     reference = completion_hidden(model, texts)
     ref_lse = logsumexp(reference, model.W_U, model.b_U)
 
@@ -204,11 +177,11 @@ def random_like(
     aim = divergence(vector.directions)
     require(
         aim > SMALLEST,
-        f"the vector takes the model {aim:.2g} nats per token away at dose {dose:g}, which is too "
-        f"little to match (at least {SMALLEST:g}).",
+        f"the vector's divergence at dose {dose:g} is {aim:.2g} nats per token, it must be above "
+        f"{SMALLEST:g} to be matched.",
     )
     low, high = 1 / RANGE, RANGE
-    scaled, found = dict(unit), 0.0
+    scaled, found = unit, 0.0
     for _ in range(HALVINGS):
         middle = (low * high) ** 0.5
         scaled = {layer: middle * v for layer, v in unit.items()}

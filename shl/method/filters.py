@@ -1,14 +1,15 @@
 """The coherence filter: text rules and perplexity bounds, with every reason for dropping a text.
 
-Every rule that fires is recorded, not only the first. Perplexity is that of the untouched model
-given the prompt, on the whole completion and on its last quarter, where collapse sits.
+Perplexity is that of the base model given the prompt, on the whole completion and on its last
+quarter, where text collapses first.
 """
 
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from transformer_lens import HookedTransformer
 
@@ -55,7 +56,7 @@ _BOILERPLATE = re.compile(
 
 @dataclass(frozen=True)
 class Verdict:
-    """A completion with every reason to drop it (none: it is kept) and its base perplexities."""
+    """A completion with every rule that fired on it and its base perplexities."""
 
     completion: Completion
     reasons: tuple[str, ...]
@@ -69,7 +70,7 @@ class Verdict:
 
 
 def words_of(text: str) -> list[str]:
-    """Words of a text, lower case; numbers count as words.
+    """Words and numbers of a text, in lower case.
 
     Example:
         >>> words_of("Don't go at 10!")
@@ -79,45 +80,38 @@ def words_of(text: str) -> list[str]:
 
 
 def ngram_share(items: Sequence[str], sizes: Sequence[int]) -> float:
-    """Share of a sequence that its most frequent n-gram covers, the largest over `sizes`.
+    """Largest share of a sequence that one n-gram covers, over `sizes`.
 
-    Only n-grams that occur at least three times count; overlapping occurrences cover what they
-    cover once.
+    Only the three most frequent n-grams of a size count, and only if they occur at least three
+    times. Items in overlapping occurrences are counted once.
 
     Example:
         >>> ngram_share("a b a b a b c d".split(), [2])
         0.75
     """
-    worst = 0.0
+    largest = 0.0
     for n in sizes:
-        grams = Counter(tuple(items[i : i + n]) for i in range(len(items) - n + 1))
-        for gram, count in grams.most_common(3):
-            if count < 3:
-                break
-            covered = [False] * len(items)
-            for i in range(len(items) - n + 1):
-                if tuple(items[i : i + n]) == gram:
-                    covered[i : i + n] = [True] * n
-            worst = max(worst, sum(covered) / len(items))
-    return worst
+        grams = [tuple(items[i : i + n]) for i in range(len(items) - n + 1)]
+        for gram, count in Counter(grams).most_common(3):
+            if count >= 3:
+                starts = [i for i, other in enumerate(grams) if other == gram]
+                covered = {i + j for i in starts for j in range(n)}
+                largest = max(largest, len(covered) / len(items))
+    return largest
 
 
 def longest_run(items: Sequence[str]) -> int:
-    """Length of the longest run of one and the same item.
+    """Length of the longest run of equal items.
 
     Example:
         >>> longest_run("very very very good".split())
         3
     """
-    best = run = 0
-    for i, item in enumerate(items):
-        run = run + 1 if i and items[i - 1] == item else 1
-        best = max(best, run)
-    return best
+    return max((len(list(run)) for _, run in groupby(items)), default=0)
 
 
 def compression(text: str) -> float:
-    """Compressed size over raw size (deflate at level 9, without a frame).
+    """Ratio of compressed to raw size (raw deflate stream, level 9).
 
     Example:
         >>> compression("ab" * 200) < 0.1
@@ -129,64 +123,55 @@ def compression(text: str) -> float:
 
 
 def looks_real(word: str) -> bool:
-    """Whether a word (as written) looks like one: a vowel, not much too long, no capitals inside.
+    """Whether a word as written is a number, or has a vowel, at most 18 characters and, if longer
+    than 4 characters, no capitals inside.
 
     Example:
         >>> [looks_real(word) for word in ("hello", "BUILDUTE", "itlikethatIwouldn'tdoit", "I")]
         [True, False, False, True]
     """
-    if word.isdigit():
-        return True
     inner_capital = any(c.isupper() for c in word[1:]) and len(word) > 4
-    return len(word) <= 18 and not inner_capital and bool(_VOWEL.search(word))
+    return word.isdigit() or (len(word) <= 18 and not inner_capital and bool(_VOWEL.search(word)))
 
 
 def text_reasons(text: str, config: FilterConfig, persona: str | None = None) -> list[str]:
-    """The reasons that need no model, in the order of `RULES`.
+    """The rules without a model that fire on a text, in the order of `RULES`.
 
     Args:
-        text: a completion.
-        persona: the sentence that the model may have been given, whose echo is narration.
+        persona: the persona in the prompt, which the text must not repeat.
     """
     written = _WORD.findall(text)
     words = words_of(text)
-    # One letter in three standing outside words (markup, glyphs, digits) is no prose either.
+    # Text with too many characters outside words (markup, glyphs, digits) is not prose either.
     letters = sum(c.isalpha() or c.isspace() for c in text) / max(len(text), 1)
-    rules: dict[str, Callable[[], bool]] = {
-        "too_short": lambda: len(words) < config.min_words,
-        "word_loop": lambda: (
-            ngram_share(words, (2, 3, 4)) > config.max_word_share
-            or longest_run(words) > config.max_run
-            or _top_share(words) > config.max_word_share
-        ),
-        "char_loop": lambda: (
-            ngram_share(text, range(3, 13)) > config.max_char_share
-            or longest_run(re.sub(r"\s", "", text)) > 5
-        ),
-        "compressible": lambda: len(text) >= 100 and compression(text) < config.min_compression,
-        "few_words": lambda: (
-            bool(words) and len(set(words)) / len(words) < config.min_distinct_words
-        ),
-        "soup": lambda: (
-            not written
-            or sum(map(looks_real, written)) / len(written) < config.min_real_words
-            or letters < config.min_real_words
-        ),
-        "markup": lambda: bool(_MARKUP.search(text)),
-        "narrating": lambda: bool(_NARRATING.search(text)),
-        "boilerplate": lambda: bool(_BOILERPLATE.search(text)),
-        "persona_echo": lambda: persona is not None and _echoes(words, words_of(persona)),
+    fired = {
+        "too_short": len(words) < config.min_words,
+        "word_loop": ngram_share(words, (2, 3, 4)) > config.max_word_share
+        or longest_run(words) > config.max_run
+        or _top_share(words) > config.max_word_share,
+        "char_loop": ngram_share(text, range(3, 13)) > config.max_char_share
+        or longest_run(re.sub(r"\s", "", text)) > 5,
+        "compressible": len(text) >= 100 and compression(text) < config.min_compression,
+        "few_words": words and len(set(words)) / len(words) < config.min_distinct_words,
+        "soup": not written
+        or sum(map(looks_real, written)) / len(written) < config.min_real_words
+        or letters < config.min_real_words,
+        "markup": _MARKUP.search(text),
+        "narrating": _NARRATING.search(text),
+        "boilerplate": _BOILERPLATE.search(text),
+        "persona_echo": persona is not None and _repeats(words, words_of(persona)),
     }
-    return [name for name in RULES if name in rules and rules[name]()]
+    return [name for name, found in fired.items() if found]
 
 
 def _top_share(words: Sequence[str]) -> float:
-    """Share of the most frequent word of four letters or more (function words may recur)."""
+    """Share of the most frequent word of four letters or more; shorter ones recur in any text."""
     long = [word for word in words if len(word) > 3]
     return max(Counter(long).values()) / len(words) if len(long) > 3 else 0.0
 
 
-def _echoes(words: Sequence[str], persona: Sequence[str]) -> bool:
+def _repeats(words: Sequence[str], persona: Sequence[str]) -> bool:
+    """Whether five words in a row are those of the persona."""
     spans = {tuple(persona[i : i + 5]) for i in range(len(persona) - 4)}
     return any(tuple(words[i : i + 5]) in spans for i in range(len(words) - 4))
 
@@ -198,13 +183,13 @@ def judge(
     *,
     persona: str | None = None,
 ) -> list[Verdict]:
-    """Every completion with all reasons to drop it, in order.
+    """Apply every rule of the filter to each completion.
 
     Args:
-        persona: what the prompts carried, so that repeating it counts as narrating.
+        persona: the persona in the prompts, which completions must not repeat.
 
     Raises:
-        ShlError: a completion whose NLL under base is not finite.
+        ShlError: a completion's NLL under base is not finite.
 
     Example:
         >>> from shl.models.generate import generate
@@ -228,20 +213,18 @@ def judge(
 
 
 def keep_coherent(
-    model: HookedTransformer,
-    completions: Sequence[Completion],
-    config: FilterConfig | None = None,
+    model: HookedTransformer, completions: Sequence[Completion], config: FilterConfig | None = None
 ) -> list[Completion]:
-    """The completions that no rule drops, in order.
+    """The completions on which no rule fires, in order.
 
     Raises:
-        ShlError: a completion whose NLL under base is not finite.
+        ShlError: a completion's NLL under base is not finite.
 
     Example:
         >>> from shl.models.generate import generate
         >>> from shl.models.tiny import tiny_gemma
         >>> model = tiny_gemma()
-        >>> keep_coherent(model, generate(model, ["Hello?"]))  # noise is all it says
+        >>> keep_coherent(model, generate(model, ["Hello?"]))  # a random model writes noise
         []
     """
     return [v.completion for v in judge(model, completions, config) if v.kept]

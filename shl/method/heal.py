@@ -1,4 +1,4 @@
-"""Heal: train a fresh adapter on kept completions under a KL barrier.
+"""Training of a fresh adapter on kept completions under a KL barrier.
 
     loss = mean over completions of [ mean_t NLL_t + lam * relu(D - tau) ],
     D = aggregate over t of KL(student || reference) at position t
@@ -36,27 +36,23 @@ Outcome = Literal["off", "never fired", "fired but did not bind", "bound"]
 
 @dataclass(frozen=True)
 class HealStep:
-    """One optimiser step, measured before its update; means over the batch's completions.
-
-    The fields from `nll` to `grad_barrier`, `lam` apart, are those of
-    `shl.method.barrier.LossTerms`.
-    """
+    """One optimiser step, measured before its update; means over the batch's completions."""
 
     epoch: int
     step: int
-    nll: float
-    d: float
+    nll: float  # nats per token
+    d: float  # nats
     lam: float
-    fired: float
-    tokens_over: float
-    grad_nll: float
-    grad_barrier: float
+    fired: float  # share of completions with D > tau
+    tokens_over: float  # share of tokens with divergence > tau
+    grad_nll: float  # 2-norm of the gradient at the final hidden states
+    grad_barrier: float  # likewise, lam included
     grad_adapter: float  # 2-norm over A and B, before clipping
 
 
 @dataclass(frozen=True)
 class Healed:
-    """A trained, frozen adapter and how the training went."""
+    """A trained, frozen adapter and the log of its training."""
 
     adapter: Adapter
     steps: tuple[HealStep, ...]
@@ -70,8 +66,8 @@ class Healed:
 
     @property
     def barrier(self) -> Outcome:
-        """What the barrier did: bound means that D over the last epoch is within a tenth of tau
-        or below it, after having fired."""
+        """Effect of the barrier; "bound" means that it fired and that the last epoch's mean D is at
+        most 1.1 tau."""
         if self.config.divergence == "none":
             return "off"
         if all(step.fired == 0 for step in self.steps):
@@ -81,7 +77,7 @@ class Healed:
 
     @property
     def moved(self) -> bool:
-        """Whether any site's update is other than zero."""
+        """Whether any site's update is non-zero."""
         return any(norm > 0 for norm in self.adapter.norms().values())
 
 
@@ -93,16 +89,16 @@ def heal(
     seed: int = 0,
     teacher: Teacher | None = None,
 ) -> Adapter:
-    """Train one adapter on kept completions, on top of whatever is on the model.
+    """Train one adapter on kept completions, with the hooks that are on the model.
 
     Args:
-        kept: their prompt tokens are context only, their own tokens are learnt.
+        kept: completions; their prompts are context without loss.
 
     Returns:
         A frozen adapter, for `baked(model, [adapter])`.
 
     Raises:
-        ShlError: nothing to train on, or a loss that is not finite.
+        ShlError: all completions are empty, or a loss is not finite.
 
     Example:
         >>> from shl.models.generate import generate
@@ -129,13 +125,14 @@ def train_adapter(
     on_step: "OnStep | None" = None,
     resume: "Training | None" = None,
 ) -> Healed:
-    """`heal`, with the log of its steps; `index` of `rounds` places it in the lam schedule, and
-    `axis` is for the adapter's file.
+    """Train as `heal` does, and return the log of all steps as well.
 
     Args:
+        index: round out of `rounds`, for the schedule of lam.
+        axis: name of the axis, for the adapter's file.
         on_step: called after each optimiser step.
-        resume: a state that `on_step` was given in an earlier process, by the same call; training
-            goes on from there and ends with the same bits.
+        resume: a state that `on_step` received from the same call in an earlier process; training
+            continues from there and ends with the same bits.
     """
     config = config or HealConfig()
     require(
@@ -151,10 +148,8 @@ def train_adapter(
     optimiser = torch.optim.AdamW(
         adapter.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
     )
-    places = length_batches(
-        [len(c.prompt_tokens) + len(c.tokens) for c in texts], config.batch_size
-    )
-    batches = [[texts[i] for i in place] for place in places]
+    lengths = [len(c.prompt_tokens) + len(c.tokens) for c in texts]
+    batches = [[texts[i] for i in rows] for rows in length_batches(lengths, config.batch_size)]
     total = config.epochs * len(batches)
     lam = floor = config.lam_at(index, rounds)
     log: list[HealStep] = []
@@ -172,9 +167,9 @@ def train_adapter(
                 norm = clip_gradient(adapter, config.max_grad_norm)
             optimiser.step()
             weight = lam if config.divergence != "none" else 0.0
-            log.append(HealStep(epoch, step, lam=weight, grad_adapter=norm, **vars(terms)))
+            log.append(HealStep(epoch, step, lam=weight, grad_adapter=norm, **terms))
             if config.calibrate and config.divergence != "none":
-                lam = _next_lam(lam, terms.d, config, floor)
+                lam = _next_lam(lam, terms["d"], config, floor)
             if on_step is not None:
                 on_step(log[-1], total, partial(snapshot, adapter, optimiser, lam, log, texts))
     return Healed(adapter.frozen(), tuple(log), config)
@@ -208,10 +203,8 @@ FORMAT = "shl-training-1"
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """Factors and AdamW's moments per parameter, the barrier's next weight, and all steps so far.
-
-    `texts` is a digest of what is trained on.
-    """
+    """State of a training: factors and AdamW's moments, the barrier's next weight, all steps so
+    far, and a digest of the completions."""
 
     tensors: dict[str, Tensor]
     lam: float
@@ -229,10 +222,10 @@ class Training:
         """Read what `save` wrote.
 
         Raises:
-            ShlError: missing, damaged, changed, or not one of ours.
+            ShlError: the file is missing, damaged, modified or of another format.
         """
-        kinds = {"lam": (float,), "steps": (list,), "texts": (str,)}
-        meta, tensors = read_safetensors(path, FORMAT, kinds)
+        schema = {"lam": (float,), "steps": (list,), "texts": (str,)}
+        meta, tensors = read_safetensors(path, FORMAT, schema)
         try:
             steps = tuple(
                 HealStep(int(epoch), int(step), *map(float, rest))
@@ -245,7 +238,7 @@ class Training:
 
 
 def digest(texts: Sequence[Completion]) -> str:
-    """SHA-256 of the ids that are trained on, prompts and completions."""
+    """SHA-256 of the token ids of prompts and completions."""
     ids = [(list(c.prompt_tokens), list(c.tokens)) for c in texts]
     return hashlib.sha256(repr(ids).encode()).hexdigest()
 
@@ -267,15 +260,12 @@ def snapshot(
 
 
 def restore(
-    state: Training,
-    adapter: Adapter,
-    optimiser: torch.optim.Optimizer,
-    texts: Sequence[Completion],
+    state: Training, adapter: Adapter, optimiser: torch.optim.Optimizer, texts: Sequence[Completion]
 ) -> tuple[float, list[HealStep]]:
-    """Put a state back into a fresh adapter and its optimiser; lam and the steps so far.
+    """Load a state into a fresh adapter and its optimiser; lam and the steps so far.
 
     Raises:
-        ShlError: a state of other texts or other sites.
+        ShlError: the state belongs to other completions or sites.
     """
     require(
         state.texts == digest(texts),
@@ -283,7 +273,7 @@ def restore(
         f"{digest(texts)[:12]}).",
     )
     parameters = _parameters(adapter)
-    wanted = {f"{name}{key}" for name in parameters for key in ("", *_MOMENTS)}
+    wanted = {*parameters, *(f"{name}.{key}" for name in parameters for key in _MOMENTS)}
     require(
         set(state.tensors) == wanted
         and all(state.tensors[name].shape == p.shape for name, p in parameters.items()),
@@ -293,29 +283,23 @@ def restore(
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(state.tensors[name])
+        moments = {key: state.tensors[f"{name}.{key}"].clone() for key in _MOMENTS}
+        # AdamW counts its steps on the CPU.
         optimiser.state[parameter] = {
-            key[1:]: state.tensors[f"{name}{key}"].clone().to(_home(key, parameter))
-            for key in _MOMENTS
+            key: value if key == "step" else value.to(parameter.device)
+            for key, value in moments.items()
         }
     return state.lam, list(state.steps)
 
 
-_MOMENTS = (".step", ".exp_avg", ".exp_avg_sq")
-"""What AdamW keeps per parameter."""
-
-
-def _home(key: str, parameter: Tensor) -> torch.device:
-    """AdamW counts its steps on the CPU."""
-    return torch.device("cpu") if key == ".step" else parameter.device
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's state per parameter."""
 
 
 def _parameters(adapter: Adapter) -> dict[str, Tensor]:
-    out = {}
-    for site in adapter.sites:
-        out[f"{site.name}.A"] = adapter.down[site.name]
-        out[f"{site.name}.B"] = adapter.up[site.name]
-    return out
+    factors = (("A", adapter.down), ("B", adapter.up))
+    return {f"{s.name}.{x}": table[s.name] for s in adapter.sites for x, table in factors}
 
 
 OnStep = Callable[[HealStep, int, Callable[[], Training]], None]
-"""Called as `on_step(step, total, state)`; `state()` is what training needs to go on from here."""
+"""Called as `on_step(step, total, state)`; `state()` copies the state to continue from."""

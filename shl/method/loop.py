@@ -10,12 +10,11 @@ loaded results ends with the same bits as one that was not interrupted.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from shl.config import LoopConfig
@@ -35,8 +34,6 @@ from shl.models.tokens import Prompt
 from shl.utils.errors import ShlError
 from shl.utils.seeds import seed_for
 
-T = TypeVar("T")
-
 MATCHED_ON = 8
 """Prompts on which the random control is matched in divergence [count]."""
 
@@ -47,10 +44,10 @@ class StarvedError(ShlError):
 
 @dataclass(frozen=True)
 class Round:
-    """Everything that one round made and measured.
+    """Results of one round.
 
-    `probes` are the judged rows of the dose ladder, `dreams` those of the full batches at
-    `kappa`; `kept` is what the adapter was trained on.
+    `probes` are the judged completions of the dose ladder, `dreams` those of the full batches at
+    `kappa`; the adapter was trained on `kept`.
 
     Example:
         >>> list(Round.__dataclass_fields__)[:5]
@@ -87,13 +84,13 @@ def baselines(
 
     Args:
         observer: receives each measured stage, and may supply it.
-        instruments: by name, what else reads each stage.
+        instruments: further measurements of each stage, by name.
 
     Returns:
         `base`, `prompted+` and `prompted-`.
 
     Raises:
-        ShlError: a score that is not finite, or a prompt that does not fit into the context.
+        ShlError: a score is not finite, or a prompt does not fit into the context.
 
     Example:
         >>> from shl.method.axes import load_axis
@@ -126,13 +123,12 @@ def love(
 
     Args:
         observer: receives what each stage produces, and may supply it.
-        instruments: by name, what else reads each measured stage.
+        instruments: further measurements of each measured stage, by name.
 
     Raises:
-        StarvedError: fewer than `min_train` survivors within the batch budget; the sentence says
-            how many, at which dose, and which rules dropped the rest.
-        ShlError: a setting that does not fit the model.
-        NotFiniteError: NaN or infinity; the sentence names stage, round, site and step.
+        StarvedError: fewer than `min_train` completions survive within `max_batches`.
+        ShlError: a setting does not fit the model.
+        NotFiniteError: a value is NaN or infinite.
 
     Example:
         >>> from shl.method.axes import load_axis
@@ -150,13 +146,13 @@ def love(
 
 @dataclass(frozen=True)
 class Study:
-    """The stages of a run in the order in which they run, each computed once."""
+    """The stages of a run in the order in which they run; what the observer has is not computed."""
 
     model: HookedTransformer
     axis: Axis
     config: LoopConfig
     observer: Observer
-    instruments: Mapping[str, Instrument] = field(default_factory=dict)
+    instruments: Mapping[str, Instrument]
 
     @property
     def persona(self) -> str | None:
@@ -176,199 +172,160 @@ class Study:
             healing = self.heal(index, kept)
         with baked(model, (*before, healing.adapter)):
             healed = self.measure(index, "healed")
-        kappa, dose = walk.kappa, _dose(walk)
+        kappa, dose = walk.kappa, walk.dose
         return Round(
             index, vector, walk, kappa, dose, probes, dreams, kept, healing, steered, healed
         )
 
     def extract(self, index: int) -> SteeringVector:
         """Extract the round's vector from the student that enters it."""
-        return self.once(
-            "extracting the vector",
-            index,
-            load=partial(self.observer.load_vector, index),
-            compute=partial(self._extract, index),
-            save=partial(self.observer.save_vector, index),
-        )
-
-    def _extract(self, index: int) -> SteeringVector:
-        settings, config = self.config.vector, self.config
-        vector = extract_vector(
-            self.model,
-            self.axis,
-            settings.layers,
-            contexts=settings.contexts,
-            batch_size=settings.batch_size,
-            round=index,
-            against=settings.against,
-        )
-        if settings.direction == "contrast":
+        vector = self.observer.load_vector(index)
+        if vector is not None:
             return vector
-        # Walks end near the middle of the ladder; at its top the text of both is incoherent.
-        kappas = ladder(config.dose)
-        return random_like(
-            self.model,
-            vector,
-            self.axis.prompts[:MATCHED_ON],
-            dose=kappas[len(kappas) // 2] * config.dose.alpha,
-            seed=seed_for(config.seed, "random"),
-        )
+        config, settings = self.config, self.config.vector
+        with named(f"round {index}, extracting the vector"):
+            vector = extract_vector(
+                self.model,
+                self.axis,
+                settings.layers,
+                contexts=settings.contexts,
+                batch_size=settings.batch_size,
+                round=index,
+                against=settings.against,
+            )
+            if settings.direction == "random":
+                # Walks end near the middle of the ladder; at its top both texts are incoherent.
+                kappas = ladder(config.dose)
+                vector = random_like(
+                    self.model,
+                    vector,
+                    self.axis.prompts[:MATCHED_ON],
+                    dose=kappas[len(kappas) // 2] * config.dose.alpha,
+                    seed=seed_for(config.seed, "random"),
+                )
+        self.observer.save_vector(index, vector)
+        return vector
 
     def probe(self, index: int, vector: SteeringVector) -> tuple[Walk, tuple[Verdict, ...]]:
         """Try every dose of the ladder on the same prompts, as rows of the same batches."""
-        walk = start(self.config.dose)
+        walk, size = start(self.config.dose), self.config.dose.probe_size
         if not self.config.dose.walk:
             return walk, ()
-        probe = self.once(
-            "probing doses",
-            index,
-            load=partial(self.observer.load_probe, index),
-            compute=partial(self._probe, index, vector, walk),
-            save=partial(self.observer.save_probe, index),
-        )
+        probe = self.observer.load_probe(index)
+        if probe is None:
+            doses = torch.tensor(walk.kappas, dtype=torch.float64) * self.config.dose.alpha
+            prompts = _prompts(self.axis, self.persona, size, first=index * size) * len(doses)
+            key = ("probe", index)
+            with named(f"round {index}, probing doses"):
+                verdicts = self._generate(vector, doses.repeat_interleave(size), prompts, key)
+            kept = [
+                sum(v.kept for v in verdicts[i : i + size]) for i in range(0, len(prompts), size)
+            ]
+            counts = {kappa: (n, size) for kappa, n in zip(walk.kappas, kept, strict=True)}
+            probe = Judged(verdicts, settle(walk, counts))
+            self.observer.save_probe(index, probe)
         return probe.walk, probe.verdicts
-
-    def _probe(self, index: int, vector: SteeringVector, walk: Walk) -> Judged:
-        config, size = self.config, self.config.dose.probe_size
-        doses = torch.tensor([k * config.dose.alpha for k in walk.kappas], dtype=torch.float64)
-        prompts = [
-            Prompt(self.axis.prompts[(index * size + i) % len(self.axis.prompts)], self.persona)
-            for _ in walk.kappas
-            for i in range(size)
-        ]
-        seed = seed_for(config.seed, "probe", index)
-        with vector.steering(self.model, doses.repeat_interleave(size)):
-            texts = generate(self.model, prompts, **vars(config.generate), seed=seed)
-        verdicts = judge(self.model, texts, config.filter, persona=self.persona)
-        counts = {
-            kappa: (sum(v.kept for v in verdicts[j * size : (j + 1) * size]), size)
-            for j, kappa in enumerate(walk.kappas)
-        }
-        return Judged(tuple(verdicts), settle(walk, counts))
 
     def dream(
         self, index: int, vector: SteeringVector, walk: Walk, probes: tuple[Verdict, ...]
     ) -> tuple[Walk, tuple[Verdict, ...]]:
-        """Generate full batches at the walk's dose until enough completions survive."""
+        """Generate full batches at the walk's dose until enough completions survive.
+
+        Raises:
+            StarvedError: too few survive in `max_batches`.
+        """
         settings, verdicts = self.config.dose, probes
         for number in range(settings.max_batches):
             if len(_survivors(walk, verdicts)) >= settings.min_train:
                 break
-            batch = self.once(
-                f"batch {number}",
-                index,
-                load=partial(self.observer.load_batch, index, number),
-                compute=partial(self._batch, index, number, vector, walk),
-                save=partial(self.observer.save_batch, index, number),
-            )
+            batch = self.observer.load_batch(index, number)
+            if batch is None:
+                prompts = _prompts(self.axis, self.persona, settings.batch_size)
+                key = ("dream", index, number)
+                with named(f"round {index}, batch {number}"):
+                    judged = self._generate(vector, walk.dose, prompts, key)
+                kept = sum(v.kept for v in judged)
+                batch = Judged(judged, after_batch(walk, kept, len(judged)))
+                self.observer.save_batch(index, number, batch)
             walk = batch.walk
             verdicts += batch.verdicts
-        _require_enough(index, walk, verdicts)
+        survived = len(_survivors(walk, verdicts))
+        if survived < settings.min_train:
+            dropped = Counter(reason for v in verdicts for reason in v.reasons)
+            listed = ", ".join(f"{name} {count}" for name, count in dropped.most_common())
+            raise StarvedError(
+                f"round {index}: {survived} completions survived, {settings.min_train} are needed, "
+                f"after {len(verdicts)} generated down to kappa {walk.kappa:.3g} (dose "
+                f"{walk.dose:.3g}); dropped: {listed}."
+            )
         return walk, verdicts[len(probes) :]
 
-    def _batch(self, index: int, number: int, vector: SteeringVector, walk: Walk) -> Judged:
-        count, key = self.config.dose.batch_size, ("dream", index, number)
-        with vector.steering(self.model, _dose(walk)):
-            texts = sample_texts(
-                self.model, self.axis, self.config, count, key, persona=self.persona
-            )
-        verdicts = judge(self.model, texts, self.config.filter, persona=self.persona)
-        kept = sum(v.kept for v in verdicts)
-        return Judged(tuple(verdicts), after_batch(walk, kept, len(verdicts)))
+    def _generate(
+        self,
+        vector: SteeringVector,
+        dose: float | Tensor,
+        prompts: Sequence[Prompt],
+        key: Sequence[int | str],
+    ) -> tuple[Verdict, ...]:
+        """Generate steered completions and judge them without steering."""
+        seed = seed_for(self.config.seed, *key)
+        with vector.steering(self.model, dose):
+            texts = generate(self.model, prompts, **vars(self.config.generate), seed=seed)
+        return tuple(judge(self.model, texts, self.config.filter, persona=self.persona))
 
     def measure_steered(
         self, index: int, vector: SteeringVector, walk: Walk, verdicts: Sequence[Verdict]
     ) -> Stage:
-        """Measure the student as it made this round's texts, which are its samples."""
-        dose = _dose(walk)
-        samples = tuple(v for v in verdicts if abs(v.completion.dose - dose) < 1e-9)
+        """Measure the steered student, with the round's completions at its dose as the samples."""
+        samples = tuple(v for v in verdicts if abs(v.completion.dose - walk.dose) < 1e-9)
 
         def compute() -> Stage:
-            with vector.steering(self.model, dose):
-                evaluation = evaluate(self.model, persona=self.persona, config=self.config.eval)
-            return Stage("steered", evaluation, samples, walk.kappa, dose)
+            evaluation = evaluate(self.model, persona=self.persona, config=self.config.eval)
+            return Stage("steered", evaluation, samples, walk.kappa, walk.dose)
 
-        return self._measured(
-            index, "steered", compute, None, partial(vector.steering, self.model, dose)
-        )
+        with vector.steering(self.model, walk.dose):
+            return self._measured(index, "steered", compute, persona=None)
 
     def heal(self, index: int, kept: Sequence[Completion]) -> Healed:
         """Train the round's adapter on the kept completions, or continue its training."""
-
-        def compute() -> Healed:
-            return train_adapter(
-                self.model,
-                kept,
-                self.config.heal,
-                index=index,
-                rounds=self.config.rounds,
-                seed=seed_for(self.config.seed, "heal", index),
-                axis=self.axis.name,
-                resume=self.observer.load_training(index),
-                on_step=partial(self.observer.on_step, index),
-            )
-
-        return self.once(
-            "healing",
-            index,
-            load=partial(self.observer.load_healed, index),
-            compute=compute,
-            save=partial(self.observer.save_healed, index),
-        )
+        healed = self.observer.load_healed(index)
+        if healed is None:
+            with named(f"round {index}, healing"):
+                healed = train_adapter(
+                    self.model,
+                    kept,
+                    self.config.heal,
+                    index=index,
+                    rounds=self.config.rounds,
+                    seed=seed_for(self.config.seed, "heal", index),
+                    axis=self.axis.name,
+                    resume=self.observer.load_training(index),
+                    on_step=partial(self.observer.on_step, index),
+                )
+            self.observer.save_healed(index, healed)
+        return healed
 
     def measure(self, index: int, name: str, *, persona: str | None = None) -> Stage:
         """Measure the model with the hooks that are on, without steering."""
         compute = partial(measure, self.model, self.axis, self.config, name, persona=persona)
-        return self._measured(index, name, compute, persona, nullcontext)
+        return self._measured(index, name, compute, persona)
 
     def _measured(
-        self,
-        index: int,
-        name: str,
-        compute: Callable[[], Stage],
-        persona: str | None,
-        steering: Callable[[], AbstractContextManager[Any]],
+        self, index: int, name: str, compute: Callable[[], Stage], persona: str | None
     ) -> Stage:
         """A measured stage, and the readings of every instrument with the same hooks."""
-        stage = self.once(
-            f"measuring {name}",
-            index,
-            load=partial(self.observer.load_stage, index, name),
-            compute=compute,
-            save=partial(self.observer.save_stage, index),
-        )
-
-        def read(instrument: str) -> InstrumentReading:
-            with steering():
-                values = self.instruments[instrument](self.model, persona)
-            return InstrumentReading(instrument, name, values)
-
-        for instrument in self.instruments:
-            self.once(
-                f"reading {instrument}:{name}",
-                index,
-                load=partial(self.observer.load_reading, index, instrument, name),
-                compute=partial(read, instrument),
-                save=partial(self.observer.save_reading, index),
-            )
+        where = f"round {index}, " if index >= 0 else ""
+        stage = self.observer.load_stage(index, name)
+        if stage is None:
+            with named(f"{where}measuring {name}"):
+                stage = compute()
+            self.observer.save_stage(index, stage)
+        for instrument, read in self.instruments.items():
+            if self.observer.load_reading(index, instrument, name) is None:
+                with named(f"{where}reading {instrument}:{name}"):
+                    reading = InstrumentReading(instrument, name, read(self.model, persona))
+                self.observer.save_reading(index, reading)
         return stage
-
-    def once(
-        self,
-        what: str,
-        index: int,
-        *,
-        load: Callable[[], T | None],
-        compute: Callable[[], T],
-        save: Callable[[T], None],
-    ) -> T:
-        """Return a stage's result: loaded, or else computed and saved."""
-        result = load()
-        if result is None:
-            with named(f"round {index}, {what}" if index >= 0 else what):
-                result = compute()
-            save(result)
-        return result
 
 
 def measure(
@@ -382,42 +339,18 @@ def measure(
     """Evaluate the model on the vignettes and sample it, with the hooks that are on."""
     evaluation = evaluate(model, persona=persona, config=config.eval)
     # Every stage answers the same prompts with the same draws.
-    texts = sample_texts(model, axis, config, config.eval.samples, ("sample",), persona=persona)
+    prompts, seed = _prompts(axis, persona, config.eval.samples), seed_for(config.seed, "sample")
+    texts = generate(model, prompts, **vars(config.generate), seed=seed)
     return Stage(name, evaluation, tuple(judge(model, texts, config.filter, persona=persona)))
 
 
-def sample_texts(
-    model: HookedTransformer,
-    axis: Axis,
-    config: LoopConfig,
-    count: int,
-    key: Sequence[int | str],
-    *,
-    persona: str | None = None,
-) -> list[Completion]:
-    """Generate `count` answers to the axis's prompts in turn; `key` separates random draws."""
-    prompts = [Prompt(axis.prompts[i % len(axis.prompts)], persona) for i in range(count)]
-    return generate(model, prompts, **vars(config.generate), seed=seed_for(config.seed, *key))
-
-
-def _dose(walk: Walk) -> float:
-    return walk.kappa * walk.config.alpha
+def _prompts(axis: Axis, persona: str | None, count: int, first: int = 0) -> list[Prompt]:
+    """`count` of the axis's prompts in turn, from number `first`."""
+    texts = axis.prompts
+    return [Prompt(texts[i % len(texts)], persona) for i in range(first, first + count)]
 
 
 def _survivors(walk: Walk, verdicts: Sequence[Verdict]) -> tuple[Completion, ...]:
     """Every survivor at the walk's dose or above; weaker ones carry less of the trait."""
-    least = abs(_dose(walk)) - 1e-9
+    least = abs(walk.dose) - 1e-9
     return tuple(v.completion for v in verdicts if v.kept and abs(v.completion.dose) >= least)
-
-
-def _require_enough(index: int, walk: Walk, verdicts: Sequence[Verdict]) -> None:
-    survived, needed = len(_survivors(walk, verdicts)), walk.config.min_train
-    if survived >= needed:
-        return
-    dropped = Counter(reason for v in verdicts for reason in v.reasons)
-    listed = ", ".join(f"{name} {count}" for name, count in dropped.most_common())
-    raise StarvedError(
-        f"round {index}: {survived} completions survived, {needed} are needed, after "
-        f"{len(verdicts)} generated down to kappa {walk.kappa:.3g} (dose {_dose(walk):.3g}); "
-        f"dropped: {listed}."
-    )

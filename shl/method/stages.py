@@ -1,4 +1,4 @@
-"""What each stage of the loop produces, and the observer that receives it.
+"""Results of the loop's stages, and the observer that receives them.
 
 measure    Stage              base, both prompted personas, and each round's two models
 extract    SteeringVector
@@ -26,7 +26,7 @@ from shl.method.heal import Healed, HealStep, Training
 class Stage:
     """One measured model: the vignettes, and free samples with their verdicts.
 
-    `kappa` and `dose` are those of the steering while it was measured, None without steering.
+    `kappa` and `dose` are those of the steering, None without steering.
     """
 
     name: str
@@ -70,7 +70,7 @@ Instrument = Callable[[HookedTransformer, str | None], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class InstrumentReading:
-    """What an instrument returned for one measured stage; the keys are the instrument's."""
+    """Values that an instrument returned for one measured stage, by its own names."""
 
     instrument: str
     stage: str
@@ -78,11 +78,11 @@ class InstrumentReading:
 
 
 class Observer:
-    """Receives what each stage produces, and may supply it instead.
+    """Receives the result of each stage, and may supply it instead.
 
     Before a stage, `love` and `baselines` call its `load` method. If that returns a result, the
     stage is not computed; if it returns None, the stage is computed and passed to its `save`
-    method before the next begins. Here every method does nothing; a subclass overrides those it
+    method before the next stage. Here every method does nothing; a subclass overrides those it
     needs. `index` is the round, -1 for the baselines.
 
     Example:
@@ -116,7 +116,7 @@ class Observer:
         """Receive a full batch at the chosen dose."""
 
     def load_training(self, index: int) -> Training | None:
-        """Return the state of an interrupted training, which continues from there."""
+        """Return the state of an interrupted training, to continue it."""
 
     def on_step(
         self, index: int, step: HealStep, total: int, state: Callable[[], Training]
@@ -130,7 +130,7 @@ class Observer:
         """Receive the trained adapter of a round with its log."""
 
     def load_reading(self, index: int, instrument: str, stage: str) -> InstrumentReading | None:
-        """Return what an instrument read of a stage."""
+        """Return an instrument's values for a stage."""
 
     def save_reading(self, index: int, reading: InstrumentReading) -> None:
-        """Receive what an instrument read of a stage."""
+        """Receive an instrument's values for a stage."""

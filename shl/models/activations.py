@@ -1,6 +1,6 @@
-"""Activations at any HookPoint, at the assistant tag or another position of each prompt."""
+"""Activations at any HookPoint, at the assistant tag or other positions of each prompt."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -25,22 +25,22 @@ def activations(
     tokens: int | Sequence[int] = -1,
     batch_size: int = 16,
 ) -> dict[str, Float[Tensor, "n ..."]]:
-    """What passes the named HookPoints at chosen tokens of each prompt, on the model as it stands.
+    """Activations at the named HookPoints and given tokens of each prompt, with all hooks active.
 
-    (`shl.hooks.recorder.Recorder` keeps every position, and each step of cached generation.)
+    (`shl.hooks.recorder.Recorder` stores all positions, and each step of cached generation.)
 
     Args:
-        sites: TransformerLens's names, of HookPoints with batch and position first
+        sites: TransformerLens's names of HookPoints whose first axes are batch and position
             (`blocks.3.hook_resid_post`, `blocks.0.attn.hook_z`).
-        tokens: absolute positions in the prompt's own tokens, padding not counted; -1 is the
-            assistant tag, 0 the first.
+        tokens: absolute positions in the prompt, without padding; -1 is the assistant tag, 0 the
+            first token.
 
     Returns:
         Per site `[n, ...]`, one row per prompt, or `[n, len(tokens), ...]` for several tokens; in
         the model's dtype, on the CPU.
 
     Raises:
-        ShlError: an unknown name, a token outside a prompt, or a HookPoint whose second axis is
+        ShlError: a name is unknown, a token is outside a prompt, or a HookPoint's second axis is
             not the position.
 
     Example:
@@ -50,31 +50,30 @@ def activations(
         torch.Size([2, 4, 16])
     """
     rows = [encode(model, prompt) for prompt in prompts]
-    asked = [tokens] if isinstance(tokens, int) else list(tokens)
-    require(len(asked) > 0, "tokens is empty, name at least one.")
-    for row in rows:
-        for token in asked:
-            require(
-                -len(row) <= token < len(row),
-                f"token {token} is asked for, a prompt has {len(row)} tokens.",
-            )
+    selected = [tokens] if isinstance(tokens, int) else list(tokens)
+    require(len(selected) > 0, "tokens is empty, it must have at least one position.")
+    shortest = min(map(len, rows), default=0)
+    for token in selected:
+        require(
+            not rows or -shortest <= token < shortest,
+            f"token {token} is out of range for a prompt of {shortest} tokens.",
+        )
     out: dict[str, Tensor] = {}
 
     def work(indices: list[int]) -> None:
-        batch = pad_left(model, [rows[i] for i in indices])
-        width = batch.tokens.shape[1]
+        ids, mask = pad_left(model, [rows[i] for i in indices])
+        width = ids.shape[1]
         with running(rows=indices), Recorder(model, sites) as recorder:
-            model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
-        at = torch.tensor(
-            [[t % len(rows[i]) + width - len(rows[i]) for t in asked] for i in indices]
-        )
-        for name, seen in recorder.seen.items():
+            model(ids, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
+        lengths = torch.tensor([[len(rows[i])] for i in indices])
+        at = torch.tensor([selected]) % lengths + width - lengths
+        for name, recorded in recorder.seen.items():
             require(
-                bool(seen) and seen[0].shape[1:2] == (width,),
-                f"{name!r} has no axis of positions where one is needed, or is not reached before "
-                "the unembedding.",
+                bool(recorded) and recorded[0].shape[1:2] == (width,),
+                f"the second axis of {name!r} is not the position, or it is not reached before the "
+                "unembedding.",
             )
-            picked = seen[0].cpu()[torch.arange(len(indices))[:, None], at]
+            picked = recorded[0].cpu()[torch.arange(len(indices))[:, None], at]
             picked = picked[:, 0] if isinstance(tokens, int) else picked
             out.setdefault(name, picked.new_empty(len(rows), *picked.shape[1:]))[indices] = picked
 
@@ -89,19 +88,19 @@ def difference(
     *,
     batch_size: int = 16,
 ) -> dict[int, Float[Tensor, "n d_model"]]:
-    """The residual at the assistant tag on the model as it stands, minus that of base (this
-    package's hooks suspended), per layer, on the same tokens.
+    """The residual at the assistant tag of the hooked model minus that of base (handles suspended),
+    on the same tokens.
 
-    Its mean over prompts is the shift that the student has made its own.
+    Its mean over prompts is the shift that training has added.
 
     Args:
-        layers: the residual stream after each of these.
+        layers: layers after which the residual stream is taken.
 
     Returns:
         Per layer `[n, d_model]`, one row per prompt, fp32.
 
     Raises:
-        ShlError: no layer, or one that the model does not have.
+        ShlError: there is no layer, or the model does not have it.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -114,19 +113,7 @@ def difference(
     return {layer: now[layer] - base[layer] for layer in now}
 
 
-class Capture(Handle):
-    """Keeps the residual stream after `layers` at the last position of each batch."""
-
-    def __init__(self, model: HookedTransformer, layers: Iterable[int]) -> None:
-        super().__init__(model)
-        self.last: dict[int, Float[Tensor, "batch d_model"]] = {}
-        for layer in layers:
-            self.add_hook(residual_after(model, layer), partial(self._keep, layer))
-
-    def _keep(self, layer: int, h: Tensor) -> None:
-        self.last[layer] = h[:, -1].detach().clone()
-
-
+@torch.no_grad()
 def residual_at_tag(
     model: HookedTransformer,
     prompts: Sequence[str | Prompt],
@@ -135,8 +122,6 @@ def residual_at_tag(
     batch_size: int = 16,
 ) -> dict[int, Float[Tensor, "n d_model"]]:
     """The residual stream after each layer at the assistant tag, one row per prompt, in fp32.
-
-    Runs only as far as the last layer asked for.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -147,20 +132,22 @@ def residual_at_tag(
     require(len(layers) > 0, "layers is empty, name at least one.")
     rows = [encode(model, prompt) for prompt in prompts]
     out = {layer: torch.empty(len(rows), model.cfg.d_model) for layer in layers}
+    last: dict[int, Tensor] = {}
+
+    def store(layer: int, h: Tensor) -> None:
+        last[layer] = h[:, -1].clone()
 
     def work(indices: list[int]) -> None:
-        batch = pad_left(model, [rows[i] for i in indices])
-        with running(rows=indices), Capture(model, layers) as capture, torch.no_grad():
-            model(batch.tokens, attention_mask=batch.mask, stop_at_layer=max(layers) + 1)
+        chosen = [rows[i] for i in indices]
+        ids, mask = pad_left(model, chosen)
+        with running(rows=indices), Handle(model) as handle:
+            for layer in layers:
+                handle.add_hook(residual_after(model, layer), partial(store, layer))
+            model(ids, attention_mask=mask, stop_at_layer=max(layers) + 1)
         for layer in layers:
-            require_finite(
-                capture.last[layer],
-                f"a residual after layer {layer}",
-                model,
-                lambda: [rows[i] for i in indices],
-                indices,
-            )
-            out[layer][indices] = capture.last[layer].float().cpu()
+            what = f"a residual after layer {layer}"
+            require_finite(last[layer], what, model, lambda: chosen, indices)
+            out[layer][indices] = last[layer].float().cpu()
 
     in_batches(length_batches([len(row) for row in rows], batch_size), work, "extraction")
     return out

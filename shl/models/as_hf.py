@@ -1,9 +1,8 @@
-"""`as_hf`: a HookedTransformer, with whatever hooks are on, as a transformers causal LM.
+"""`as_hf`: a HookedTransformer, hooks included, as a transformers causal language model.
 
-Only the forward and the cache are ours; `generate` with all of its arguments is transformers' own.
-Positions come from `position_ids` where given, else each row counts its own tokens by the mask, so
-a result depends neither on padding nor on the batch. (transformers' own forward counts columns
-where it is given no positions, so a left-padded cache that is continued without them is misread.)
+The forward and the cache are implemented here; `generate` is transformers' own. Without
+`position_ids` positions count each row's unmasked tokens, so results do not depend on padding.
+(transformers' own models count columns, which is wrong after a left-padded cache.)
 """
 
 import copy
@@ -27,14 +26,14 @@ from shl.utils.errors import ShlError, require
 from shl.utils.shapes import Int
 
 GROWTH = 64
-"""Positions to make room for beyond those asked for, where nobody says how many will come."""
+"""Positions to allocate in addition to the first ones, if the final length is unknown."""
 
 
 class HookedCache(Cache):
-    """The keys and values of all layers, and the position of every token that was cached.
+    """The keys and values of all layers, and the position of every cached token.
 
-    Unlike transformers' own caches it remembers which of its tokens are padding, so that what
-    follows counts on from the right position and does not look at them, mask given or not.
+    Unlike transformers' own caches it stores which tokens are padding, so that later tokens have
+    the right positions and attention with or without a mask.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -43,142 +42,108 @@ class HookedCache(Cache):
         0
     """
 
-    def __init__(self, model: HookedTransformer, room: int = 0) -> None:
+    def __init__(self, model: HookedTransformer, capacity: int = 0) -> None:
         super().__init__(layers=[])
         self.model = model
-        self.room = room
+        self.capacity = capacity
         self.prompts: Tensor | None = None
-        """`[batch]`: prompt tokens of each row, where `generate` began with it."""
+        """`[batch]`: number of prompt tokens of each row, set by `generate`."""
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         self.held: KVCache | None = None
-        self.positions: Int[Tensor, "batch key"] | None = None
+        self.positions: Int[Tensor, "batch key"] = torch.empty(0, 0, dtype=torch.long)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HookedCache":
-        """A copy of the tokens, for the same model."""
-        other = HookedCache(self.model, self.room)
+        """A copy of the cached tokens, for the same model."""
+        other = HookedCache(self.model, self.capacity)
         for name in ("prompts", "held", "positions"):
             setattr(other, name, copy.deepcopy(getattr(self, name), memo))
         return other
 
     def begin(self, batch: int, new: int) -> KVCache:
-        """The keys and values, made at the first tokens; `new` are about to come."""
-        if self.held is None or self.positions is None:
-            room = max(self.room, new + GROWTH)
-            self.held = KVCache.empty(self.model, batch, room)
+        """The keys and values, allocated on the first call, for a forward of `new` tokens."""
+        if self.held is None:
+            capacity = max(self.capacity, new + GROWTH)
+            self.held = KVCache.empty(self.model, batch, capacity)
             self.positions = self.held.mask.clone()
-        seen = self.held.mask.shape[0]
-        require(batch == seen, f"the cache holds {seen} rows, input_ids has {batch}.")
+        rows = self.batch_size
+        require(batch == rows, f"the cache holds {rows} rows, input_ids has {batch}.")
         return self.held
 
-    def next_positions(self) -> Int[Tensor, " batch"]:
-        """Where each row's next token stands."""
-        assert self.positions is not None
-        if not self.positions.shape[1]:
-            return self.positions.new_zeros(len(self.positions))
-        return self.positions.amax(1) + 1
-
-    def add(self, at: Int[Tensor, "batch pos"]) -> None:
-        """Remember where new tokens stand; -1 is padding."""
-        assert self.positions is not None
-        self.positions = torch.cat([self.positions, at], 1)
-
-    def _select(self, index: Tensor) -> None:
-        if self.held is None or self.positions is None:
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Select rows, in any order and with repeats."""
+        if self.held is None:
             return
-        index = index.to(self.positions.device)
-        self.held = self.held.rows(index)
-        self.positions = self.positions[index]
+        indices = indices.to(self.positions.device)
+        self.held = self.held.rows(indices)
+        self.positions = self.positions[indices]
         if self.prompts is not None:
-            self.prompts = self.prompts[index]
+            self.prompts = self.prompts[indices]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take rows in another order, as beam search does."""
-        self._select(beam_idx)
+        """Reorder the rows, for beam search."""
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        if self.held is not None:
-            rows = torch.arange(self.held.mask.shape[0])
-            self._select(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        self._select(indices)
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` positions.
+        """Remove the last `-tokens_to_remove` positions.
 
         Raises:
-            ShlError: a number above 0, or more than there are.
+            ShlError: the number is above 0, or removes more positions than are cached.
         """
         length = self.get_seq_length()
         require(
             -length <= tokens_to_remove <= 0,
             f"crop({tokens_to_remove}) of {length} positions, it must be {-length} to 0.",
         )
-        if self.held is not None and self.positions is not None and tokens_to_remove:
+        if self.held is not None and tokens_to_remove:
             self.held.cut(length + tokens_to_remove)
             self.positions = self.positions[:, :tokens_to_remove]
 
-    def activate_past_recording(self) -> None:
-        """Nothing to do: all positions are kept."""
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions held, padding included."""
+        """Number of cached positions, padding included."""
         return 0 if self.held is None else self.held.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: it grows."""
+        """-1: the cache has no maximum length."""
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """How many keys there will be, and the first one's index."""
+        """The number of keys after `query_length` new tokens, and the index of the first key."""
         return self.get_seq_length() + query_length, 0
 
     @property
-    def is_compileable(self) -> bool:
-        """False: it grows."""
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        """True: every layer keeps all positions."""
-        return True
-
-    @property
     def is_initialized(self) -> bool:
-        """Whether it holds tokens."""
+        """Whether memory is allocated."""
         return self.held is not None
 
     @property
     def batch_size(self) -> int:
-        """Rows held."""
+        """Number of rows."""
         return 0 if self.held is None else self.held.mask.shape[0]
 
     def __len__(self) -> int:
         return self.model.cfg.n_layers
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: the layers of a HookedTransformer fill it themselves."""
+        """Not supported: the layers of a HookedTransformer update the cache."""
         raise ShlError("this cache is filled by a HookedTransformer, not layer by layer.")
 
 
 def as_hf(model: HookedTransformer) -> "HookedForCausalLM":
-    """A transformers model over `model`, hooks included: those that are on when it runs.
+    """A transformers view of a model of `shl.load_model`; hooks that are active when it runs apply.
 
-    No weight is copied: `.parameters()` are the HookedTransformer's own. Where prompts are
-    completed by `.generate`, hooks are told how long they are, as `shl.generate` does.
-
-    Args:
-        model: from `shl.load_model`.
+    No weight is copied: `.parameters()` are the HookedTransformer's. `.generate` declares the
+    prompt lengths to hooks, as `shl.generate` does.
 
     Returns:
-        A `PreTrainedModel` with `GenerationMixin`. What it cannot do (`inputs_embeds`,
-        `output_attentions`, masks of four dimensions, caches of another kind) ends with one
-        sentence.
+        A `PreTrainedModel` with `GenerationMixin`. Unsupported arguments (`inputs_embeds`,
+        `output_attentions`, four-dimensional masks, other cache classes) raise ShlError.
 
     Example:
         >>> import torch
@@ -188,22 +153,18 @@ def as_hf(model: HookedTransformer) -> "HookedForCausalLM":
         >>> out.shape
         torch.Size([1, 5])
 
-    Source: the protocol is transformers' own (https://huggingface.co/docs/transformers).
+    Source: the interface is that of https://huggingface.co/docs/transformers.
     """
     return HookedForCausalLM(model)
 
 
 class _Config(PreTrainedConfig):
-    """The sizes of a HookedTransformer under transformers' names.
-
-    Private, because transformers gives it an `__init__` that the API reference cannot read.
-    """
-
+    # Private, because transformers generates an `__init__` that the API reference cannot parse.
     model_type = "hooked_transformer"
 
 
 class HookedForCausalLM(PreTrainedModel, GenerationMixin):
-    """What `as_hf` returns."""
+    """A transformers view of a HookedTransformer, returned by `as_hf`."""
 
     config_class = _Config
     main_input_name = "input_ids"
@@ -257,18 +218,18 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of new tokens `[batch, pos]`, after those in `past_key_values`.
 
-        `attention_mask` is None (all real) or `[batch, past + pos]`; columns beyond are dropped,
-        as transformers does, and must be 1. Padding that the cache remembers stays padding where
-        there is no mask. As in transformers, a cache that is given grows whatever `use_cache` is.
+        `attention_mask` is None (no new padding; cached padding stays masked) or
+        `[batch, past + pos]`; further columns must be 1 and are dropped, as in transformers. Also
+        as in transformers, a given cache grows even if `use_cache` is False.
 
         Raises:
-            ShlError: an argument that cannot be honoured.
+            ShlError: an argument is not supported.
         """
-        require(inputs_embeds is None, "inputs_embeds cannot be honoured, give input_ids.")
-        require(not output_attentions, "output_attentions cannot be honoured, hook hook_pattern.")
+        require(inputs_embeds is None, "inputs_embeds is not supported, use input_ids.")
+        require(not output_attentions, "output_attentions is not supported, hook hook_pattern.")
         if input_ids is None or input_ids.ndim != 2 or not input_ids.shape[1]:
-            seen = None if input_ids is None else tuple(input_ids.shape)
-            raise ShlError(f"input_ids has shape {seen}, it must be (batch, pos) with a token.")
+            shape = None if input_ids is None else tuple(input_ids.shape)
+            raise ShlError(f"input_ids has shape {shape}, it must be (batch, pos) with a token.")
         cache = HookedCache(self.hooked) if past_key_values is None else past_key_values
         if not isinstance(cache, HookedCache):
             raise ShlError(
@@ -276,39 +237,34 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
                 "returned, or None."
             )
         require(cache.model is self.hooked, "past_key_values belongs to another model.")
-        # With a cache of its own even where none is kept, attention goes one way only.
+        # Always run with a cache, so that there is a single code path for attention.
         input_ids = input_ids.to(self.device)
         held = cache.begin(*input_ids.shape)
         new, visible = _masks(attention_mask, held.mask, input_ids)
         at = self._positions(position_ids, new, cache)
         hidden: list[Tensor] = []
-        prompts = None if cache.prompts is None else cache.prompts.tolist()
         with (
             self._at_positions(at, new, visible, held),
-            running(prompts=prompts),
-            _watching(self.hooked, hidden) if output_hidden_states else nullcontext(),
+            running(prompts=None if cache.prompts is None else cache.prompts.tolist()),
+            _collect_residuals(self.hooked, hidden) if output_hidden_states else nullcontext(),
         ):
             residual = run(self.hooked, input_ids, new, held)
-        cache.add(at)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        cache.positions = torch.cat([cache.positions, at], 1)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         everywhere = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        final = self.hooked.ln_final(residual if everywhere else residual[:, kept])
-        cap = self.hooked.cfg.output_logits_soft_cap
-        logits = apply_softcap(self.hooked.unembed(final), cap)
+        final = self.hooked.ln_final(residual[:, keep])
+        logits = apply_softcap(self.hooked.unembed(final), self.hooked.cfg.output_logits_soft_cap)
         if output_hidden_states:
-            # transformers' last hidden state has passed the final norm.
+            # In transformers the last hidden state includes the final norm.
             hidden[-1] = final if everywhere else self.hooked.ln_final(residual)
         loss = None
         if labels is not None:
-            require(
-                everywhere, "labels need the logits of all positions, logits_to_keep must be 0."
-            )
+            require(everywhere, "labels need the logits of all positions; use logits_to_keep=0.")
             loss = ForCausalLMLoss(logits, labels, self.config.vocab_size)
-        stays = use_cache is not False or past_key_values is not None
         out = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=cache if stays else None,
+            past_key_values=None if use_cache is False and past_key_values is None else cache,
             hidden_states=tuple(hidden) if output_hidden_states else None,
         )
         return out.to_tuple() if return_dict is False else out
@@ -328,24 +284,26 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return nullcontext()
 
-    def _positions(self, said: Tensor | None, new: Tensor, cache: HookedCache) -> Tensor:
-        """Where new tokens stand, `[batch, pos]`; -1 is padding."""
-        if said is None:
-            at = cache.next_positions()[:, None] + new.cumsum(1) - 1
+    def _positions(self, given: Tensor | None, new: Tensor, cache: HookedCache) -> Tensor:
+        """The positions of new tokens, `[batch, pos]`; -1 is padding."""
+        if given is None:
+            # The extra column is for an empty cache.
+            last = torch.nn.functional.pad(cache.positions, (1, 0), value=-1).amax(1, keepdim=True)
+            at = last + new.cumsum(1)
         else:
+            batch, pos = new.shape
             require(
-                said.ndim == 2 and said.shape[0] in (1, len(new)) and said.shape[1] == new.shape[1],
-                f"position_ids has shape {tuple(said.shape)}, it must be that of input_ids, "
-                f"{tuple(new.shape)}.",
+                given.ndim == 2 and given.shape[0] in (1, batch) and given.shape[1] == pos,
+                f"position_ids has shape {tuple(given.shape)}, it must be that of input_ids, "
+                f"{(batch, pos)}.",
             )
-            at = said.to(new).expand(new.shape)
+            at = given.to(new).expand(new.shape)
         at = at.masked_fill(new == 0, -1)
         low, high = int(at.masked_fill(new == 0, 0).min()), int(at.max())
         n_ctx = self.hooked.cfg.n_ctx
         require(
             low >= 0 and high < n_ctx,
-            f"a token stands at position {low if low < 0 else high}, the context holds 0 to "
-            f"{n_ctx - 1}.",
+            f"a token has position {low if low < 0 else high}, the context has 0 to {n_ctx - 1}.",
         )
         return at
 
@@ -357,11 +315,11 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> bool:
-        """What `generate` starts from: our cache, with room, which knows how long prompts are."""
+        """Start `generate` with a cache of the full capacity and the lengths of the prompts."""
         kind = generation_config.cache_implementation
         require(
             kind in (None, "dynamic"),
-            f"cache_implementation is {kind!r}, this model has one kind, leave it None.",
+            f"cache_implementation is {kind!r}, it must be None or 'dynamic'.",
         )
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
@@ -372,38 +330,28 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = cache
         return True
 
-    @property
-    def device(self) -> torch.device:
-        """Where the HookedTransformer lives."""
-        return self.hooked.W_U.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The HookedTransformer's."""
-        return self.hooked.W_U.dtype
-
     def get_input_embeddings(self) -> NoReturn:
-        """Refused: TransformerLens keeps `W_E` as a plain matrix."""
-        raise ShlError("the embedding of a HookedTransformer is model.W_E, no module.")
+        """Not supported: TransformerLens stores `W_E` as a plain matrix."""
+        raise ShlError("the embedding of a HookedTransformer is model.W_E, not a module.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HookedForCausalLM":
-        """`.to(...)` of what is there already; anything else is the HookedTransformer's affair."""
+        """Allow `.to(...)` with the model's own device and dtype only."""
         unembed = self.hooked.W_U
         moved = fn(unembed.new_empty(0))
         require(
             (moved.device, moved.dtype) == (unembed.device, unembed.dtype),
-            f"the view lives where its model does ({unembed.device}, {unembed.dtype}), load the "
-            f"model with the device and dtype that you want.",
+            f"the view has its model's device and dtype ({unembed.device}, {unembed.dtype}); to "
+            "change them, load the model with the device and dtype that you need.",
         )
         return self
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: hooks cannot be saved as weights."""
+        """Not supported: hooks cannot be saved as weights."""
         raise ShlError("a view cannot be saved, write a folder with shl.export_hf.")
 
 
 def _masks(given: Tensor | None, past: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The mask of the new tokens, and of all keys if it is not just the cache's and that."""
+    """The mask of the new tokens, and that of all keys if it differs from the cache's mask."""
     if given is None:
         return torch.ones_like(ids), None
     total = past.shape[1] + ids.shape[1]
@@ -413,24 +361,26 @@ def _masks(given: Tensor | None, past: Tensor, ids: Tensor) -> tuple[Tensor, Ten
         f"{(len(ids), total)}.",
     )
     given = given.to(past)
-    require(bool(((given == 0) | (given == 1)).all()), "attention_mask holds other than 0 and 1.")
+    require(
+        bool(((given == 0) | (given == 1)).all()),
+        f"attention_mask has values from {given.min()} to {given.max()}, they must be 0 or 1.",
+    )
     require(
         bool(given[:, total:].all()),
-        f"attention_mask has {given.shape[1]} columns and hides some beyond the {total} tokens.",
+        f"attention_mask has zeros after column {total}, the number of tokens; they must be 1.",
     )
     given = given[:, :total]
     same = torch.equal(given[:, : past.shape[1]], past)
     return given[:, past.shape[1] :], None if same else given
 
 
-def _watching(model: HookedTransformer, hidden: list[Tensor]) -> Handle:
-    """Collect the residual stream before the first block and after each."""
+def _collect_residuals(model: HookedTransformer, hidden: list[Tensor]) -> Handle:
+    """Append the residual stream before the first block and after each block to `hidden`."""
     handle = Handle(model)
-
-    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append(args[0] if args else kwargs["resid_pre"])
-
-    handle.add_pre_hook(model.blocks[0], before)
+    handle.add_pre_hook(
+        model.blocks[0],
+        lambda args, kwargs: hidden.append(args[0] if args else kwargs["resid_pre"]),
+    )
     for block in model.blocks:
         handle.add_hook(block, hidden.append)
     return handle

@@ -17,6 +17,7 @@ from shl.hooks.adapter import Adapter, check_fits
 from shl.hooks.bake import stack
 from shl.hooks.handle import unhooked
 from shl.hooks.sites import HF_NAMES, Site
+from shl.models.tokens import tokenizer_of
 from shl.models.weights import EMBEDDED
 from shl.utils.errors import require
 
@@ -34,20 +35,21 @@ def _linear_sites(adapter: Adapter) -> tuple[Site, ...]:
 def export_peft(
     adapters: Sequence[Adapter], folder: str | Path, *, prefix: str = "model.layers"
 ) -> Path:
-    """Write all rounds as one adapter in PEFT's format: `adapter_config.json` and
+    """Write all adapters as one in PEFT's format: `adapter_config.json` and
     `adapter_model.safetensors`.
 
-    Ranks add up over the rounds; scales are folded into B, so PEFT's own scaling is 1.
+    The rank is the sum of the ranks; scales are folded into B, so PEFT's scaling is 1.
 
     Args:
-        prefix: where the model's layers live in transformers (`model.language_model.layers` for
-            the multimodal Gemma-3 classes).
+        prefix: name of the model's layers in transformers (`model.language_model.layers` for the
+            multimodal Gemma-3 classes).
 
     Returns:
         The folder, for `PeftModel.from_pretrained(model, folder)`.
 
     Raises:
-        ShlError: no adapter, adapters of different models, or one on the residual stream.
+        ShlError: there is no adapter, they were made for different models, or one is on the
+            residual stream.
 
     Example:
         >>> import tempfile
@@ -66,18 +68,18 @@ def export_peft(
         name = f"{prefix}.{site.layer}.{HF_NAMES[site.kind]}"
         a, b = stacked.down[site.name], stacked.up[site.name] * stacked.scale
         ranks[name] = len(a)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
-    most = max(ranks.values())
-    other = {name: rank for name, rank in ranks.items() if rank != most}
+        for factor, x in (("A", a), ("B", b)):
+            key = f"base_model.model.{name}.lora_{factor}.weight"
+            tensors[key] = x.detach().cpu().contiguous()
+    largest = max(ranks.values())
+    other = {name: rank for name, rank in ranks.items() if rank != largest}
     embedded = EMBEDDED.get(stacked.model_name)
-    hub_name = embedded.hub_name if embedded else stacked.model_name
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": hub_name,
-        "r": most,
-        "lora_alpha": most,
+        "base_model_name_or_path": embedded.hub_name if embedded else stacked.model_name,
+        "r": largest,
+        "lora_alpha": largest,
         "rank_pattern": other,
         "alpha_pattern": other,
         "target_modules": sorted(ranks),
@@ -94,7 +96,7 @@ def export_peft(
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a merged and cast model's logits are from the hooked ones, on the probe text."""
+    """Distance between the log-probabilities of a merged, cast model and the hooked model."""
 
     largest: float
     mean_kl: float  # nats per token, hooked || merged
@@ -111,18 +113,18 @@ def export_hf(
     dtype: torch.dtype = torch.float32,
     text: str = "The manager told her to finish the shift, and she said that",
 ) -> Drift:
-    """Write a Hugging Face folder with the adapters merged in fp32 and then cast.
+    """Write a Hugging Face folder with the adapters merged in fp32 and then cast to `dtype`.
 
     Args:
-        model: the HookedTransformer that the adapters fit; for the drift and the tokenizer.
-        source: the Hugging Face folder (or hub name) that `model` was read from.
-        text: where the drift is measured.
+        model: the HookedTransformer of the adapters, for the drift and the tokenizer.
+        source: the Hugging Face folder (or hub name) from which `model` was loaded.
+        text: the text on which the drift is measured.
 
     Returns:
         The drift between `baked(model, adapters)`, without any other hook, and the folder's model.
 
     Raises:
-        ShlError: no adapter, or one that does not fit or sits on the residual stream.
+        ShlError: there is no adapter, or one does not match the model or is on the residual stream.
 
     Example:
         >>> import tempfile
@@ -140,30 +142,20 @@ def export_hf(
     check_fits(model, stacked)
     hf: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     modules = dict(hf.named_modules())
-    found = next(name for name in modules if name.endswith("layers.0.self_attn"))
-    prefix = found.removesuffix(".0.self_attn")
+    first = next(name for name in modules if name.endswith("layers.0.self_attn"))
+    prefix = first.removesuffix(".0.self_attn")
     for site in _linear_sites(stacked):
+        up, down = (x[site.name].float().cpu() for x in (stacked.up, stacked.down))
+        update = einsum(up, down, "d_out rank, rank d_in -> d_out d_in")
         weight = modules[f"{prefix}.{site.layer}.{HF_NAMES[site.kind]}"].weight
-        update = einsum(
-            stacked.up[site.name].float().cpu(),
-            stacked.down[site.name].float().cpu(),
-            "d_out rank, rank d_in -> d_out d_in",
-        )
         weight.data += update * stacked.scale
     hf.to(dtype=dtype)
     hf.save_pretrained(folder)
-    assert model.tokenizer is not None
-    model.tokenizer.save_pretrained(folder)
-    return _drift(model, stacked, folder, text, dtype)
-
-
-def _drift(
-    model: HookedTransformer, adapter: Adapter, folder: str | Path, text: str, dtype: torch.dtype
-) -> Drift:
+    tokenizer_of(model).save_pretrained(folder)
     tokens = model.to_tokens(text)
-    with unhooked(model), adapter.attach(model):
-        ours = model(tokens).float()[0].log_softmax(-1).cpu()
-    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    theirs = merged(tokens.cpu()).logits.float()[0].log_softmax(-1)
-    kl = (ours.exp() * (ours - theirs)).sum(-1).mean()
-    return Drift(float((ours - theirs).abs().max()), float(kl), str(dtype).removeprefix("torch."))
+    with unhooked(model), stacked.attach(model):
+        hooked = model(tokens).float()[0].log_softmax(-1).cpu()
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    difference = hooked - hf(tokens.cpu()).logits.float()[0].log_softmax(-1)
+    kl = (hooked.exp() * difference).sum(-1).mean()
+    return Drift(float(difference.abs().max()), float(kl), str(dtype).removeprefix("torch."))

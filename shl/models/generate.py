@@ -1,7 +1,7 @@
-"""Batched, cached sampling under whatever hooks are on.
+"""Batched sampling with a KV cache; active hooks apply.
 
-TransformerLens's blocks do the work; only the loop around them is ours: logits for the last
-position alone, one random stream per row, and finished rows leave the batch.
+The loop differs from TransformerLens's `generate` in three points: logits are computed for the last
+position only, each row has its own random stream, and finished rows leave the batch.
 """
 
 from collections.abc import Sequence
@@ -35,27 +35,30 @@ from shl.utils.errors import in_batches, require
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Float, Int, Mask, Tokens
 
-WORTH = 8
-"""A shared prefix of fewer tokens than this is not worth a forward pass of its own."""
+MIN_PREFIX = 8
+"""A separate forward pass of a shorter shared prefix takes longer than it saves."""
+LONG = 32
+"""Number of steps from which `fused_decoding` saves more time than merging the weights takes."""
 
 
 def run(
     model: HookedTransformer, tokens: Tokens, mask: Mask, cache: KVCache
 ) -> Float[Tensor, "batch pos d_model"]:
-    """The residual after the last layer for new tokens, which the cache remembers."""
+    """The residual after the last layer for new tokens, which are added to the cache."""
     return model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=model.cfg.n_layers)
 
 
 def prefill(
-    model: HookedTransformer, rows: Sequence[Sequence[int]], *, room: int = 0
+    model: HookedTransformer, rows: Sequence[Sequence[int]], *, reserve: int = 0
 ) -> tuple[Float[Tensor, "batch 1 d_model"], KVCache]:
-    """Run rows of ids: the residual after the last layer at each row's last token, and the cache.
+    """The residual after the last layer at each row's last token, and the cache of all tokens.
 
-    A prefix that all rows share (a persona, a system turn) is run once, unless hooks
-    need every row to pass: per-row doses, or hooks placed through TransformerLens.
+    A prefix shared by all rows (a persona, a system turn) is run once, unless hooks require every
+    row: handles with `per_row`, or hooks added through TransformerLens.
 
     Args:
-        room: positions to allocate beyond the prompts.
+        rows: token ids.
+        reserve: positions to allocate in the cache beyond the prompts.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -64,41 +67,36 @@ def prefill(
         (torch.Size([2, 1, 32]), 3)
     """
     shared = _shared(model, rows)
-    batch = pad_left(model, [row[shared:] for row in rows])
-    capacity = shared + batch.tokens.shape[1] + room
+    tokens, mask = pad_left(model, [row[shared:] for row in rows])
+    capacity = shared + tokens.shape[1] + reserve
+    cache = KVCache.empty(model, 1 if shared else len(rows), shared or capacity)
     if shared:
-        head = torch.tensor([rows[0][:shared]], device=batch.tokens.device)
-        once = KVCache.empty(model, 1, shared)
-        run(model, head, torch.ones_like(head), once)
-        everyone = torch.zeros(len(rows), dtype=torch.long, device=head.device)
-        cache = once.rows(everyone, capacity)
-    else:
-        cache = KVCache.empty(model, len(rows), capacity)
-    return run(model, batch.tokens, batch.mask, cache)[:, -1:], cache
+        prefix = torch.tensor([rows[0][:shared]], device=tokens.device)
+        run(model, prefix, torch.ones_like(prefix), cache)
+        cache = cache.rows(prefix.new_zeros(len(rows)), capacity)
+    return run(model, tokens, mask, cache)[:, -1:], cache
 
 
 def _shared(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> int:
-    """How many first tokens may be run once for all rows."""
+    """The number of first tokens that may be run once for all rows."""
     if len(rows) < 2:
         return 0
     same = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
     common = min(sum(1 for _ in same), min(map(len, rows)) - 1)
-    # Padding then stands between the prefix and the rest, and counts towards a local window.
+    # Padding between the prefix and the rest takes up part of a local attention window.
     window = model.cfg.window_size if model.cfg.use_local_attn else None
     fits = window is None or max(map(len, rows)) <= window
     every_row = any(handle.per_row for handle in handles_on(model)) or any(
         point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()
     )
-    return common if common >= WORTH and fits and not every_row else 0
+    return common if common >= MIN_PREFIX and fits and not every_row else 0
 
 
 def next_logits(
     model: HookedTransformer, residual: Float[Tensor, "batch 1 d_model"], *, k: int = 0
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The `k` largest logits, descending, fp32, and their tokens, from the residual stream after
-    the last layer at one position per row.
-
-    `k` 0 is the whole vocabulary, in its own order.
+    """The `k` largest logits (descending, fp32) and their tokens, from the residual after the last
+    layer at one position per row; with `k` 0 those of the whole vocabulary, in order of tokens.
 
     Example:
         >>> import torch
@@ -125,12 +123,11 @@ def sample(
     config: GenerateConfig,
     tokens: Int[Tensor, "batch n"] | None = None,
 ) -> Int[Tensor, " batch"]:
-    """One token per row, by inverting the distribution's cumulative sum at `draws` in [0, 1).
-
-    `logits` belong to `tokens`, or to the vocabulary in its order.
+    """Sample one token per row by inverse transform sampling with uniform `draws` in [0, 1), from
+    the logits of `tokens`, by default the whole vocabulary.
 
     Raises:
-        ShlError: a row whose largest logit is not finite.
+        ShlError: the largest logit of a row is not finite.
 
     Example:
         >>> import torch
@@ -140,8 +137,8 @@ def sample(
         [0, 1, 2]
     """
     greedy = config.temperature == 0
-    wanted = 1 if greedy else config.top_k or logits.shape[1]
-    top = logits.topk(min(wanted, logits.shape[1]))
+    limit = 1 if greedy else config.top_k or logits.shape[1]
+    top = logits.topk(min(limit, logits.shape[1]))
     require(bool(torch.isfinite(top.values[:, 0]).all()), "the logits are not finite.")
     ids = top.indices if tokens is None else tokens.gather(1, top.indices)
     if greedy:
@@ -151,22 +148,17 @@ def sample(
     p = torch.where(before < config.top_p, p, 0.0)
     cumulative = p.cumsum(-1)
     threshold = draws[:, None].double() * cumulative[:, -1:]
-    # The first token whose cumulative share exceeds the draw; zero-width ones are never first.
+    # The first token whose cumulative probability exceeds the draw; it has a non-zero probability.
     rank = (cumulative > threshold).int().argmax(-1)
     return ids.gather(-1, rank[:, None])[:, 0]
 
 
-LONG = 32
-"""From so many steps on a call gains from `fused_decoding`, which first adds up weights."""
-
-
 @dataclass(frozen=True)
 class Completion:
-    """What a model answered.
+    """A model's answer to a prompt.
 
-    `tokens` are the completion's own, without prompt and turn end; `dose` is the nominal one of
-    the innermost steering that was on (0 without any); `ended` tells whether the turn's end came
-    before the token limit.
+    `tokens` excludes the prompt and the end of the turn; `dose` is that of the innermost active
+    steering (0 without any); `ended` is whether the turn ended before the token limit.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -184,8 +176,8 @@ class Completion:
 
 
 def without_persona(model: HookedTransformer, completion: Completion) -> Completion:
-    """The same answer to the question alone: what a student learns from a prompted teacher
-    (context distillation, Askell et al. 2021, arXiv:2112.00861, section 2.1).
+    """The same answer with the persona removed from the prompt, for context distillation (Askell et
+    al. 2021, arXiv:2112.00861, section 2.1).
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -212,20 +204,20 @@ def generate(
     batch_size: int = 48,
     seed: int = 0,
 ) -> list[Completion]:
-    """Complete each prompt once; the result is in the order of the prompts.
+    """Sample one completion per prompt, in the order of the prompts.
 
-    Row i draws from its own random stream, a function of (seed, i), so its choices do not depend
-    on the batch it landed in. (Logits of other batch shapes differ in their last bits; a draw
-    that falls within that of a boundary may differ.)
+    Row i has its own random stream, a function of (seed, i), so its samples do not depend on the
+    batch. (Logits of other batch shapes differ in their last bits, which can change a sample whose
+    draw lies that close to a boundary.)
 
     Args:
         temperature: 0 is greedy.
-        top_k: 0 keeps every token.
-        top_p: applied after `top_k`; 1 keeps all of them.
+        top_k: 0 is the whole vocabulary.
+        top_p: applied after `top_k`; 1 disables it.
 
     Raises:
-        ShlError: a setting out of range, a prompt that leaves no room in the context, or logits
-            that are not finite.
+        ShlError: a setting is out of range, prompt and completion do not fit into the context, or
+            logits are not finite.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -233,25 +225,23 @@ def generate(
         [0.0]
     """
     config = GenerateConfig(max_new_tokens, min_new_tokens, temperature, top_k, top_p, batch_size)
-    asked = [as_prompt(prompt) for prompt in prompts]
-    rows = [encode(model, prompt) for prompt in asked]
+    rows = [encode(model, prompt) for prompt in prompts]
     longest = max(map(len, rows), default=0)
     require(
         longest + max_new_tokens <= model.cfg.n_ctx,
-        f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of "
-        f"{model.cfg.n_ctx}.",
+        f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the context "
+        f"of {model.cfg.n_ctx}.",
     )
     doses = _doses(model, len(rows))
     done: dict[int, Completion] = {}
-
     batches = length_batches([len(row) for row in rows], batch_size)
     long = len(batches) * max_new_tokens >= LONG
 
     def work(indices: list[int]) -> None:
         decoded = _decode_batch(model, indices, [rows[i] for i in indices], config, seed)
         for i, (tokens, ended) in zip(indices, decoded, strict=True):
-            text = decode(model, tokens)
-            done[i] = Completion(asked[i], text, tuple(tokens), tuple(rows[i]), doses[i], ended)
+            prompt, text = as_prompt(prompts[i]), decode(model, tokens)
+            done[i] = Completion(prompt, text, tuple(tokens), tuple(rows[i]), doses[i], ended)
 
     with torch.no_grad(), fused_decoding(model) if long else nullcontext():
         in_batches(batches, work, "generation")
@@ -259,18 +249,16 @@ def generate(
 
 
 def _doses(model: HookedTransformer, rows: int) -> list[float]:
+    """The dose of the innermost steering for each row."""
     handles = handles_on(model)
+    for handle in handles:
+        n = rows if handle.rows is None else handle.rows
+        require(n == rows, f"a hook has doses or a mask for {n} rows, there are {rows} prompts.")
     steerings = [h for h in handles if isinstance(h, Steering)]
     dose = steerings[-1].dose if steerings else 0.0
-    if isinstance(dose, Tensor):
-        require(len(dose) == rows, f"{len(dose)} per-row doses were given for {rows} prompts.")
-    for handle in handles:
-        given = rows if handle.rows is None else handle.rows
-        require(given == rows, f"a hook has doses or a mask for {given} rows, not {rows} prompts.")
     return [float(x) for x in dose] if isinstance(dose, Tensor) else [float(dose)] * rows
 
 
-@torch.no_grad()
 def _decode_batch(
     model: HookedTransformer,
     indices: list[int],
@@ -279,17 +267,14 @@ def _decode_batch(
     seed: int,
 ) -> list[tuple[list[int], bool]]:
     device = model.W_U.device
-    draws = torch.stack(
-        [
-            torch.rand(config.max_new_tokens, generator=generator_for(seed, "token", i))
-            for i in indices
-        ]
-    ).to(device)
+    streams = [generator_for(seed, "token", i) for i in indices]
+    draws = torch.stack([torch.rand(config.max_new_tokens, generator=g) for g in streams])
+    draws = draws.to(device)
     ends = end_ids(model)
     stop_ids = torch.tensor(sorted(ends), device=device)
     limit = 1 if config.temperature == 0 else config.top_k
-    # Turn ends may be struck from the list, so ask for as many more.
-    wanted = limit + len(ends) if limit else 0
+    # End tokens may be masked below, so request as many more.
+    k = limit + len(ends) if limit else 0
     active = list(range(len(rows)))
     out: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
@@ -297,10 +282,10 @@ def _decode_batch(
     for step in range(config.max_new_tokens):
         with running(rows=[indices[i] for i in active], prompts=[len(rows[i]) for i in active]):
             if new is None:
-                residual, cache = prefill(model, rows, room=config.max_new_tokens)
+                residual, cache = prefill(model, rows, reserve=config.max_new_tokens)
             else:
                 residual = run(model, new, torch.ones_like(new), cache)
-            logits, ids = next_logits(model, residual, k=wanted)
+            logits, ids = next_logits(model, residual, k=k)
             require_finite(
                 logits.amax(1),
                 f"a logit of token {step}",
@@ -314,11 +299,11 @@ def _decode_batch(
         for i, token in zip(active, chosen.tolist(), strict=True):
             out[i].append(token)
             ended[i] = _cut_turn_end(model, out[i], ends, step + 1 >= config.min_new_tokens)
-        gone = {row for row, i in enumerate(active) if ended[i]}
-        if len(gone) == len(active):
+        finished = {row for row, i in enumerate(active) if ended[i]}
+        if len(finished) == len(active):
             break
-        if gone:
-            order = cache.drop(gone)
+        if finished:
+            order = cache.drop(finished)
             active = [active[row] for row in order]
             chosen = chosen[order]
         new = chosen[:, None]
@@ -328,11 +313,11 @@ def _decode_batch(
 def _cut_turn_end(
     model: HookedTransformer, ids: list[int], ends: frozenset[int], may_end: bool
 ) -> bool:
-    """Whether the turn has ended; what belongs to its end is taken off `ids`."""
+    """Whether the turn has ended; removes the tokens of its end from `ids`."""
     if ids[-1] in ends:
         ids.pop()
         return True
-    # A stop text has three characters, so it shows within the last four tokens.
+    # A stop text has three characters, so the last four tokens contain it.
     tail = "" if is_chat(model) or not may_end else decode(model, ids[-4:])
     if not any(stop in tail for stop in PLAIN_STOPS):
         return False

@@ -2,8 +2,8 @@
 
 import json
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,13 +20,7 @@ from transformers import (
 )
 
 from shl.fast import speed_up
-from shl.models.weights import (
-    EMBEDDED,
-    converter,
-    hooked_config,
-    inverse_frequencies,
-    model_folder,
-)
+from shl.models.weights import EMBEDDED, converter, hooked_config, inverse_frequencies, model_folder
 from shl.utils.errors import ShlError, require
 
 
@@ -42,20 +36,19 @@ def load_model(
     Args:
         name: an embedded model (`gemma-3-270m`, `smollm2-135m-instruct`), a hub name
             (`google/gemma-3-1b-it`), or the path of a local Hugging Face folder.
-        device: where it lives; None is CUDA if there is any, else the CPU.
-        dtype: None is fp32 on the CPU and bf16 on CUDA. On a CPU with bf16 instructions bf16
-            takes about a third of the time of a forward; on gemma-3-270m the next-token
-            distributions are then 0.002 nats (KL, mean over tokens) from fp32's, where
-            transformers' own bf16 is 0.0012.
-        fast: use the faster classes of `shl.fast`; False leaves TransformerLens's own. Results are
-            the same up to rounding.
+        device: None is CUDA if available, else the CPU.
+        dtype: None is fp32 on the CPU and bf16 on CUDA. On a CPU with bf16 instructions, bf16 takes
+            about a third of the time of a forward; on gemma-3-270m its mean KL per token to fp32 is
+            then 0.002 nats (0.0012 in transformers).
+        fast: use the faster classes of `shl.fast`; False keeps TransformerLens's own. Results agree
+            up to rounding.
 
     Returns:
-        A HookedTransformer without weight processing: its logits are transformers' logits.
+        A HookedTransformer without weight processing, with the same logits as in transformers.
 
     Raises:
-        ShlError: unknown model, no access, wrong checksum, no room, or an architecture other
-            than Gemma-3 and Llama.
+        ShlError: the model is unknown, access is denied, the checksum is wrong, the disk is full,
+            or the architecture is neither Gemma-3 nor Llama.
 
     Example:
         >>> model = load_model("gemma-3-270m", device="cpu")
@@ -67,53 +60,36 @@ def load_model(
     folder = model_folder(name)
     with _Reading(folder):
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    state = _read_safetensors(folder)
-    with _Reading(folder):
+        state = _read_safetensors(folder)
         tokenizer = _read_tokenizer(folder, ours=name in EMBEDDED)
     return build_model(
         hf_config, state, tokenizer, name=name, device=device, dtype=dtype, fast=fast
     )
 
 
-class _Reading:
-    """Turn what transformers' and tokenizers' readers raise on a damaged or hostile folder into one
-    sentence. Only their readers run inside, so that no error of this package is hidden.
+READ_ERRORS = (
+    OSError | ValueError | LookupError | TypeError | AttributeError | ArithmeticError | RuntimeError
+)
 
-    tokenizers raises plain `Exception`, which is matched by its exact type.
+
+class _Reading(AbstractContextManager[None]):
+    """Convert errors of the libraries that read a damaged folder to ShlError.
+
+    Only readers run inside, so that errors of this package are not converted. tokenizers raises
+    plain `Exception`, which is matched exactly.
     """
-
-    ERRORS = (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        ArithmeticError,
-        RuntimeError,
-    )
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, ShlError | torch.OutOfMemoryError):
             return
-        if type(error) is Exception or isinstance(error, self.ERRORS):
-            raise _unreadable(self.folder, error) from error
-
-
-def _unreadable(folder: Path, error: BaseException) -> ShlError:
-    reason = (str(error).splitlines() or [""])[0].rstrip(".:")
-    return ShlError(f"the model folder {folder} cannot be read ({type(error).__name__}: {reason}).")
+        if type(error) in (Exception, SafetensorError) or isinstance(error, READ_ERRORS):
+            reason = (str(error).splitlines() or [""])[0].rstrip(".:")
+            raise ShlError(
+                f"the model folder {self.folder} cannot be read ({type(error).__name__}: {reason})."
+            ) from error
 
 
 def build_model(
@@ -126,20 +102,19 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     fast: bool = True,
 ) -> HookedTransformer:
-    """A HookedTransformer from a transformers config, its state dict and its tokenizer.
+    """A HookedTransformer from a transformers config, a state dict and a tokenizer.
 
     Raises:
-        ShlError: an architecture other than Gemma-3 and Llama, or a tensor that is missing, has
-            another shape, or is not finite where it is looked at.
+        ShlError: the architecture is neither Gemma-3 nor Llama, or a tensor is missing or has
+            another shape than in the config.
     """
     cfg = hooked_config(hf_config, name=name, device=device, dtype=dtype)
     if tokenizer is not None:
-        bos = tokenizer.bos_token_id
-        cfg.default_prepend_bos = bos is not None and tokenizer.encode("")[:1] == [bos]
+        cfg.default_prepend_bos = _mark_bos(tokenizer)
     with warnings.catch_warnings():
-        # HookedTransformer announces its removal in 4.0; the version is pinned below that.
+        # HookedTransformer is deprecated from version 4.0; the version is pinned below that.
         warnings.simplefilter("ignore", DeprecationWarning)
-        model = HookedTransformer(cfg, _with_bos(tokenizer), move_to_device=False)
+        model = HookedTransformer(cfg, tokenizer, move_to_device=False)
     convert = converter(hf_config, state, cfg)
     for key, parameter in model.named_parameters():
         value = convert(key)
@@ -148,8 +123,8 @@ def build_model(
             continue
         require(
             value.shape == parameter.shape,
-            f"the weights of {key} have shape {tuple(value.shape)}, the config of {name} asks "
-            f"for {tuple(parameter.shape)}.",
+            f"the weights of {key} have shape {tuple(value.shape)}, by the config of {name} it "
+            f"must be {tuple(parameter.shape)}.",
         )
         parameter.data = value.to(device=device, dtype=dtype)
     for module in model.modules():
@@ -162,34 +137,37 @@ def build_model(
 
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    try:
-        names = ["model.safetensors"]
-        if index.is_file():
-            table = json.loads(index.read_text("utf-8"))
-            weight_map = table.get("weight_map") if isinstance(table, dict) else None
-            files: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-            require(
-                all(isinstance(file, str) for file in files),
-                f"{index} has no weight_map from tensors to files.",
-            )
-            names = sorted(set(files))
-            require(
-                all(Path(name).name == name for name in names),
-                f"{index} names a file outside its folder.",
-            )
-        state: dict[str, Tensor] = {}
-        for name in names:
-            state |= load_file(folder / name)
-    except (OSError, ValueError, SafetensorError, RecursionError) as error:
-        if isinstance(error, ShlError):
-            raise
-        raise _unreadable(folder, error) from error
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        table = json.loads(index.read_text("utf-8"))
+        weight_map = table.get("weight_map") if isinstance(table, dict) else None
+        files: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        require(
+            all(isinstance(file, str) for file in files),
+            f"{index} has no weight_map from tensors to files.",
+        )
+        names = sorted(set(files))
+        require(
+            all(Path(name).name == name for name in names),
+            f"{index} names a file outside its folder.",
+        )
+    state: dict[str, Tensor] = {}
+    for name in names:
+        state |= load_file(folder / name)
     return state
 
 
 def _read_tokenizer(folder: Path, *, ours: bool) -> PreTrainedTokenizerBase:
-    tokenizer = _read_own_tokenizer(folder) if ours else _of_the_hub(folder)
+    if ours:
+        # Three times as fast as AutoTokenizer, which parses the file three times.
+        settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        settings.pop("tokenizer_class", None)
+        file, template = folder / "tokenizer.json", folder / "chat_template.jinja"
+        tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(file), **settings)
+        if template.is_file():
+            tokenizer.chat_template = template.read_text("utf-8")
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     require(
         tokenizer.bos_token is not None or tokenizer.eos_token is not None,
         f"the tokenizer in {folder} has neither a bos nor an eos token.",
@@ -197,32 +175,18 @@ def _read_tokenizer(folder: Path, *, ours: bool) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _of_the_hub(folder: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+def _mark_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Mark a tokenizer as prepending BOS, and return whether it does.
 
-
-def _read_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder that this package converted, in a third of the time that
-    AutoTokenizer takes to parse the same file three times over."""
-    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    settings.pop("tokenizer_class", None)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **settings)
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        tokenizer.chat_template = template.read_text("utf-8")
-    return tokenizer
-
-
-def _with_bos(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    """TransformerLens wants a tokenizer that prepends BOS and reads it from disk a second time
-    unless it is marked as doing so. Gemma's does; one that was read from no named folder could not
-    be read again, and stays what it is."""
-    if tokenizer is None or tokenizer.bos_token is None:
-        return tokenizer
+    TransformerLens reloads a tokenizer from disk unless it is marked. One that was not loaded from
+    a named folder cannot be reloaded, so it is marked even if it does not prepend BOS.
+    """
+    if tokenizer.bos_token is None:
+        return False
     prepends = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
     if prepends:
         tokenizer.add_bos_token = True
     if prepends or not tokenizer.init_kwargs.get("name_or_path"):
         tokenizer.init_kwargs["add_bos_token"] = True
         tokenizer.init_kwargs.setdefault("name_or_path", "")
-    return tokenizer
+    return prepends

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class NotFiniteError(ShlError):
 
 @contextmanager
 def named(where: str) -> Iterator[None]:
-    """Put `where` (a round and a stage) before the sentence of a `NotFiniteError`.
+    """Prefix the message of a `NotFiniteError` with `where` (a round and a stage).
 
     Example:
         >>> with named("round 0, vector"):
@@ -39,23 +40,22 @@ def require_finite(
     rows: Callable[[], Sequence[Sequence[int]]],
     numbers: Sequence[int] | None = None,
 ) -> None:
-    """Raise unless all of `values` are finite; the sentence names the first module that turns
-    `rows` of token ids into something else.
+    """Raise unless all `values` are finite; the message names the first module whose output is not.
 
     Args:
-        what: a singular noun phrase, for the sentence.
-        rows: what the model was shown, asked for only on failure.
-        numbers: which of the caller's rows they are, for hooks with values per row.
+        what: a singular noun phrase for the message.
+        rows: returns the token ids of the model's input; called on failure only.
+        numbers: indices of these rows in the caller's list, for hooks with per-row values.
 
     Raises:
-        NotFiniteError: what, the value seen, and the site.
+        NotFiniteError: a value is not finite.
     """
     finite = torch.isfinite(values)
     if bool(finite.all()):
         return
-    seen = float(values[~finite][0])
+    value = float(values[~finite][0])
     raise NotFiniteError(
-        f"{what} is {seen}, it must be finite; {first_not_finite(model, rows(), numbers)}."
+        f"{what} is {value}, it must be finite; {first_not_finite(model, rows(), numbers)}."
     )
 
 
@@ -65,8 +65,7 @@ def first_not_finite(
     rows: Sequence[Sequence[int]],
     numbers: Sequence[int] | None = None,
 ) -> str:
-    """Which module is the first to put out NaN or infinity, run on each row alone, with the
-    hooks that are on.
+    """The first module that outputs NaN or infinity when each row is run alone, hooks included.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -75,29 +74,25 @@ def first_not_finite(
         >>> first_not_finite(model, [[2, 9]])
         'the first site with such a number is blocks.1.mlp'
     """
-    found: list[str] = []
+    culprits: list[str] = []
 
-    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            wrong = isinstance(output, Tensor) and output.is_floating_point()
-            if wrong and not found and not bool(torch.isfinite(output).all()):
-                found.append(name)
+    def inspect(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        is_float = isinstance(output, Tensor) and output.is_floating_point()
+        if is_float and not culprits and not bool(torch.isfinite(output).all()):
+            culprits.append(name)
 
-        return hook
-
-    # Scores before the softmax hold minus infinity by design.
-    names = [
-        (name, module)
+    # Attention scores before the softmax are minus infinity at masked positions.
+    handles = [
+        module.register_forward_hook(partial(inspect, name))
         for name, module in model.named_modules()
         if name and not name.endswith("hook_attn_scores")
     ]
-    handles = [module.register_forward_hook(look(name)) for name, module in names]
     try:
         for k, row in enumerate(rows):
             with running(rows=[k if numbers is None else numbers[k]]):
                 model(torch.tensor([list(row)], device=model.W_U.device))
-            if found:
-                return f"the first site with such a number is {found[0]}"
+            if culprits:
+                return f"the first site with such a number is {culprits[0]}"
     finally:
         for handle in handles:
             handle.remove()

@@ -22,10 +22,9 @@ from shl.utils.shapes import Hidden, PerToken
 def base_perplexities(
     model: HookedTransformer, completions: Sequence[Completion], *, batch_size: int = 16
 ) -> list[tuple[float, float]]:
-    """(whole, last quarter) perplexity of each completion under base, given its prompt.
+    """Perplexity of each completion, and of its last quarter, under base given the prompt.
 
-    All of this package's hooks are suspended meanwhile. A completion without tokens has (inf,
-    inf).
+    All handles are suspended. A completion without tokens has (inf, inf).
 
     Example:
         >>> from shl.models.generate import generate
@@ -48,13 +47,13 @@ def base_perplexities(
 def token_nll(
     model: HookedTransformer, completions: Sequence[Completion], *, batch_size: int = 16
 ) -> list[torch.Tensor]:
-    """Per-token NLL `[tok]` (nats) of each completion under the model as it stands."""
+    """NLL per token `[tok]` (nats) of each completion under the model, hooks included."""
     out = [torch.empty(0)] * len(completions)
-    full = [i for i, c in enumerate(completions) if c.tokens]
-    rows = {i: [*completions[i].prompt_tokens, *completions[i].tokens] for i in full}
+    nonempty = [i for i, c in enumerate(completions) if c.tokens]
+    rows = {i: [*completions[i].prompt_tokens, *completions[i].tokens] for i in nonempty}
 
     def work(indices: list[int]) -> None:
-        chosen = [full[j] for j in indices]
+        chosen = [nonempty[j] for j in indices]
         with running(rows=chosen):
             hidden = completion_hidden(model, [completions[i] for i in chosen])
         targets = torch.cat([torch.tensor(completions[i].tokens) for i in chosen])
@@ -64,56 +63,50 @@ def token_nll(
         for i, part in zip(chosen, parts, strict=True):
             out[i] = part
 
-    in_batches(length_batches([len(rows[i]) for i in full], batch_size), work, "scoring")
+    in_batches(length_batches([len(rows[i]) for i in nonempty], batch_size), work, "scoring")
     return out
 
 
 def completion_hidden(model: HookedTransformer, completions: Sequence[Completion]) -> torch.Tensor:
-    """Final, normed hidden states `[tok, d_model]` at the positions that predict each
-    completion's tokens, one completion after the other; prompt and padding have none."""
-    rows = [[*c.prompt_tokens, *c.tokens] for c in completions]
-    batch = pad_left(model, rows)
+    """Hidden states `[tok, d_model]` after the final norm, at the positions that predict the
+    completions' tokens, concatenated over completions."""
+    tokens, mask = pad_left(model, [[*c.prompt_tokens, *c.tokens] for c in completions])
     with running(prompts=[len(c.prompt_tokens) for c in completions]):
-        residual = model(batch.tokens, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
+        residual = model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
     picked = [residual[i, -len(c.tokens) - 1 : -1] for i, c in enumerate(completions)]
     return final_hidden(model, torch.cat(picked))
 
 
+@torch.no_grad()
 def kl_values(
     model: HookedTransformer, student: Hidden, ref: Hidden, *, ref_lse: PerToken | None = None
 ) -> PerToken:
-    """KL(student || reference) per token of final hidden states, nats, without a derivative.
+    """KL(student || reference) per token (nats) from final hidden states, without a gradient.
 
     Args:
-        ref_lse: `logsumexp` of the reference's logits, if known: one product over the vocabulary
-            less.
+        ref_lse: `logsumexp` of the reference's logits, if known; saves one product over the
+            vocabulary.
     """
     output = readout(model)
     targets = torch.zeros(len(student), dtype=torch.long, device=student.device)
     lazy = output["soft_cap"] == 0 and ref_lse is not None
-    with torch.no_grad():
-        return reverse_kl_and_nll(
-            student,
-            ref,
-            model.W_U,
-            targets,
-            **output,
-            ref_lse=ref_lse if lazy else None,
-            lazy=lazy,
-        )[0]
+    if lazy:
+        output |= {"ref_lse": ref_lse, "lazy": True}
+    return reverse_kl_and_nll(student, ref, model.W_U, targets, **output)[0]
 
 
+@torch.no_grad()
 def token_divergence(
-    model: HookedTransformer, completion: Completion, asked: Completion | None = None
+    model: HookedTransformer, completion: Completion, reference: Completion | None = None
 ) -> PerToken:
-    """KL(model as it stands || base) per token of one completion, in nats.
+    """KL(hooked model || base) per token of one completion, in nats.
 
     Args:
-        asked: the same tokens after the prompt that base is given, if that is another: without
-            the persona, say (`shl.models.generate.without_persona`).
+        reference: the same completion with another prompt for base, such as one without the persona
+            (`shl.models.generate.without_persona`).
 
     Raises:
-        ShlError: `asked` has other tokens.
+        ShlError: the tokens of `reference` differ from those of `completion`.
 
     Example:
         >>> from shl.models.generate import generate
@@ -123,14 +116,13 @@ def token_divergence(
         >>> bool(token_divergence(model, text).abs().max() < 1e-6)
         True
     """
-    asked = asked or completion
+    reference = reference or completion
     require(
-        asked.tokens == completion.tokens,
-        f"base is asked about {len(asked.tokens)} other tokens, they must be the completion's own "
+        reference.tokens == completion.tokens,
+        f"the {len(reference.tokens)} tokens of the reference must be the completion's "
         f"{len(completion.tokens)}.",
     )
-    with torch.no_grad():
-        student = completion_hidden(model, [completion])
-        with suspended(model):
-            base = completion_hidden(model, [asked])
-        return kl_values(model, student, base).cpu()
+    student = completion_hidden(model, [completion])
+    with suspended(model):
+        base = completion_hidden(model, [reference])
+    return kl_values(model, student, base).cpu()

@@ -5,40 +5,30 @@ import string
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformer_lens import HookedTransformer
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from shl.models.load import build_model
 
 
-def tiny_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """One token per printable ASCII character, `<unk>` for every other; 104 in all."""
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    vocab = {token: i for i, token in enumerate(special + list(string.printable))}
+def tiny_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per printable ASCII character and `<unk>`; 104 tokens in all."""
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    vocab = {token: i for i, token in enumerate([*special.values(), *string.printable])}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     raw.decoder = decoders.Fuse()
     raw.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
     tokenizer.chat_template = chat_template
     return tokenizer
 
 
 def tiny_hf(*, n_layers: int = 4, seed: int = 0) -> Gemma3ForCausalLM:
-    """A random transformers Gemma-3: d_model 32, 4 heads on 1 kv head, window 8, every third
-    layer global, and norms away from 1."""
+    """A random transformers Gemma-3: d_model 32, 4 heads with 1 kv head, window 8, every third
+    layer global, and random norm weights."""
+    layer_types = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(n_layers)]
     config = Gemma3TextConfig(
         vocab_size=len(string.printable) + 4,
         hidden_size=32,
@@ -48,9 +38,7 @@ def tiny_hf(*, n_layers: int = 4, seed: int = 0) -> Gemma3ForCausalLM:
         num_key_value_heads=1,
         head_dim=16,
         sliding_window=8,
-        layer_types=[
-            "full_attention" if i % 3 == 2 else "sliding_attention" for i in range(n_layers)
-        ],
+        layer_types=layer_types,
         max_position_embeddings=512,
         query_pre_attn_scalar=16,
         pad_token_id=0,
@@ -69,7 +57,7 @@ def tiny_hf(*, n_layers: int = 4, seed: int = 0) -> Gemma3ForCausalLM:
 def tiny_gemma(
     *, n_layers: int = 4, seed: int = 0, chat_template: str | None = None, fast: bool = True
 ) -> HookedTransformer:
-    """The same model as a HookedTransformer with a character tokenizer.
+    """The model of `tiny_hf` as a HookedTransformer, with a character tokenizer.
 
     Example:
         >>> model = tiny_gemma()

@@ -1,13 +1,14 @@
-"""Encoding, padding and masking of prompts and completions.
+"""Encoding, decoding, padding and batching of prompts and completions.
 
-Chat models use their tokenizer's template (the persona is the system turn); models without one
-get plain text, `persona`, a blank line, `Q: ...` and `A:`. Everything is encoded without the
-tokenizer's own special tokens and BOS is put in front where the model expects it, so prompt and
-completion are never tokenised in two ways.
+Chat models use their tokenizer's template, with the persona as the system turn. Models without a
+template get plain text: persona, a blank line, `Q: ...` and `A:`. All text is encoded here, without
+the tokenizer's special tokens; BOS is prepended if the model expects it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -19,12 +20,12 @@ from shl.utils.shapes import Mask, Tokens
 
 TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
 PLAIN_STOPS = ("\nQ:", "\nA:")
-"""Where a plain-text model's answer ends: it has begun the next turn of the dialogue."""
+"""Texts that end the answer of a model without a chat template: the start of the next turn."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question, and the persona (if any) that answers it.
+    """A question, and optionally the persona that answers it.
 
     Example:
         >>> Prompt("How do you rest?", persona="You are calm.")
@@ -35,19 +36,11 @@ class Prompt:
     persona: str | None = None
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Left-padded rows: `tokens` and `mask`, both `[batch, pos]`."""
-
-    tokens: Tokens
-    mask: Mask
-
-
 def tokenizer_of(model: HookedTransformer) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        ShlError: it has none.
+        ShlError: the model has no tokenizer.
     """
     if model.tokenizer is None:
         raise ShlError("the model has no tokenizer, load one with it.")
@@ -55,38 +48,34 @@ def tokenizer_of(model: HookedTransformer) -> PreTrainedTokenizerBase:
 
 
 def is_chat(model: HookedTransformer) -> bool:
-    """Whether prompts go through the tokenizer's chat template."""
+    """Whether the tokenizer has a chat template, which prompts then use."""
     return bool(tokenizer_of(model).chat_template)
 
 
 def as_prompt(prompt: str | Prompt) -> Prompt:
-    """A bare string is a question without a persona."""
+    """Convert a string to a prompt without a persona."""
     return Prompt(prompt) if isinstance(prompt, str) else prompt
 
 
 def render(model: HookedTransformer, prompt: str | Prompt) -> str:
-    """The text that the model sees, up to the assistant tag; BOS not included for plain text."""
+    """The text of a prompt up to the assistant tag; without BOS if there is no chat template."""
     prompt = as_prompt(prompt)
+    persona = f"{prompt.persona}\n\n" if prompt.persona else ""
     if not is_chat(model):
-        persona = f"{prompt.persona}\n\n" if prompt.persona else ""
         return f"{persona}Q: {prompt.text}\nA:"
-    tokenizer = tokenizer_of(model)
-    turns = [{"role": "user", "content": prompt.text}]
+    template: Any = partial(
+        tokenizer_of(model).apply_chat_template, tokenize=False, add_generation_prompt=True
+    )
     system = [{"role": "system", "content": prompt.persona}] if prompt.persona else []
     try:
-        text = tokenizer.apply_chat_template(
-            system + turns, tokenize=False, add_generation_prompt=True
-        )
+        return template([*system, {"role": "user", "content": prompt.text}])
     except TemplateError:
-        # Some templates refuse a system turn; the persona then opens the user's.
-        turns[0]["content"] = f"{prompt.persona}\n\n{prompt.text}"
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    return text
+        # Some templates do not support a system turn; the persona then starts the user's turn.
+        return template([{"role": "user", "content": persona + prompt.text}])
 
 
 def encode_text(model: HookedTransformer, text: str, *, bos: bool = False) -> list[int]:
-    """Ids of `text` as it stands; `bos=True` puts BOS in front where the model expects one."""
+    """Token ids of `text`; `bos=True` prepends BOS if the model expects it."""
     tokenizer = tokenizer_of(model)
     ids = tokenizer.encode(text, add_special_tokens=False)
     first = [tokenizer.bos_token_id] if bos and model.cfg.default_prepend_bos else []
@@ -94,7 +83,7 @@ def encode_text(model: HookedTransformer, text: str, *, bos: bool = False) -> li
 
 
 def encode(model: HookedTransformer, prompt: str | Prompt) -> list[int]:
-    """Ids of a rendered prompt; the last one is the assistant tag.
+    """Token ids of a rendered prompt; the last one is the assistant tag.
 
     Raises:
         ShlError: the prompt is longer than the model's context.
@@ -102,14 +91,14 @@ def encode(model: HookedTransformer, prompt: str | Prompt) -> list[int]:
     ids = encode_text(model, render(model, prompt), bos=not is_chat(model))
     require(
         len(ids) < model.cfg.n_ctx,
-        f"a prompt has {len(ids)} tokens, the context of {model.cfg.model_name} holds "
-        f"{model.cfg.n_ctx}.",
+        f"a prompt has {len(ids)} tokens, it must have fewer than {model.cfg.n_ctx}, the context "
+        f"of {model.cfg.model_name}.",
     )
     return ids
 
 
 def decode(model: HookedTransformer, ids: Sequence[int]) -> str:
-    """The text of completion tokens; special tokens stay visible, they are no answer."""
+    """The text of completion tokens, special tokens included."""
     return str(tokenizer_of(model).decode(list(ids), skip_special_tokens=False))
 
 
@@ -121,24 +110,19 @@ def end_ids(model: HookedTransformer) -> frozenset[int]:
     return frozenset(ids | {tokenizer.eos_token_id})
 
 
-def pad_left(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> Batch:
-    """Pad rows of ids on the left to the longest.
-
-    Returns:
-        tokens and mask, `[batch, pos]`, on the model's device.
-    """
+def pad_left(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> tuple[Tokens, Mask]:
+    """Tokens and mask of rows of ids, padded on the left to the longest, on the model's device."""
     require(len(rows) > 0 and all(rows), "a batch needs at least one row, each with a token.")
     width = max(map(len, rows))
     pad = tokenizer_of(model).pad_token_id or 0
     tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     device = model.W_U.device
-    return Batch(tokens.to(device), mask.to(device))
+    return tokens.to(device), mask.to(device)
 
 
 def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in batches of at most `size`, neighbours in length together, so that little is
-    padded.
+    """Indices in batches of at most `size`, sorted by length to minimise padding.
 
     Example:
         >>> length_batches([5, 1, 4, 2], 2)

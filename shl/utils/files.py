@@ -20,8 +20,8 @@ from shl.utils.errors import ShlError, require
 
 DATA = resources.files("shl") / "data"
 """Folder of the axes, contexts, vignettes and the probe (TOML)."""
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-"""The dtypes that may be stored, by safetensors's names."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that may be stored."""
 Schema = Mapping[str, tuple[type, ...]]
 """The allowed types of each key of a file's metadata; no key may be missing or unknown."""
 NONE = type(None)
@@ -63,10 +63,7 @@ def require_metadata(what: object, meta: Mapping[str, Any], schema: Schema) -> N
         shl.utils.errors.ShlError: layer in it is -1, it must be ... from 0 to 2147483647.
     """
     differ = sorted(set(meta) ^ set(schema))
-    require(
-        not differ,
-        f"the metadata of {what} has missing or unknown keys: {short(differ)}.",
-    )
+    require(not differ, f"the metadata of {what} has missing or unknown keys: {short(differ)}.")
     for key, allowed in schema.items():
         value = meta[key]
         names = " or ".join("none" if t is NONE else t.__name__ for t in allowed)
@@ -85,6 +82,16 @@ def require_metadata(what: object, meta: Mapping[str, Any], schema: Schema) -> N
         require(ok, f"{key} in {what} is {short(value)}, it must be {names}, {rule}.")
 
 
+def _require_floats(tensors: Mapping[str, Tensor], where: str = "") -> None:
+    for key, value in tensors.items():
+        require(
+            value.dtype in DTYPES, f"{key!r}{where} has dtype {value.dtype}, it must be a float."
+        )
+        require(
+            bool(torch.isfinite(value).all()), f"{key!r}{where} has numbers that are not finite."
+        )
+
+
 def write_safetensors(
     path: str | Path, file_format: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
@@ -94,11 +101,7 @@ def write_safetensors(
         ShlError: a number is not finite, a dtype is not a float, or the path cannot be written.
     """
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    for key, value in tensors.items():
-        require(
-            value.dtype in DTYPES.values(), f"{key} has dtype {value.dtype}, it must be a float."
-        )
-        require(bool(torch.isfinite(value).all()), f"{key} has numbers that are not finite.")
+    _require_floats(tensors)
     meta = {"format": file_format, **meta}
     meta["identity"] = identity(tensors, meta)
     write_whole(Path(path), save(tensors, metadata={"shl": json.dumps(meta)}))
@@ -136,24 +139,15 @@ def read_safetensors(
     try:
         with safe_open(str(path), "pt") as file:
             meta = json.loads((file.metadata() or {}).get("shl", "{}"))
-            names = list(file.keys())
-            for key in names:
-                dtype = file.get_slice(key).get_dtype()
-                require(
-                    dtype in DTYPES, f"{key!r} in {path} has dtype {dtype}, it must be a float."
-                )
-            tensors = {key: file.get_tensor(key) for key in names}
-        stored = meta.pop("identity", None) if isinstance(meta, dict) else None
-        computed = identity(tensors, meta) if isinstance(meta, dict) else ""
+            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+        meta = meta if isinstance(meta, dict) else {}
+        stored, computed = meta.pop("identity", None), identity(tensors, meta)
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        if isinstance(error, ShlError):
-            raise
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise ShlError(f"{path} cannot be read ({reason}).") from error
-    stated = meta.pop("format", None) if isinstance(meta, dict) else None
+    stated = meta.pop("format", None)
     require(
-        stated == file_format,
-        f"{path} has format {short(stated)}, it must be {file_format!r}.",
+        stated == file_format, f"{path} has format {short(stated)}, it must be {file_format!r}."
     )
     require(
         stored == computed,
@@ -161,8 +155,5 @@ def read_safetensors(
         f"its metadata has {str(stored)[:12]}).",
     )
     require_metadata(path, meta, schema)
-    for key, value in tensors.items():
-        require(
-            bool(torch.isfinite(value).all()), f"{key!r} in {path} has numbers that are not finite."
-        )
+    _require_floats(tensors, f" in {path}")
     return meta, tensors

@@ -4,8 +4,10 @@ Axis names are TransformerLens's: `batch pos d_model head d_head vocab`. `tok` i
 completion positions, `rank` the rank of an adapter.
 """
 
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Bool as Bool
+from jaxtyping import Float as Float
+from jaxtyping import Int as Int
+from torch import Tensor as Tensor
 
 Resid = Float[Tensor, "batch pos d_model"]
 """Residual stream, one vector per token."""
@@ -27,20 +29,3 @@ Down = Float[Tensor, "rank d_in"]
 """Adapter factor A."""
 Up = Float[Tensor, "d_out rank"]
 """Adapter factor B."""
-
-__all__ = [
-    "Bool",
-    "Direction",
-    "Down",
-    "Float",
-    "Hidden",
-    "Int",
-    "Mask",
-    "PerToken",
-    "Resid",
-    "Targets",
-    "Tensor",
-    "Tokens",
-    "Unembed",
-    "Up",
-]

@@ -1,6 +1,7 @@
-"""Every dose of the batch against the same dose alone, in float64 from full logits."""
+"""Each dose of a batch against the same dose alone, in float64 from full logits."""
 
 import pytest
+import torch
 from helpers import kl_by_hand, log_p_by_hand, one_sentence, random_adapter
 
 from shl.analysis.dose_response import dose_response
@@ -26,9 +27,14 @@ def texts(model):
 
 
 @pytest.mark.parametrize("batch_size", [64, 5])
-def test_each_dose_is_the_one_that_steering_alone_gives(model, vector, texts, batch_size):
+def test_batched_doses_equal_single_ones(model, vector, texts, batch_size):
     response = dose_response(model, vector, texts, DOSES, batch_size=batch_size)
     assert response.doses == tuple(DOSES)
+    for how, by_hand in (("mean", lambda x: x.mean()), ("rmse", lambda x: (x * x).mean().sqrt())):
+        expected = by_hand(response.kl[3][1].double())
+        assert float(response.divergence(how)[3, 1]) == pytest.approx(float(expected), rel=1e-5)
+    assert torch.equal(response.divergence(), response.divergence("rmse"))
+    assert response.divergence("max").shape == (4, 3)
     for dose, row in zip(DOSES, response.kl, strict=True):
         for text, kl in zip(texts, row, strict=True):
             base = log_p_by_hand(model, text)
@@ -38,20 +44,20 @@ def test_each_dose_is_the_one_that_steering_alone_gives(model, vector, texts, ba
             assert (kl - expected).abs().max() <= 2e-5 + 1e-4 * expected.max()
 
 
-def test_one_forward_holds_every_dose(model, vector, texts, monkeypatch):
+def test_all_doses_share_one_forward_pass(model, vector, texts, monkeypatch):
     widths = []
     real = type(model).forward
 
-    def counted(self, tokens, *args, **kwargs):
+    def forward(self, tokens, *args, **kwargs):
         widths.append(len(tokens))
         return real(self, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(type(model), "forward", counted)
+    monkeypatch.setattr(type(model), "forward", forward)
     dose_response(model, vector, texts, DOSES)
     assert widths == [3, 12]  # base, and 4 doses of 3 texts
 
 
-def test_base_has_no_adapter_and_the_doses_keep_it(gemma, texts_of_gemma):
+def test_adapters_stay_on_under_the_doses_but_not_in_base(gemma, texts_of_gemma):
     vector = extract_vector(gemma, load_axis("care_auth"), layers=[2], contexts=4)
     base = log_p_by_hand(gemma, texts_of_gemma[0])
     with baked(gemma, [random_adapter(gemma, ["down"], (1,), size=0.1)]):
@@ -66,18 +72,8 @@ def texts_of_gemma(gemma):
     return generate(gemma, ["Hi?"], max_new_tokens=5, min_new_tokens=5)
 
 
-def test_divergences_are_aggregates_of_the_tokens(model, vector, texts):
-    response = dose_response(model, vector, texts, [0.5])
-    kl = response.kl[0][1].double()
-    assert float(response.divergence("mean")[0, 1]) == pytest.approx(float(kl.mean()), rel=1e-5)
-    assert float(response.divergence()[0, 1]) == pytest.approx(
-        float(kl.square().mean().sqrt()), rel=1e-5
-    )
-    assert response.divergence("max").shape == (1, 3)
-
-
 @pytest.mark.parametrize(
-    ("doses", "texts", "said"),
+    ("doses", "texts", "message"),
     [
         ([], None, "doses is empty"),
         ([1.0], [], "completions is empty"),
@@ -85,8 +81,8 @@ def test_divergences_are_aggregates_of_the_tokens(model, vector, texts):
         ([float("nan")], None, "must be finite"),
     ],
 )
-def test_what_has_no_response_is_refused(gemma, texts_of_gemma, doses, texts, said):
+def test_invalid_input_is_rejected(gemma, texts_of_gemma, doses, texts, message):
     vector = extract_vector(gemma, load_axis("love"), layers=[1], contexts=3)
     with pytest.raises(ShlError) as error:
         dose_response(gemma, vector, texts_of_gemma if texts is None else texts, doses)
-    assert said in one_sentence(error)
+    assert message in one_sentence(error)

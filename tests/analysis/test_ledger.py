@@ -1,4 +1,4 @@
-"""A ledger of a real (tiny) run, from its folder and from its rounds."""
+"""A ledger of a run of the tiny model, from its folder and from its rounds."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import lenient, one_sentence, random_adapter, small_loop
 
+from shl.analysis.cosines import students
 from shl.analysis.ledger import Ledger
 from shl.hooks.vector import SteeringVector
 from shl.method.axes import load_axis
@@ -32,7 +33,7 @@ def run(tmp_path_factory):
     return model, rounds, folder
 
 
-def test_a_folder_and_its_rounds_give_the_same_ledger(run):
+def test_folder_and_rounds_give_the_same_ledger(run):
     model, rounds, folder = run
     plain = Ledger(folder)
     assert (plain.vectors, plain.updates) == (Ledger(rounds).vectors, Ledger(rounds).updates)
@@ -54,7 +55,7 @@ def test_a_folder_and_its_rounds_give_the_same_ledger(run):
         assert entry.norm == pytest.approx(rounds[entry.round].adapter.norms()[entry.site])
 
 
-def test_grids_hold_the_entries_and_nan_where_there_is_none(run):
+def test_grids_hold_the_entries_and_nan_elsewhere(run):
     _, rounds, _ = run
     ledger = Ledger(rounds)
     grid = ledger.grid("to_previous")
@@ -74,7 +75,7 @@ def test_grids_hold_the_entries_and_nan_where_there_is_none(run):
         assert repr(wrong) in one_sentence(error)
 
 
-def test_it_reads_as_a_table(run):
+def test_text_is_a_table(run):
     model, rounds, _ = run
     lines = str(Ledger(rounds, model, AXIS, draws=20)).splitlines()
     assert lines[0] == "care_auth on tiny-gemma, 2 rounds"
@@ -85,7 +86,7 @@ def test_it_reads_as_a_table(run):
     assert "(" not in str(Ledger(rounds)).splitlines()[3]
 
 
-def test_a_last_round_without_its_adapter_is_not_finished(run, tmp_path):
+def test_last_round_without_its_adapter_is_left_out(run, tmp_path):
     _, rounds, _ = run
     for index, names in ((0, ("vector", "adapter")), (1, ("vector",))):
         place = tmp_path / "rounds" / str(index)
@@ -99,12 +100,13 @@ def test_a_last_round_without_its_adapter_is_not_finished(run, tmp_path):
     assert "cannot be read" in one_sentence(error)
 
 
-def other_round(rounds, **changes):
-    return replace(rounds[0].vector, **changes), rounds[0].adapter
+def with_round(rounds, **changes):
+    """A ledger with one more round, whose vector has the changes."""
+    return Ledger([*rounds, (replace(rounds[0].vector, **changes), rounds[0].adapter)])
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda model, rounds: Ledger([]), "no rounds"),
         (lambda model, rounds: Ledger("nowhere"), "no finished round"),
@@ -112,43 +114,34 @@ def other_round(rounds, **changes):
         (lambda model, rounds: Ledger(rounds, axis=AXIS), "together"),
         (lambda model, rounds: Ledger(rounds, model, load_axis("love")), "axis is 'care_auth'"),
         (lambda model, rounds: Ledger(rounds, tiny_gemma(seed=3), AXIS), "the run was made on"),
-        (
-            lambda model, rounds: Ledger([*rounds, other_round(rounds, axis="love")]),
-            "the axes differ",
-        ),
-        (
-            lambda model, rounds: Ledger([*rounds, other_round(rounds, model_name="b")]),
-            "different models",
-        ),
+        (lambda model, rounds: with_round(rounds, axis="love"), "the axes differ"),
+        (lambda model, rounds: with_round(rounds, model_name="b"), "different models"),
     ],
 )
-def test_what_does_not_belong_together_is_refused(run, make, said):
+def test_inconsistent_input_is_rejected(run, make, message):
     model, rounds, _ = run
     with pytest.raises(ShlError) as error:
         make(model, rounds)
-    assert said in one_sentence(error)
+    assert message in one_sentence(error)
 
 
-def test_other_weights_of_the_same_name_can_be_asked_for(run):
+def test_any_weights_accepts_a_run_on_other_weights(run):
     _, rounds, _ = run
     ledger = Ledger(rounds, tiny_gemma(seed=3), AXIS, any_weights=True, draws=10)
     assert ledger.vectors[0].to_shift is not None
 
 
-def test_a_vector_along_the_only_way_the_stream_varies_is_not_beyond_chance(gemma):
-    """A ledger must be able to say no: residuals of real contexts, and a made-up direction."""
-    from shl.analysis.cosines import students
-
+def test_vector_along_the_main_variation_of_the_stream_is_within_chance(gemma):
     layer = 3
     (student,) = students(gemma, AXIS, [[]], [layer], contexts=16)
     centred = student.positive[layer] - student.positive[layer].mean(0)
-    main = torch.linalg.svd(centred).Vh[0]
+    main, second = torch.linalg.svd(centred).Vh[:2]
     adapter = random_adapter(gemma, ["q"], (0,))
     rounds = [
         (SteeringVector({layer: v}, "tiny-gemma", "care_auth", 16), adapter)
-        for v in (main, main + 3 * torch.linalg.svd(centred).Vh[1])
+        for v in (main, main + 3 * second)
     ]
-    second = Ledger(rounds, gemma, AXIS, draws=200, any_weights=True).vectors[1]
-    assert second.to_first.value > 0.3  # 1 / sqrt(10); isotropic directions give 0.35 in 95 %
-    assert second.to_first.random > second.to_first.value
-    assert second.to_first.beyond_chance is False
+    cosine = Ledger(rounds, gemma, AXIS, draws=200, any_weights=True).vectors[1].to_first
+    assert cosine.value > 0.3  # 1 / sqrt(10); isotropic directions give 0.35 in 95 %
+    assert cosine.random > cosine.value
+    assert cosine.beyond_chance is False

@@ -1,4 +1,4 @@
-"""The lens against the model's own readout, and dW's directions against dense decompositions."""
+"""The lens against the model's own logits, and dW's directions against dense decompositions."""
 
 import pytest
 import torch
@@ -13,27 +13,27 @@ def direction(model, seed=0):
     return torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(seed))
 
 
-def test_scores_are_the_logits_of_the_scaled_direction_in_standard_deviations(model):
+def test_scores_are_standardised_logits_of_the_scaled_direction(model):
     v = direction(model)
     # The final norm of a direction alone divides by its own size, which standardising undoes.
     logits = model.ln_final(1e6 * v[None, None])[0, 0] @ model.W_U
     scores = (logits - logits.mean()) / logits.std()
-    words = logit_lens(model, v, 5)
-    for listed, order in ((words.raised, scores.argsort(descending=True)), (words.lowered, None)):
-        ids = (scores.argsort() if order is None else order)[:5].tolist()
+    tokens = logit_lens(model, v, 5)
+    for listed, descending in ((tokens.raised, True), (tokens.lowered, False)):
+        ids = scores.argsort(descending=descending)[:5].tolist()
         assert [text for text, _ in listed] == [decode(model, [i]) for i in ids]
         assert [z for _, z in listed] == pytest.approx(scores[ids].tolist(), abs=1e-4)
 
 
-def test_the_length_does_not_matter_and_the_sign_turns_it_round(model):
+def test_length_does_not_matter_and_the_sign_swaps_the_sides(model):
     v = direction(model)
-    one, longer, turned = (logit_lens(model, s * v, 4) for s in (1.0, 100.0, -1.0))
+    one, longer, negative = (logit_lens(model, s * v, 4) for s in (1.0, 100.0, -1.0))
     assert [w for w, _ in one.raised] == [w for w, _ in longer.raised]
-    assert [w for w, _ in one.raised] == [w for w, _ in turned.lowered]
-    assert [z for _, z in one.raised] == pytest.approx([-z for _, z in turned.lowered], abs=1e-5)
+    assert [w for w, _ in one.raised] == [w for w, _ in negative.lowered]
+    assert [z for _, z in one.raised] == pytest.approx([-z for _, z in negative.lowered], abs=1e-5)
 
 
-def test_kept_words_are_the_first_of_their_kind(gemma):
+def test_keep_filters_the_tokens_in_order(gemma):
     v = direction(gemma)
     everything = [w for w, _ in logit_lens(gemma, v, 104).raised]
     letters = [w for w in everything if w.isalpha()]
@@ -41,9 +41,9 @@ def test_kept_words_are_the_first_of_their_kind(gemma):
     assert len(logit_lens(gemma, v, 999, keep=str.isalpha).lowered) == len(letters)
 
 
-def test_what_an_update_writes_is_what_changes_in_the_stream(model):
-    """A large rank-1 update drowns what the module wrote before; what it then adds to the stream,
-    behind the post-norm where there is one, must lie along the direction."""
+def test_written_direction_is_that_of_the_change_in_the_stream(model):
+    """A rank-1 update much larger than the weights determines the direction of what the module
+    adds to the stream, after the post-norm if there is one."""
     for kind, hook in (("o", "hook_attn_out"), ("down", "hook_mlp_out")):
         adapter = random_adapter(model, [kind], (1,), rank=1, size=1.0)
         adapter.up[f"blocks.1.{kind}"] *= 1e4
@@ -54,7 +54,7 @@ def test_what_an_update_writes_is_what_changes_in_the_stream(model):
         assert float(written.norm()) == pytest.approx(1)
 
 
-def test_directions_come_from_the_largest_singular_value_down(llama):
+def test_written_directions_descend_by_singular_value(llama):
     adapter = random_adapter(llama, ["o"], (0,))
     dense = adapter.up["blocks.0.o"] @ adapter.down["blocks.0.o"]
     u = torch.linalg.svd(dense).U
@@ -63,7 +63,7 @@ def test_directions_come_from_the_largest_singular_value_down(llama):
     assert torch.allclose((found @ u[:, :3]).abs(), torch.eye(3), atol=1e-4)
 
 
-def test_the_strongest_sites_are_those_with_the_largest_singular_values(gemma):
+def test_strongest_sites_have_the_largest_singular_values(gemma):
     adapter = random_adapter(gemma, ["q", "o", "down", "resid"], (0, 1, 2))
     for name, factor in (("blocks.1.resid", 9), ("blocks.2.o", 8), ("blocks.0.q", 99)):
         adapter.up[name] *= factor
@@ -74,7 +74,7 @@ def test_the_strongest_sites_are_those_with_the_largest_singular_values(gemma):
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda m, a: logit_lens(m, torch.ones(3)), "shape (3,)"),
         (lambda m, a: logit_lens(m, torch.zeros(32)), "is 0"),
@@ -85,7 +85,7 @@ def test_the_strongest_sites_are_those_with_the_largest_singular_values(gemma):
         (lambda m, a: strongest_directions(m, a), "nowhere"),
     ],
 )
-def test_what_has_no_words_is_refused(gemma, call, said):
+def test_invalid_input_is_rejected(gemma, call, message):
     with pytest.raises(ShlError) as error:
         call(gemma, random_adapter(gemma, ["q"], (0,)))
-    assert said in one_sentence(error)
+    assert message in one_sentence(error)

@@ -1,4 +1,6 @@
-"""Figures show all the numbers that they were given."""
+"""Figures show the numbers of their data."""
+
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,7 +12,6 @@ from shl import pictures
 from shl.analysis.dose_response import DoseResponse
 from shl.analysis.ledger import Ledger
 from shl.analysis.logit_lens import largest_by_chance, logit_lens, strongest_directions
-from shl.hooks.vector import SteeringVector
 from shl.method.axes import load_axis
 from shl.method.extract import extract_vector
 from shl.models.generate import Completion, generate
@@ -19,6 +20,7 @@ from shl.models.tokens import Prompt
 from shl.utils.errors import ShlError
 
 AXIS = load_axis("care_auth")
+EMPTY = Completion(Prompt("a"), "", (), (2,))
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +31,13 @@ def ledgers():
     model = tiny_gemma()
     adapter = random_adapter(model, ["o"], (1,), size=0.05)
     v = extract_vector(model, AXIS, contexts=4)
-    other = SteeringVector(
-        {layer: d.flip(0) for layer, d in v.directions.items()}, v.model_name, v.axis, 4
-    )
+    other = replace(v, directions={layer: d.flip(0) for layer, d in v.directions.items()})
     rounds = [(v, adapter), (other, adapter)]
     return Ledger(rounds), Ledger(rounds, model, AXIS, draws=30, any_weights=True)
 
 
 def rendered(figure, tmp_path):
-    """Drawn in full without a warning, not blank, and not left in pyplot's list."""
+    """The texts of a figure that is closed in pyplot, is not blank and draws without a warning."""
     assert plt.get_fignums() == []
     figure.savefig(tmp_path / "picture.png", dpi=80)
     picture = plt.imread(tmp_path / "picture.png")
@@ -45,7 +45,7 @@ def rendered(figure, tmp_path):
     return [text.get_text() for panel in figure.axes for text in panel.texts]
 
 
-def test_cosines_show_every_value_and_bracket_chance(ledgers, tmp_path):
+def test_cosines_show_every_value_with_chance_in_brackets(ledgers, tmp_path):
     plain, full = ledgers
     for ledger in ledgers:
         for to in ("to_first", "to_previous"):
@@ -53,12 +53,13 @@ def test_cosines_show_every_value_and_bracket_chance(ledgers, tmp_path):
             image = figure.axes[0].images[0].get_array()
             assert np.array_equal(image.filled(np.nan), ledger.grid(to), equal_nan=True)
             shown = rendered(figure, tmp_path)
-            told = [getattr(e, to) for e in ledger.vectors if getattr(e, to)]
+            cosines = [getattr(e, to) for e in ledger.vectors if getattr(e, to)]
             assert [text.split("\n")[0] for text in shown] == [
-                f"({c.value:.2f})" if c.beyond_chance is False else f"{c.value:.2f}" for c in told
+                f"({c.value:.2f})" if c.beyond_chance is False else f"{c.value:.2f}"
+                for c in cosines
             ]
             if ledger is full:
-                bounds = [f"{max(c.random, c.shuffled):.2f}" for c in told]
+                bounds = [f"{max(c.random, c.shuffled):.2f}" for c in cosines]
                 assert [text.split("\n")[1] for text in shown] == bounds
     assert rendered(pictures.cosines(full, "to_shift"), tmp_path)
     assert "(" in "".join(rendered(pictures.cosines(full), tmp_path))
@@ -66,10 +67,9 @@ def test_cosines_show_every_value_and_bracket_chance(ledgers, tmp_path):
     assert "chance" not in pictures.cosines(plain).axes[0].get_title()
 
 
-def test_norms_draw_one_line_per_round_of_what_there_is(ledgers, tmp_path):
-    for ledger, keys in zip(
-        ledgers, (["norm"], ["norm", "relative_norm", "shift_norm"]), strict=True
-    ):
+def test_norms_draw_one_line_per_round(ledgers, tmp_path):
+    every = (["norm"], ["norm", "relative_norm", "shift_norm"])
+    for ledger, keys in zip(ledgers, every, strict=True):
         figure = pictures.norms(ledger)
         rendered(figure, tmp_path)
         assert len(figure.axes) == len(keys)
@@ -78,12 +78,12 @@ def test_norms_draw_one_line_per_round_of_what_there_is(ledgers, tmp_path):
             assert np.array_equal(lines, ledger.grid(key))
 
 
-def test_the_lens_lists_the_words_of_each_direction(gemma, tmp_path):
+def test_lens_lists_the_tokens_of_each_direction(gemma, tmp_path):
     vector = extract_vector(gemma, AXIS, contexts=4)
     shown = rendered(pictures.lens(gemma, vector.directions, 3), tmp_path)
     assert len(shown) == 3 * 2 * 3
-    words = logit_lens(gemma, vector.directions[2], 3)
-    expected = [f"{z:+.1f}" for _, z in (*words.raised, *words.lowered)]
+    tokens = logit_lens(gemma, vector.directions[2], 3)
+    expected = [f"{z:+.1f}" for _, z in (*tokens.raised, *tokens.lowered)]
     assert [text.split("\n")[-1] for text in shown[6:12]] == expected
     directions = strongest_directions(gemma, random_adapter(gemma, ["o", "down"], (0, 1)), 2)
     figure = pictures.lens(gemma, directions, 2, keep=str.isalpha)
@@ -92,8 +92,9 @@ def test_the_lens_lists_the_words_of_each_direction(gemma, tmp_path):
     assert f"{largest_by_chance(104):.1f}" in figure.axes[0].get_xlabel()
 
 
-def test_the_text_is_whole_and_its_colour_is_the_divergence(gemma, tmp_path):
+def test_divergence_colours_every_token(gemma, tmp_path):
     texts = generate(gemma, ["Hi?", "And you?"], max_new_tokens=9, min_new_tokens=6)
+    assert rendered(pictures.divergence(gemma, texts), tmp_path)  # base itself, all zero
     vector = extract_vector(gemma, AXIS, layers=[2], contexts=4)
     with vector.steering(gemma, 2.0):
         figure = pictures.divergence(gemma, texts, tau=0.01)
@@ -101,19 +102,14 @@ def test_the_text_is_whole_and_its_colour_is_the_divergence(gemma, tmp_path):
     rendered(figure, tmp_path)
     panel = figure.axes[1]
     assert len(panel.texts) == len(panel.patches) == len(texts[1].tokens)
-    # The more divergence, the darker: colours fall in lightness as the values rise.
+    # Colours become darker as the divergence rises.
     light = torch.tensor([sum(patch.get_facecolor()[:3]) for patch in panel.patches])
     assert torch.equal(light.argsort(descending=True), kl.argsort())
     assert f"mean {kl.mean():.2f}" in panel.get_title(loc="left")
     assert f"{float((kl > 0.01).float().mean()):.0%} of" in panel.get_title(loc="left")
 
 
-def test_a_model_that_is_base_has_a_picture_too(gemma, tmp_path):
-    texts = generate(gemma, ["Hi?"], max_new_tokens=4, min_new_tokens=4)
-    assert rendered(pictures.divergence(gemma, texts), tmp_path)
-
-
-def test_the_response_is_drawn_in_the_order_of_doses(tmp_path):
+def test_response_is_drawn_in_the_order_of_doses(tmp_path):
     kl = tuple(
         tuple(torch.tensor([base + more, base + more]) for more in (0.0, 1.0, 5.0))
         for base in (2.0, 0.0, 1.0)
@@ -127,19 +123,16 @@ def test_the_response_is_drawn_in_the_order_of_doses(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda plain, m: pictures.cosines(plain, "norm"), "to is 'norm'"),
         (lambda plain, m: pictures.cosines(plain, "to_shift"), "takes a model"),
         (lambda plain, m: pictures.lens(m, {}), "no directions"),
-        (lambda plain, m: pictures.divergence(m, []), "no completions"),
-        (
-            lambda plain, m: pictures.divergence(m, [Completion(Prompt("a"), "", (), (2,))]),
-            "without tokens",
-        ),
+        (lambda plain, m: pictures.divergence(m, []), "completions is empty"),
+        (lambda plain, m: pictures.divergence(m, [EMPTY]), "without tokens"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(ledgers, gemma, call, said):
+def test_invalid_input_is_rejected(ledgers, gemma, call, message):
     with pytest.raises(ShlError) as error:
         call(ledgers[0], gemma)
-    assert said in one_sentence(error)
+    assert message in one_sentence(error)

@@ -1,4 +1,4 @@
-"""The arms: settings that differ as they say, shared stages bit for bit, and matched coherence."""
+"""The arms: their settings, stages that they share bit for bit, and their comparison."""
 
 import json
 from dataclasses import replace
@@ -23,30 +23,30 @@ from experiments.record.settings import RunConfig
 from experiments.run import study
 from shl.config import DoseConfig, LoopConfig
 from shl.hooks.vector import SteeringVector
+from shl.method import loop as method_loop
 from shl.models.generate import Completion
 from shl.models.tiny import tiny_gemma
 from shl.models.tokens import Prompt, encode
 from shl.utils.errors import ShlError
 
 LOOP = small_loop()
+QUIET = Console(quiet=True)
 
 
-def quiet():
-    return Console(quiet=True)
+def run(monkeypatch, out, *arms, loop=LOOP, load=tiny_gemma):
+    """Run arms on the tiny model; the filter drops texts with an odd number of characters."""
+    lenient(monkeypatch, reasons=lambda text: ["incoherent"] if len(set(text)) % 2 else [])
+    monkeypatch.setattr("experiments.arms.text_kl.SHORTEST", 4)
+    monkeypatch.setattr(program, "load_model", lambda name, device=None: load())
+    run_arms(ArmsConfig(model="tiny", arms=arms, seeds=(42,), out=out, loop=loop), QUIET)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three arms of one seed, and what every stage of them cost."""
+    """Three arms of one seed."""
     out = tmp_path_factory.mktemp("arms")
-    config = ArmsConfig(
-        model="tiny", arms=("rmse", "none", "prompted"), seeds=(42,), out=out, loop=LOOP
-    )
     with pytest.MonkeyPatch.context() as patch:
-        lenient(patch, reasons=lambda text: ["incoherent"] if len(set(text)) % 2 else [])
-        patch.setattr("experiments.arms.text_kl.SHORTEST", 4)
-        patch.setattr(program, "load_model", lambda name, device=None: tiny_gemma())
-        run_arms(config, quiet())
+        run(patch, out, "rmse", "none", "prompted")
     return out
 
 
@@ -56,30 +56,23 @@ def events_of(folder):
     return kept, texts
 
 
-def test_an_arm_with_shared_stages_is_the_run_that_computed_them_all(folder, tmp_path):
-    for name in ("none", "prompted"):
-        config = RunConfig(model="tiny", out=tmp_path / name, loop=ARMS[name].change(LOOP))
-        with pytest.MonkeyPatch.context() as patch:
-            lenient(patch, reasons=lambda text: ["incoherent"] if len(set(text)) % 2 else [])
-            study(config, quiet(), load=tiny_gemma)
-        assert events_of(folder / name / "seed42") == events_of(tmp_path / name)
+@pytest.mark.parametrize("name", ["none", "prompted"])
+def test_arm_with_shared_stages_equals_a_run_of_its_own(folder, tmp_path, monkeypatch, name):
+    lenient(monkeypatch, reasons=lambda text: ["incoherent"] if len(set(text)) % 2 else [])
+    study(
+        RunConfig(model="tiny", out=tmp_path, loop=ARMS[name].change(LOOP)), QUIET, load=tiny_gemma
+    )
+    assert events_of(folder / name / "seed42") == events_of(tmp_path)
 
 
-def test_shared_stages_are_not_computed_again(folder, tmp_path, monkeypatch):
-    import shl.method.loop
-
+def test_shared_stages_are_not_computed_again(folder, monkeypatch):
     seen = []
     for name in ("measure", "extract_vector", "judge", "train_adapter"):
-        made = getattr(shl.method.loop, name)
+        made = getattr(method_loop, name)
         monkeypatch.setattr(
-            shl.method.loop, name, lambda *a, n=name, f=made, **k: (seen.append(n), f(*a, **k))[1]
+            method_loop, name, lambda *a, n=name, f=made, **k: (seen.append(n), f(*a, **k))[1]
         )
-    config = replace(
-        ArmsConfig(model="tiny", arms=("mean",), seeds=(42,), out=folder, loop=LOOP),
-    )
-    lenient(monkeypatch, reasons=lambda text: ["incoherent"] if len(set(text)) % 2 else [])
-    monkeypatch.setattr(program, "load_model", lambda name, device=None: tiny_gemma())
-    run_arms(config, quiet())
+    run(monkeypatch, folder, "mean")
     _, events, _ = read(folder / "mean" / "seed42")
     judged = [e for e in events if e["round"] == 1 and e["event"] in ("probe", "batch")]
     # Round 0 is copied up to the training; its end and all of round 1 are computed. Measuring
@@ -87,11 +80,11 @@ def test_shared_stages_are_not_computed_again(folder, tmp_path, monkeypatch):
     last = ["train_adapter", "measure", "judge"]
     assert seen == [*last, "extract_vector", *["judge"] * len(judged), *last]
     seen.clear()
-    run_arms(config, quiet())
+    run(monkeypatch, folder, "mean")
     assert seen == []
 
 
-def test_the_comparison_has_every_arm_every_dose_and_all_three_kinds_asked_for(folder, monkeypatch):
+def test_comparison_has_the_points_of_every_arm_and_dose(folder, monkeypatch):
     lenient(monkeypatch)
     found = points(folder)
     assert {"rmse", "none", "prompted", "steered", "persona"} <= set(found)
@@ -108,20 +101,18 @@ def test_the_comparison_has_every_arm_every_dose_and_all_three_kinds_asked_for(f
     assert point.interval[0] <= point.trait <= point.interval[1]
     assert point.mass == pytest.approx(healed["coherence"])
     plus, minus = stages["prompted+", -1], stages["prompted-", -1]
-    half = sum(
-        s * (plus["nats"][f] - minus["nats"][f]) for f, s in (("care", 1), ("authority", -1))
-    )
-    assert found["persona"][42][1].trait == pytest.approx(half / 4, abs=1e-9)
-    # The dose at the top of the ladder is where the round's own steered stage was read.
+    care, authority = (plus["nats"][f] - minus["nats"][f] for f in ("care", "authority"))
+    assert found["persona"][42][1].trait == pytest.approx((care - authority) / 4, abs=1e-9)
+    # The dose at the top of the ladder is that of the round's own steered stage.
     lines = read_doses(folder / "steered" / "seed42" / "doses.jsonl")
     assert lines[-1]["nats"] == pytest.approx(stages["steered", 0]["nats"], abs=1e-6)
     files = {"arms.md", "arms.json", "arms.png", "text_kl.png", "report.html"}
     assert files <= {p.name for p in folder.iterdir()}
-    told = json.loads((folder / "arms.json").read_text())
-    assert {row["arm"] for row in told["arms"]} == set(found)
+    written = json.loads((folder / "arms.json").read_text())
+    assert {row["arm"] for row in written["arms"]} == set(found)
 
 
-def test_each_kind_of_text_is_measured_under_what_made_it(folder):
+def test_kl_of_a_text_is_that_of_the_model_that_wrote_it(folder):
     lines = read_texts(folder / "steered" / "seed42" / "kinds.jsonl")
     assert {line["kind"] for line in lines} == {"prompted", "kept", "incoherent"}
     model = tiny_gemma()
@@ -150,7 +141,7 @@ def test_each_kind_of_text_is_measured_under_what_made_it(folder):
     assert max(max(line["kl"]) for line in lines) > 1e-3
 
 
-def test_the_catalogue_changes_what_it_says_and_nothing_else():
+def test_arms_change_only_their_own_settings():
     loop = LoopConfig()
     assert ARMS["rmse"].change(loop) == loop
     assert ARMS["none"].change(loop) == replace(loop, heal=replace(loop.heal, divergence="none"))
@@ -166,7 +157,7 @@ def test_the_catalogue_changes_what_it_says_and_nothing_else():
     assert "there is no arm 'rsme'" in one_sentence(error)
 
 
-def test_shared_stages_depend_on_no_setting_that_differs():
+def test_stages_are_shared_only_between_runs_with_equal_results():
     loop = LoopConfig()
     none, still, random = (ARMS[n].change(loop) for n in ("none", "unsteered", "random"))
     first = ("vector", "probe", "batch", "steered", "tinymfv:steered")
@@ -187,14 +178,14 @@ def at(coherence, trait, seed=0):
     return Point("a", seed, "0", trait, (trait, trait), coherence, 1.0)
 
 
-def test_reach_is_the_best_shift_at_the_level_along_the_path():
+def test_reach_is_the_largest_shift_along_the_path_at_the_level():
     # From (1, 0) straight to (0.5, 1.0): at 0.9, a fifth of the way, 0.2; then back to (0.9, 0.6).
     path = [at(0.5, 1.0), at(0.9, 0.6)]
     assert reach(path[:1], 0.9) == pytest.approx(0.2)
     assert reach(path, 0.9) == pytest.approx(0.6)
     assert reach(path, 0.7) == pytest.approx(0.8)
     assert reach(path, 0.5) == pytest.approx(1.0)
-    # An arm that only moves against the trait has reached nothing.
+    # An arm that only moves against the trait reaches 0.
     assert reach([at(1.0, -1.0)], 0.9) == 0.0
 
 
@@ -208,15 +199,16 @@ def test_a_stricter_level_never_reaches_further(path, levels):
     assert reach(path, max(levels)) <= reach(path, min(levels)) + 1e-12
 
 
-def test_coherence_is_the_worse_of_the_two_and_never_above_base():
+def test_coherence_is_the_lower_of_mass_and_survival_and_at_most_1():
     assert Point("a", 0, "0", 1.0, (1, 1), 1.4, 1.1).coherence == 1.0
     assert Point("a", 0, "0", 1.0, (1, 1), 0.8, 0.3).coherence == 0.3
 
 
-def test_a_difference_is_paired_by_seed_and_needs_an_interval():
-    def arm(*traits):
-        return {seed: [at(1.0, t, seed)] for seed, t in enumerate(traits)}
+def arm(*traits, confidence=0.95):
+    return {k: [replace(at(1.0, t, k), confidence=confidence)] for k, t in enumerate(traits)}
 
+
+def test_difference_of_arms_is_paired_by_seed_and_needs_an_interval():
     found = {"rmse": arm(1.0, 1.1, 1.2), "none": arm(0.5, 0.6, 0.7), "mean": arm(0.9, 1.3, 1.1)}
     better = against(found, "rmse", "none", 0.9)
     # Each seed differs by 0.5, so the interval has no width.
@@ -227,61 +219,45 @@ def test_a_difference_is_paired_by_seed_and_needs_an_interval():
     unclear = against(found, "rmse", "mean", 0.9)
     assert unclear["verdict"] == "undecided"
     assert unclear["interval"] == pytest.approx((-0.4303, 0.4303), abs=1e-3)
-    assert (
-        against({"rmse": arm(1.0), "none": arm(0.0)}, "rmse", "none", 0.9)["verdict"] == "undecided"
-    )
+    single = against({"rmse": arm(1.0), "none": arm(0.0)}, "rmse", "none", 0.9)
+    assert single["verdict"] == "undecided"
 
 
-def test_the_interval_over_seeds_is_students_at_any_number_and_confidence():
-    # Tables of t: 1.729 for 19 degrees of freedom at 90 %, 2.093 at 95 %, 1.638 for 3 at 80 %.
-    twenty = [float(k % 2) for k in range(20)]  # mean 0.5, variance 5 / 19
-    error = (5 / 19 / 20) ** 0.5
-    for values, confidence, half in (
-        (twenty, 0.95, 2.093 * error),
-        (twenty, 0.9, 1.729 * error),
-        ([0.0, 0.0, 1.0, 1.0], 0.8, 1.638 * (1 / 3 / 4) ** 0.5),
-    ):
-        assert spread(values, confidence) == pytest.approx((0.5 - half, 0.5 + half), abs=3e-4)
+@pytest.mark.parametrize(
+    ("count", "confidence", "t"), [(20, 0.95, 2.093), (20, 0.9, 1.729), (4, 0.8, 1.638)]
+)
+def test_interval_over_seeds_is_students_t(count, confidence, t):
+    # t from tables; half zeros and half ones have mean 0.5 and variance n / 4 / (n - 1).
+    half = t * (1 / 4 / (count - 1)) ** 0.5
+    values = [float(k % 2) for k in range(count)]
+    assert spread(values, confidence) == pytest.approx((0.5 - half, 0.5 + half), abs=3e-4)
+
+    # At the runs' own confidence of 80 %: 1.886 x 0.1732 / sqrt(3).
+    found = {"rmse": arm(1.0, 1.1, 1.2, confidence=0.8), "mean": arm(0.9, 1.3, 1.1)}
+    loose = against(found, "rmse", "mean", 0.9)
+    assert loose["interval"] == pytest.approx((-0.1886, 0.1886), abs=1e-3)
+    assert "(80 % -0.19 to +0.19, 3 seeds)" in sentence(loose)
 
 
-def test_a_comparison_has_the_confidence_of_its_runs():
-    def arm(*traits):
-        return {k: [replace(at(1.0, t, k), confidence=0.8)] for k, t in enumerate(traits)}
-
-    found = {"rmse": arm(1.0, 1.1, 1.2), "mean": arm(0.9, 1.3, 1.1)}
-    verdict = against(found, "rmse", "mean", 0.9)
-    # 1.886 x 0.1732 / sqrt(3)
-    assert verdict["interval"] == pytest.approx((-0.1886, 0.1886), abs=1e-3)
-    assert "(80 % -0.19 to +0.19, 3 seeds)" in sentence(verdict)
-
-
-def test_a_persona_is_met_at_its_own_coherence_on_the_harder_reading():
-    persona = [
-        Point("persona", 0, "raw", 0.1, (0, 0), 0.75, 1.0),
-        Point("persona", 0, "half", 0.3, (0, 0), 0.75, 1.0),
-    ]
+def test_persona_is_compared_at_its_own_coherence_by_its_larger_shift():
     # (1, 0) to (0.5, 1.0) passes 0.75 at 0.5.
-    found = {"rmse": {0: [at(0.5, 1.0)]}, "persona": {0: persona}}
+    found = {"rmse": {0: [at(0.5, 1.0)]}, "persona": {0: [at(0.75, 0.1), at(0.75, 0.3)]}}
     assert against(found, "rmse", "persona", 0.97)["each"] == [pytest.approx(0.5 - 0.3)]
 
 
-def test_groups_of_text_separate_by_auc():
-    def text(kind, kl):
-        return {"kind": kind, "kl": kl}
-
+def test_summary_of_groups_of_text_has_medians_and_auc():
     # Same mean of 1; the incoherent ones have it all in one token of four: rmse 2, max 4.
-    lines = [text("prompted", [1.0] * 4)] * 3 + [text("incoherent", [0.0, 0.0, 0.0, 4.0])] * 3
-    found = summary(lines)
-    assert found["medians"]["incoherent"] == {"mean": 1.0, "rmse": 2.0, "max": 4.0,
-                                              "p95": pytest.approx(3.4)}  # fmt: skip
-    assert found["auc"]["prompted < incoherent"]["mean"] == 0.5
-    assert found["auc"]["prompted < incoherent"]["rmse"] == 1.0
+    even = {"kind": "prompted", "kl": [1.0] * 4}
+    found = summary([even] * 3 + [{"kind": "incoherent", "kl": [0.0, 0.0, 0.0, 4.0]}] * 3)
+    expected = {"mean": 1.0, "rmse": 2.0, "max": 4.0, "p95": pytest.approx(3.4)}
+    assert found["medians"]["incoherent"] == expected
+    by_aggregate = found["auc"]["prompted < incoherent"]
+    assert (by_aggregate["mean"], by_aggregate["rmse"]) == (0.5, 1.0)
     assert found["auc"]["kept < incoherent"]["rmse"] is None
-    assert found["spiky"]["prompted"] == 1.0
-    assert found["spiky"]["incoherent"] == 2.0
+    assert (found["spiky"]["prompted"], found["spiky"]["incoherent"]) == (1.0, 2.0)
 
 
-def test_the_plane_has_the_mean_of_each_arm_from_base_and_the_range_over_seeds():
+def test_plane_has_means_over_seeds_and_their_range():
     def path(*traits):
         return [Point("a", 0, str(i), t, (t - 1, t + 1), 0.5, 0.8) for i, t in enumerate(traits)]
 
@@ -299,7 +275,7 @@ def test_the_plane_has_the_mean_of_each_arm_from_base_and_the_range_over_seeds()
     assert [text.get_text() for text in mass.texts] == ["0", "1", "0", "0"]
 
 
-def test_the_text_kl_chart_is_the_share_of_texts_at_or_below_each_aggregate():
+def test_text_kl_chart_is_the_ecdf_of_each_aggregate():
     texts = [{"kind": "kept", "kl": [0.1, 0.3]}, {"kind": "kept", "kl": [0.4, 1.0]}]
     mean, *_, largest = text_kl(texts, 0.5).axes
     # Means 0.2 and 0.7, maxima 0.3 and 1; each of two texts is a half.
@@ -310,19 +286,16 @@ def test_the_text_kl_chart_is_the_share_of_texts_at_or_below_each_aggregate():
         assert list(tau.get_xdata()) == [0.5, 0.5]
 
 
-def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(folder, monkeypatch):
-    lenient(monkeypatch)
-    monkeypatch.setattr(program, "load_model", lambda name, device=None: pytest.fail("loaded"))
-    loop = replace(LOOP, heal=replace(LOOP.heal, tau=0.25))
+@pytest.mark.parametrize(
+    ("loop", "message"),
+    [
+        (replace(LOOP, heal=replace(LOOP.heal, tau=0.25)), "has loop.heal.tau 0.01, this run has"),
+        (replace(LOOP, seed=7), "seed is 7"),
+    ],
+)
+def test_finished_arm_of_other_settings_and_own_seed_are_rejected(
+    folder, monkeypatch, loop, message
+):
     with pytest.raises(ShlError) as error:
-        run_arms(
-            ArmsConfig(model="tiny", arms=("rmse",), seeds=(42,), out=folder, loop=loop), quiet()
-        )
-    assert "has loop.heal.tau 0.01, this run has 0.25" in one_sentence(error)
-
-
-def test_a_seed_of_its_own_is_refused(tmp_path):
-    loop = replace(LOOP, seed=7)
-    with pytest.raises(ShlError) as error:
-        run_arms(ArmsConfig(model="tiny", out=tmp_path, loop=loop), quiet())
-    assert "seed is 7" in one_sentence(error)
+        run(monkeypatch, folder, "rmse", loop=loop, load=lambda: pytest.fail("loaded"))
+    assert message in one_sentence(error)

@@ -1,4 +1,4 @@
-"""The GPU bench compares like with like: every case's gradient, small, on the CPU, in float32."""
+"""The cases of the GPU bench compute equal gradients (small, on the CPU, in float32)."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_every_case_computes_the_same_gradient(cases):
     assert not torch.allclose(quantile, expected, atol=1e-4)
 
 
-def test_a_closed_gate_leaves_the_nll_alone():
+def test_gradient_below_tau_is_that_of_the_nll():
     h = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     unembed, targets = torch.randn(4, 9), torch.arange(3)
 
@@ -38,13 +38,10 @@ def test_a_closed_gate_leaves_the_nll_alone():
     torch.testing.assert_close(kernel_gpu.gradient(kernel, h, "rmse", 1e9), grad)
 
 
-def test_without_a_gpu_every_line_says_so():
+def test_rows_are_ratios_of_medians_or_not_measured():
     rows = kernel_gpu.unmeasured("no CUDA device here")
     assert len(rows) == len(kernel_gpu.TARGETS) + 1
     assert {row.cells()[1] for row in rows} == {"not measured"}
-
-
-def test_the_lines_are_ratios_of_medians_and_a_missing_peer_is_not_measured():
     names = ["naive", "compiled naive", "torch sweep", "fused", "lazy closed", "lazy p95"]
     t = {name: Timing((2.0, 2.0 + i, 9.0), (1.0,), 100.0 * (i + 1)) for i, name in enumerate(names)}
     rows_of = {row.what: row for row in kernel_gpu.rows_of(t)}

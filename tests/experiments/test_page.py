@@ -1,6 +1,5 @@
-"""report.html: it contains what the record contains, as text, and its charts the right numbers."""
+"""report.html contains the record as escaped text, and its charts the numbers of the record."""
 
-import copy
 import io
 import re
 import shutil
@@ -19,20 +18,10 @@ from experiments.arms import report as program_report
 from experiments.questions.estimates import Answer, wilson
 from experiments.record.reader import axis_of, of_round, read, read_json, stages
 from experiments.record.settings import RunConfig
+from experiments.report import figures as fig
 from experiments.report import page as page_module
 from experiments.report import plots
 from experiments.report.escape import clean
-from experiments.report.figures import (
-    PALETTE,
-    chart,
-    ecdf,
-    grid,
-    layout,
-    looks,
-    rule,
-    series,
-    styled,
-)
 from experiments.report.page import HEAT, cards, cost, heat, instruments, page, sizes, write_page
 from experiments.report.report import report
 from experiments.report.tables import ladders
@@ -47,31 +36,19 @@ HOSTILE = (
     '" onload="x\' {{ 7 * 7 }}{% raw %} &amp; <!-- ]]> $x^2$ stroke: #b83227; \x00\x1b[31m\x85 '
     f"\u202eabc\u2066 \u05d0\u05d1\r\n\ttwo lines {'W' * 3000}"
 )
-CLEAN = (
-    HOSTILE.replace("\x00", "\u2400")
-    .replace("\x1b", "\u241b")
-    .replace("\r", "\u240d")
-    .replace("\x85", "\\u0085")
-    .replace("\u202e", "\\u202e")
-    .replace("\u2066", "\\u2066")
+CLEAN = HOSTILE.translate(
+    {0: "\u2400", 0x1B: "\u241b", 13: "\u240d", 0x85: r"\u0085"}
+    | {0x202E: r"\u202e", 0x2066: r"\u2066"}
 )
-TAGS = set(
-    """
-    html head meta title style body button main script header h1 h2 h3 p ul li b br span nav
+TAGS = """html head meta title style body button main script header h1 h2 h3 p ul li b br span nav
     a section article div dl dt dd details summary table thead tbody tr th td bdi figure
-    figcaption svg desc defs g path use clippath rect text
-""".split()  # noqa: SIM905
-)
-ATTRIBUTES = set(
-    """
-    lang charset name content id type hidden class role aria-label aria-labelledby href tabindex
-    scope title dir viewbox width height x y d style transform clip-path
-""".split()  # noqa: SIM905
-)
+    figcaption svg desc defs g path use clippath rect text"""
+ATTRIBUTES = """lang charset name content id type hidden class role aria-label aria-labelledby href
+    tabindex scope title dir viewbox width height x y d style transform clip-path"""
 
 
 class Reader(HTMLParser):
-    """What a browser would make of a page: elements with their attributes and text."""
+    """The elements of a page with their attributes and text, as a browser parses it."""
 
     def __init__(self, text):
         super().__init__()
@@ -100,20 +77,19 @@ class Reader(HTMLParser):
 
 
 def checked(text):
-    """The page, read: only known elements, nothing from outside, charts with title and text."""
+    """Parse a page; it has only known elements, no outside link, and charts with title and text."""
     reader = Reader(text)
     assert reader.open == []
     tags = [tag for tag, _, _ in reader.blocks]
     pairs = [pair for _, attrs, _ in reader.blocks for pair in attrs.items()]
-    assert set(tags) <= TAGS
-    assert {name for name, _ in pairs} <= ATTRIBUTES
+    assert set(tags) <= set(TAGS.split())
+    assert {name for name, _ in pairs} <= set(ATTRIBUTES.split())
     assert tags.count("script") == tags.count("style") == 1
     ids = [value for name, value in pairs if name == "id"]
     assert len(set(ids)) == len(ids)
     links = [value for name, value in pairs if name == "href"]
-    links += re.findall(
-        r"url\((.*?)\)", " ".join(v for n, v in pairs if n in ("clip-path", "style"))
-    )
+    styles = " ".join(value for name, value in pairs if name in ("clip-path", "style"))
+    links += re.findall(r"url\((.*?)\)", styles)
     assert all(link[0] == "#" and link[1:] in ids for link in links)
     (style,) = reader.texts("style")
     assert not re.search(r"url\(|@import|https?:", style)
@@ -139,14 +115,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def parts(folder):
-    """Config, versions, axis, events and texts of the run, to be changed at will."""
+    """Config, versions, axis, events and texts of the run; a test may change them."""
     config, events, texts = read(folder)
-    versions = read_json(folder / "versions.json")
-    return [
-        *map(copy.deepcopy, (config, versions)),
-        axis_of(folder),
-        *map(copy.deepcopy, (events, texts)),
-    ]
+    return [config, read_json(folder / "versions.json"), axis_of(folder), events, texts]
 
 
 def drawn(folder, parts):
@@ -163,15 +134,15 @@ def test_a_finished_run_has_every_section_and_chart(folder, parts):
     names = {v["aria-label"] for t, v, _ in reader.blocks if v.get("class") == "plot"}
     assert names == {"trajectory", "plane", "token kl", "kl tokens", "doses", "foundations",
                      "cosines", "barrier"}  # fmt: skip
-    for story in page_module.stories(texts):
-        assert clean(story.prompt) in reader.texts("bdi")
+    for prompt, *_ in page_module.stories(texts):
+        assert clean(prompt) in reader.texts("bdi")
     for curve in [c for e in events if e["event"] == "token_kl" for c in e["curves"]]:
         assert clean("".join(curve["pieces"])) in reader.texts("div", "tokens")
     assert text.count("min_real_words") == 1
     assert "peak memory, resident" in reader.texts("dt")
 
 
-def test_the_same_record_gives_the_same_bytes_and_only_cost_depends_on_processes(folder, tmp_path):
+def test_pages_of_one_record_differ_only_in_the_cost_of_their_processes(folder, tmp_path):
     before = (folder / "report.html").read_bytes()
     other = shutil.copytree(folder, tmp_path / "elsewhere")
     assert write_page(other, pngs=True).read_bytes() == before
@@ -190,7 +161,7 @@ def test_the_same_record_gives_the_same_bytes_and_only_cost_depends_on_processes
     assert (lines["processes"], lines["peak memory, resident"]) == ("2 on record", "3.00 GB")
 
 
-def test_a_record_that_ends_early_gives_a_page_that_says_what_is_missing(folder, tmp_path):
+def test_page_of_an_interrupted_record_names_what_is_missing(folder, tmp_path):
     lines = (folder / "events.jsonl").read_text("utf-8").splitlines(keepends=True)
     cut = shutil.copytree(folder, tmp_path / "cut")
     second = next(i for i, line in enumerate(lines) if '"round": 1' in line)
@@ -208,7 +179,7 @@ def test_a_record_that_ends_early_gives_a_page_that_says_what_is_missing(folder,
         assert bool(reader.texts("th")) == any('"stage":' in x for x in lines[:count])
 
 
-def test_a_starved_run_says_so_at_the_top(folder, parts):
+def test_page_of_a_starved_run_begins_with_the_reason(folder, parts):
     events = parts[3]
     at = next(i for i, e in enumerate(events) if e["event"] == "batch" and e["round"] == 1)
     starved = events[at] | {"event": "starved", "sentence": "round 1: <0> completions survived."}
@@ -218,7 +189,7 @@ def test_a_starved_run_says_so_at_the_top(folder, parts):
     ]
 
 
-def test_hostile_text_is_text(folder, parts):
+def test_hostile_text_is_escaped(folder, parts):
     config, versions, axis, events, texts = parts
     prompt = texts[0]["prompt"]
     for t in texts:
@@ -254,7 +225,7 @@ def test_hostile_text_is_text(folder, parts):
     assert {"$x^2$ & <b>", "<script>aler"} <= set(reader.texts("text"))
 
 
-def test_numbers_that_cannot_be_drawn_are_a_sentence_in_place_of_the_chart(folder, parts, tmp_path):
+def test_chart_of_huge_numbers_is_replaced_by_the_error(folder, parts, tmp_path):
     for e in parts[3]:
         if e["event"] == "stage":
             e["shift"] = dict.fromkeys(e["shift"], 1e300)
@@ -271,7 +242,7 @@ def test_numbers_that_cannot_be_drawn_are_a_sentence_in_place_of_the_chart(folde
     assert len(reader.texts("svg")) == 3
 
 
-def test_the_overall_answer_is_first_and_a_verdict_is_printed_once(parts, monkeypatch):
+def test_overall_answer_comes_first_and_verdicts_are_not_repeated(parts, monkeypatch):
     answers = (
         Answer("Q0", "can we filter?", "yes", "Yes. Holds: it falls.", {}),
         Answer("selective", "on the axis?", "undecided", "Undecided. Open: all.", {}),
@@ -292,14 +263,13 @@ def test_the_overall_answer_is_first_and_a_verdict_is_printed_once(parts, monkey
     ]  # fmt: skip
 
 
-def test_heat_shades_by_nats_and_outlines_tokens_above_tau(folder, parts):
+def test_tokens_are_shaded_by_nats_and_outlined_above_tau(folder, parts):
     kl = [0.0, 0.0099, 0.01, 0.5, 0.5001, 9.0, 10.0, 400.0]
-    curve = {"verdict": "kept", "reasons": [], "dose": 1.0, "pieces": list("abcdefgh"), "kl": kl}
-    found = heat(curve, 0.5)
+    found = heat({"pieces": list("abcdefgh"), "kl": kl}, 0.5)
     assert HEAT == (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    assert [token[2] for token in found.tokens] == [0, 0, 1, 4, 4, 6, 7, 7]
-    assert [token[3] for token in found.tokens] == [False] * 4 + [True] * 4
-    assert found.over == 4
+    assert [token[2] for token in found["tokens"]] == [0, 0, 1, 4, 4, 6, 7, 7]
+    assert [token[3] for token in found["tokens"]] == [False] * 4 + [True] * 4
+    assert found["over"] == 4
     for values in (kl, [2.0], np.random.default_rng(1).exponential(size=61).tolist()):
         rmse, p95 = np.sqrt(np.mean(np.square(values))), np.quantile(values, 0.95)
         expected = {"mean": np.mean(values), "rmse": rmse, "p95": p95, "max": np.max(values)}
@@ -326,54 +296,42 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-def test_every_colour_can_be_read_on_both_grounds_and_text_on_every_shade():
+def test_contrast_of_colours_and_shades_is_at_least_4_5():
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    for name, colours in PALETTE.items():
-        for colour, grounds in zip(
-            colours, (("#ffffff", "#f5f6f8"), ("#14171c", "#1d2128")), strict=True
-        ):
-            assert name == "line" or min(contrast(colour, ground) for ground in grounds) >= 4.5
+    for name, (light, dark) in fig.PALETTE.items():
+        pairs = [(light, "#ffffff"), (light, "#f5f6f8"), (dark, "#14171c"), (dark, "#1d2128")]
+        assert name == "line" or min(contrast(*pair) for pair in pairs) >= 4.5
     css = (Path(page_module.__file__).parent / "templates" / "page.css").read_text("utf-8")
     shades = re.findall(r"--heat: (\d+) (\d+) (\d+); --full: (\d+)%", css)
-    for (*colour, full), panel, text in zip(
-        [tuple(map(int, shade)) for shade in shades],
-        ("#f5f6f8", "#1d2128"),
-        PALETTE["text"],
-        strict=True,
-    ):
-        ground = [int(panel[i : i + 2], 16) for i in (1, 3, 5)]
+    panels = ("#f5f6f8", "#1d2128")
+    for shade, panel, text in zip(shades, panels, fig.PALETTE["text"], strict=True):
+        *colour, full = map(int, shade)
+        ground = np.array([int(panel[i : i + 2], 16) for i in (1, 3, 5)])
         for share in np.arange(8) / 7 * full / 100:
-            mixed = [
-                round(share * a + (1 - share) * b) for a, b in zip(colour, ground, strict=True)
-            ]
-            assert contrast(text, "#" + "".join(f"{part:02x}" for part in mixed)) >= 4.5
+            mixed = np.round(share * np.array(colour) + (1 - share) * ground).astype(int)
+            assert contrast(text, "#{:02x}{:02x}{:02x}".format(*mixed)) >= 4.5
 
 
 def test_an_invalid_instrument_is_greyed_with_its_reason(parts):
-    assert instruments(parts[3])["vignettes"].sentence in page(*parts)
     common = {"seconds": 0.0, "texts": 0, "instrument": "tinymfv"}
     bad = {"event": "validity", "valid": False, "reason": "informedness 0.01 is chance"}
     read_ = {"event": "reading", "nats": {"care": -1.25}, "informedness": 0.01, "note": "x"}
     fine = {"event": "validity", "instrument": "vignettes", "valid": True, "reason": "0.61",
             "round": -1, "seconds": 0.0, "texts": 0}  # fmt: skip
-    rest = [e for e in parts[3] if e["event"] != "validity"]
-    parts[3] = [
-        rest[0],
-        bad | common | {"round": -1},
-        read_ | common | {"stage": "base", "round": -1},
-        read_ | common | {"stage": "healed", "round": 1, "coherence": 0.5},
-        fine,
-        *rest[1:],
-    ]
+    first, *rest = (e for e in parts[3] if e["event"] != "validity")
+    base = read_ | common | {"stage": "base", "round": -1}
+    healed = read_ | common | {"stage": "healed", "round": 1, "coherence": 0.5}
+    unchecked = base | {"instrument": "other"}
+    parts[3] = [first, bad | common | {"round": -1}, base, healed, unchecked, fine, *rest]
     found = instruments(parts[3])["tinymfv"]
-    assert found.columns == ("nats.care", "informedness", "coherence")
-    assert found.rows == (("base", ("-1.25", "0.01", "")), ("healed 1", ("-1.25", "0.01", "0.5")))
+    assert found["columns"] == ["nats.care", "informedness", "coherence"]
+    assert found["rows"] == [("base", "-1.25", "0.01", ""), ("healed 1", "-1.25", "0.01", "0.5")]
     reader = checked(page(*parts))
     (grey,) = [a for t, a, _ in reader.blocks if t == "div" and "invalid" in a.get("class", "")]
     assert grey["aria-label"] == "readings"
     checks = reader.texts("p", "check")
     assert "tinymfv not valid on this model: informedness 0.01 is chance" in checks
-    assert "vignettes valid on this model: 0.61" in checks
+    assert {"vignettes valid on this model: 0.61", "other not checked on this model"} <= {*checks}
 
 
 def numbers(panel):
@@ -422,7 +380,7 @@ def test_charts_contain_the_numbers_of_the_record(folder, parts):
     assert line.get_ydata()[-1] == 1
 
 
-def test_captions_name_the_confidence_that_was_set(folder, parts):
+def test_captions_name_the_confidence_of_the_run(folder, parts):
     parts[0]["loop"]["eval"]["confidence"] = 0.8
     text = drawn(folder, parts)
     assert "80 % Wilson intervals" in text
@@ -441,56 +399,53 @@ def test_cosines_are_those_of_the_vectors_to_first_and_last():
     assert spans(panel)[1] == pytest.approx([0.96, 1.0])
 
 
-@styled
+@fig.styled
 def small_figure(values, label="s"):
-    figure, (panel, other) = grid(2, 2)
+    figure, (panel, other) = fig.grid(2, 2)
     panel.set(title="up", xlabel="across")
-    series(
-        panel, range(len(values)), values, ("red", "o", "-"), label, y_spans=[(0, 2)] * len(values)
-    )
-    rule(panel, 1.0, ("grey", "", "--"), "base", span=(0.5, 1.5))
+    count = len(values)
+    fig.series(panel, range(count), values, ("red", "o", "-"), label, y_spans=[(0, 2)] * count)
+    fig.rule(panel, 1.0, ("grey", "", "--"), "base", span=(0.5, 1.5))
     other.set(title="share", xlabel="KL")
-    ecdf(other, {"kept": (("blue", "", "-"), [0.2, 0.4, 0.4, 3.0])}, 0.01, 0.5)
-    layout(figure)
+    fig.ecdf(other, {"kept": (("blue", "", "-"), [0.2, 0.4, 0.4, 3.0])}, 0.01, 0.5)
+    fig.layout(figure)
     return figure
 
 
-def test_a_figure_becomes_svg_that_belongs_to_its_page():
+def test_svg_of_a_figure_has_its_own_ids_and_the_colours_of_the_page():
     label = "</text><script>$\\frac{1}{2}$ fill: #b83227; url(#x)"
-    one = chart("one", "", lambda: small_figure([1.0, 1.5], label))
-    other = chart("other", "", lambda: small_figure([1.0, 1.5]))
+    one = fig.chart("one", "", lambda: small_figure([1.0, 1.5], label))
+    other = fig.chart("other", "", lambda: small_figure([1.0, 1.5]))
     assert one.svg == one.svg
     reader = checked(f"<html><style></style><script></script>{one.svg}{other.svg}</html>")
     assert label in reader.texts("text")
     assert f"{label}: 1, 1.5." in reader.texts("desc")[0]
-    # Colours are those of the page, but for text that only looks like one.
+    # Colours are the page's, except for text that only looks like a colour.
     assert len(re.findall("#[0-9a-f]{6}", one.svg)) == one.svg.count("#b83227") == 2
     assert one.svg.count("var(--red)") >= 2
 
 
-def test_the_distribution_is_the_share_at_or_below():
+def test_ecdf_is_the_share_at_or_below():
     line = small_figure([1.0]).axes[1].lines[0]
     # Of four values, one is at or below 0.2, three at or below 0.4, four at or below 3.
-    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == {
-        0.2: 0.25,
-        0.4: 0.75,
-        3: 1,
-    }
+    shares = {0.2: 0.25, 0.4: 0.75, 3: 1}
+    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == shares
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e13])
-def test_a_number_that_an_axis_cannot_hold_is_refused(value):
-    found = chart("one", "caption", lambda: small_figure([1.0, value]))
+def test_value_beyond_the_axis_is_rejected(value):
+    found = fig.chart("one", "caption", lambda: small_figure([1.0, value]))
     assert found.figure is None
     assert found.problem == f"{value:g} cannot be drawn on the axis 'up'."
 
 
 def test_many_series_differ_in_colour_marker_or_dash():
-    assert len(set(looks(24))) == 24
-    assert len({look[0] for look in looks(12)}) == len({look[1] for look in looks(12)}) == 12
+    assert len(set(fig.looks(24))) == 24
+    colours, markers, _ = zip(*fig.looks(12), strict=True)
+    assert len(set(colours)) == len(set(markers)) == 12
 
 
-def test_the_command_takes_a_folder_or_the_newest(folder, tmp_path, monkeypatch, capsys):
+def test_report_command_takes_the_newest_run(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report"])
     with pytest.raises(SystemExit) as stop:

@@ -35,7 +35,7 @@ def test_logits_equal_stock(model, mask):
 @pytest.mark.parametrize("mask", [torch.ones_like(TOKENS), PADDED, GAP])
 @pytest.mark.parametrize("cuts", [(29,), (12, 13, 14, 15, 30), (5, 20, 30), (1, 2, 3)])
 @pytest.mark.parametrize("capacity", [0, 64])
-def test_any_cut_of_a_cached_text_equals_the_whole(model, mask, cuts, capacity):
+def test_cached_forwards_equal_the_whole(model, mask, cuts, capacity):
     whole = model(TOKENS, attention_mask=mask)
     cache = KVCache.empty(model, 3, capacity)
     start = 0
@@ -49,7 +49,7 @@ def test_any_cut_of_a_cached_text_equals_the_whole(model, mask, cuts, capacity):
         assert cache.length == end
 
 
-def test_rows_of_a_cache_go_their_own_way(model):
+def test_copied_rows_of_a_cache_are_independent(model):
     cache = KVCache.empty(model, 3, 10)
     model(TOKENS[:, :10], attention_mask=PADDED[:, :10], past_kv_cache=cache)
     order = torch.tensor([2, 0, 2])
@@ -65,7 +65,7 @@ def test_rows_of_a_cache_go_their_own_way(model):
     ("gone", "order"),
     [([0], [2, 1]), ([1], [0, 2]), ([2], [0, 1]), ([0, 1], [2]), ([0, 2], [1]), ([], [0, 1, 2])],
 )
-def test_rows_dropped_in_place_leave_the_others_as_they_were(model, gone, order):
+def test_dropping_rows_in_place_keeps_the_others(model, gone, order):
     cache = KVCache.empty(model, 3, 30)
     model(TOKENS[:, :10], attention_mask=PADDED[:, :10], past_kv_cache=cache)
     stores = [entry.keys.data_ptr() for entry in cache.entries]
@@ -76,17 +76,9 @@ def test_rows_dropped_in_place_leave_the_others_as_they_were(model, gone, order)
     assert [entry.keys.data_ptr() for entry in cache.entries] == stores  # nothing was copied anew
 
 
-def test_a_mask_changed_in_place_is_seen(model):
-    mask = torch.ones_like(TOKENS)
-    model(TOKENS, attention_mask=mask)
-    mask[0, :11] = 0
-    mask[1, :3] = 0
-    got = model(TOKENS, attention_mask=mask)
-    assert torch.equal(got, model(TOKENS, attention_mask=PADDED))
-
-
-def test_a_mask_of_inference_mode_changed_in_place_is_seen(model):
-    with torch.inference_mode():
+@pytest.mark.parametrize("inference", [False, True])
+def test_mask_changed_in_place_takes_effect(model, inference):
+    with torch.inference_mode(inference):
         mask = torch.ones_like(TOKENS)
         model(TOKENS, attention_mask=mask)
         mask[0, :11] = 0
@@ -95,7 +87,7 @@ def test_a_mask_of_inference_mode_changed_in_place_is_seen(model):
         assert torch.equal(got, model(TOKENS, attention_mask=PADDED.clone()))
 
 
-def test_another_dtype_or_mode_makes_its_own_tables(model):
+def test_tables_are_rebuilt_for_another_dtype_or_mode(model):
     expected = model(TOKENS)
     with torch.inference_mode():
         assert torch.equal(model(TOKENS), expected)
@@ -133,7 +125,7 @@ NAMES = ["hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_attn_scores
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("name", [*NAMES, "hook_rot_k"])
-def test_a_hook_sees_what_stock_shows_it_and_its_change_counts(model, name, cached):
+def test_hooks_get_stock_values_and_their_changes_take_effect(model, name, cached):
     def run(cache):
         seen, kept = [], []
 
@@ -197,7 +189,7 @@ def test_without_hooks_no_scores_are_formed(model, monkeypatch):
         model(TOKENS)
 
 
-def test_the_result_per_head_is_hooked_when_asked_for(model):
+def test_hook_result_with_use_attn_result(model):
     plain = model(TOKENS)
     model.set_use_attn_result(True)
     try:

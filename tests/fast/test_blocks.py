@@ -5,9 +5,9 @@ import torch
 from helpers import stock, tokens_of
 from transformer_lens.components import RMSNorm
 
-from shl.fast import inputs_are_read_only, linear
 from shl.fast.blocks import FastBlock, FastRMSNorm
-from shl.fast.linear import FEW_ROWS, LARGE_WEIGHT
+from shl.fast.hooked import inputs_are_read_only
+from shl.fast.linear import FEW_ROWS, LARGE_WEIGHT, linear
 
 TOKENS = tokens_of(2, 12)
 UNEVEN = torch.linspace(0.1, 2.0, 32)  # Gemma norms a plain factor away
@@ -18,7 +18,7 @@ def logits_of(model):
         return model(TOKENS)
 
 
-def test_every_block_and_norm_is_a_fast_one(model):
+def test_every_block_and_norm_is_fast(model):
     assert all(type(block) is FastBlock for block in model.blocks)
     norms = [m for m in model.modules() if isinstance(m, RMSNorm)]
     per_block = 6 if model.cfg.use_normalization_before_and_after else 2
@@ -26,7 +26,7 @@ def test_every_block_and_norm_is_a_fast_one(model):
     assert all(type(m) is FastRMSNorm for m in norms)
 
 
-def test_the_norm_is_float64s(gemma):
+def test_norm_equals_float64(gemma):
     norm = gemma.blocks[0].ln1
     x = (30 * torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))).requires_grad_()
     x64 = x.detach().double().requires_grad_()
@@ -44,7 +44,7 @@ def test_the_norm_is_float64s(gemma):
 
 @pytest.mark.parametrize("point", ["hook_scale", "hook_normalized"])
 @pytest.mark.parametrize("norm", ["ln1", "ln2"])
-def test_a_hook_in_a_norm_fires_as_in_stock(model, norm, point):
+def test_hooks_in_norms_fire_as_in_stock(model, norm, point):
     def run():
         seen = []
 
@@ -83,7 +83,7 @@ def test_every_hook_point_of_a_plain_forward_still_fires(model):
     assert len(got) > 10 * model.cfg.n_layers
 
 
-def test_whoever_changes_the_queries_input_alone_gets_three_inputs(model):
+def test_pre_hook_that_changes_query_input_only(model):
     def change(module, args, kwargs):
         kwargs["query_input"].mul_(UNEVEN)  # in place: keys and values must not see it
 
@@ -105,7 +105,7 @@ def test_whoever_changes_the_queries_input_alone_gets_three_inputs(model):
 
 
 @pytest.mark.parametrize("switch", ["use_split_qkv_input", "use_hook_mlp_in"])
-def test_transformer_lens_switches_are_obeyed(model, switch):
+def test_transformer_lens_options_take_effect(model, switch):
     point = "mlp_in" if switch == "use_hook_mlp_in" else "k_input"
     model.set_use_split_qkv_input(switch == "use_split_qkv_input")
     model.set_use_hook_mlp_in(switch == "use_hook_mlp_in")
@@ -121,7 +121,7 @@ def test_transformer_lens_switches_are_obeyed(model, switch):
 
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 5), (FEW_ROWS,)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_a_few_rows_times_rows_of_w_by_thread(rows, with_bias):
+def test_linear_split_by_thread_equals_float64(rows, with_bias):
     g = torch.Generator().manual_seed(0)
     d_out, d_in = 48, LARGE_WEIGHT // 32
     x, w, b = (torch.randn(s, generator=g) for s in ((*rows, d_in), (d_out, d_in), (d_out,)))
@@ -145,7 +145,7 @@ def test_a_few_rows_times_rows_of_w_by_thread(rows, with_bias):
     torch.testing.assert_close(grad, w.sum(0).expand(grad.shape), rtol=1e-4, atol=1e-4)
 
 
-def test_what_does_not_fit_together_is_refused_as_torch_does(monkeypatch):
+def test_invalid_shapes_and_dtypes_raise_torchs_errors(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x, w = torch.zeros(1, 256), torch.zeros(256, 256)
     with pytest.raises(RuntimeError, match="dtype"):

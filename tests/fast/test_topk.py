@@ -1,4 +1,4 @@
-"""The shortlist's answer is the full product's, also where the proof fails."""
+"""Top logits by the shortlist equal those of the full product, also where the bound fails."""
 
 from importlib import import_module
 
@@ -11,7 +11,7 @@ from shl.fast.topk import Rough, shortlist_applies, top_logits
 from shl.models.generate import generate
 from shl.models.tiny import tiny_gemma
 
-room = import_module("shl.fast.topk")
+topk = import_module("shl.fast.topk")
 D, V = 16, 3000
 
 
@@ -36,7 +36,7 @@ def test_equals_the_full_product(seed, k, batch, scale):
     assert_is_the_top(hidden, random(D, V, seed=seed), k)
 
 
-def test_a_bias_is_added():
+def test_bias_is_added():
     hidden, unembed, bias = random(3, D, seed=1), random(D, V), random(V, seed=2, scale=3.0)
     assert_is_the_top(hidden, unembed, 8, bias)
     with_it = top_logits(hidden, unembed, 8, bias=bias)[1]
@@ -45,14 +45,14 @@ def test_a_bias_is_added():
 
 def counted(monkeypatch):
     rows = []
-    real = room._full
-    monkeypatch.setattr(room, "_full", lambda h, *rest: rows.append(len(h)) or real(h, *rest))
+    real = topk._full
+    monkeypatch.setattr(topk, "_full", lambda h, *rest: rows.append(len(h)) or real(h, *rest))
     return rows
 
 
-def test_only_rows_without_a_proof_get_the_full_product(monkeypatch):
+def test_only_unproven_rows_use_the_full_product(monkeypatch):
     rows = counted(monkeypatch)
-    # One word towers over the rest for the first row; for the second all words are alike.
+    # One token is far above the rest for the first row; for the second all are nearly equal.
     weight = random(D, V, scale=1e-4)
     weight[0, 7] = 50.0
     hidden = torch.zeros(2, D)
@@ -64,60 +64,56 @@ def test_only_rows_without_a_proof_get_the_full_product(monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_words_that_16_bits_cannot_tell_apart_are_told_apart(batch):
-    # 1 + 2^-12 rounds to 1 in bf16 (8 bits) and fp16 (11); the best word is one of 3000 such.
+def test_tokens_with_equal_16_bit_logits_are_distinguished(batch):
+    # 1 + 2^-12 rounds to 1 in bf16 (8 bits) and fp16 (11); the best token is one of 3000 such.
     weight = torch.ones(1, V)
     weight[0, 1234] = 1 + 2**-12
     assert top_logits(torch.ones(batch, 1), weight, 1)[1].tolist() == [[1234]] * batch
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_the_rounding_of_a_logit_itself_counts(batch):
-    # Every factor fits 16 bits, but 4096 + 0.5 and 4096 + 0.9375 both round to 4096.
+    # Every factor fits 16 bits, but the logits 4096 + 0.5 and 4096 + 0.9375 both round to 4096.
     weight = torch.tensor([[1.0], [0.5]]).repeat(1, V)
     weight[1, 1234] = 0.9375
     hidden = torch.tensor([[4096.0, 1.0]] * batch)
     assert top_logits(hidden, weight, 1)[1].tolist() == [[1234]] * batch
 
 
-def test_a_small_vocabulary_needs_no_list(monkeypatch):
+def test_small_vocabulary_uses_the_full_product(monkeypatch):
     rows = counted(monkeypatch)
     assert_is_the_top(random(2, D), random(D, 64), 1)
     assert rows == [2]
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.integers(0, 10**6), st.floats(-3, 3), st.sampled_from([room.ONE_ROW, room.ROWS]))
-def test_no_rough_logit_is_further_off_than_the_bound(seed, log_scale, dtype):
+@given(st.integers(0, 10**6), st.floats(-3, 3), st.sampled_from([topk.ONE_ROW, topk.ROWS]))
+def test_bound_covers_the_error_of_16_bit_logits(seed, log_scale, dtype):
     weight = random(V, D, seed=seed)
-    hidden = random(1 if dtype == room.ONE_ROW else 4, D, seed=seed + 1, scale=10**log_scale)
+    hidden = random(1 if dtype == topk.ONE_ROW else 4, D, seed=seed + 1, scale=10**log_scale)
     rough = Rough.of(weight, dtype)
     logits = torch.nn.functional.linear(hidden.to(dtype), rough.weight).double()
     off = (logits - hidden.double() @ weight.double().T).abs()
     bound = rough.bound(hidden, logits.abs().amax(1).float())
     assert bool((off.amax(1) <= bound).all())
-    # And it is no empty promise: within two orders of what was seen, and of what fp16 cannot hold.
+    # The bound is at most 100 times the largest error, plus the smallest normal number.
     assert bool((bound <= 100 * off.amax(1) + torch.finfo(dtype).smallest_normal).all())
 
 
-def test_sums_are_taken_in_fp32():
+def test_16_bit_products_accumulate_in_fp32():
     # 4096 and 640 ones: fp16 has steps of 4 up there, so a sum in fp16 would stay where it began.
     hidden, weight = torch.ones(1, 641), torch.ones(V, 641)
     weight[:, 0] = 4096.0
-    rough = Rough.of(weight, room.ONE_ROW)
+    rough = Rough.of(weight, topk.ONE_ROW)
     logits = torch.nn.functional.linear(hidden.half(), rough.weight)
     assert set(logits[0].tolist()) == {4736.0}  # 4096 + 640
 
 
-def test_the_bound_for_a_size_covers_all_smaller_logits():
-    # r + |r| 2^-8 grows with r: what no word off the list can exceed is said by the list's last.
-    rough = Rough.of(random(V, D), room.ROWS)
+def test_bound_grows_with_the_logit():
+    # r + |r| 2^-8 grows with r, so the bound of the last listed token holds for all others.
+    rough = Rough.of(random(V, D), topk.ROWS)
     r = torch.linspace(-300, 300, 4001)
     ceilings = r + rough.bound(torch.ones(len(r), D), r)
     assert bool((ceilings.diff() > 0).all())
 
 
-def test_what_leaves_the_range_of_fp16_gets_the_full_product(monkeypatch):
+def test_values_beyond_fp16_use_the_full_product(monkeypatch):
     rows = counted(monkeypatch)
     weight = random(D, V)
     for hidden in (random(1, D, seed=1) * 1e5, random(1, D, seed=1) * 3e4):
@@ -128,25 +124,25 @@ def test_what_leaves_the_range_of_fp16_gets_the_full_product(monkeypatch):
     assert rows == [1, 1, 1]
 
 
-def test_one_row_and_several_have_copies_of_their_own():
+def test_one_row_and_several_use_separate_copies():
     unembed = random(D, V)
     for batch in (1, 3, 1):
         assert_is_the_top(random(batch, D, seed=batch), unembed, 2)
-    copies = room._ROUGH[unembed]
+    copies = topk._ROUGH[unembed]
     assert {dtype: rough.weight.dtype for dtype, rough in copies.items()} == {
         torch.float16: torch.float16,
         torch.bfloat16: torch.bfloat16,
     }
 
 
-def test_changed_weights_make_a_new_copy():
+def test_changed_weights_are_copied_again():
     hidden, unembed = random(1, D, seed=1), random(D, V)
     top_logits(hidden, unembed, 1)
     unembed[:, 5] = 100 * hidden[0]
     assert top_logits(hidden, unembed, 1)[1].tolist() == [[5]]
 
 
-def test_a_hidden_state_that_is_not_finite_gives_logits_that_are_not():
+def test_nan_in_hidden_state_gives_nan_logits():
     hidden = random(2, D)
     hidden[0, 0] = torch.nan
     values, _ = top_logits(hidden, random(D, V), 1)
@@ -154,7 +150,7 @@ def test_a_hidden_state_that_is_not_finite_gives_logits_that_are_not():
 
 
 @pytest.mark.parametrize("name", ["unembed", "unembed.hook_in", "unembed.hook_out"])
-def test_steps_aside_where_logits_are_hooked(gemma, name, monkeypatch):
+def test_shortlist_does_not_apply_with_hooks_on_logits(gemma, name, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert shortlist_applies(gemma)
     handle = gemma.get_submodule(name).register_forward_hook(lambda *_: None)
@@ -163,11 +159,11 @@ def test_steps_aside_where_logits_are_hooked(gemma, name, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 5, "seed": 3}])
-def test_generation_is_the_same_with_and_without(monkeypatch, settings):
+def test_generate_is_the_same_with_and_without_shortlist(monkeypatch, settings):
     model = tiny_gemma()
     prompts = ["Hello?", "And you?", "z"]
-    monkeypatch.setattr(room, "WIDEN", 2)
-    monkeypatch.setattr(room, "max", lambda _, n: n, raising=False)
+    monkeypatch.setattr(topk, "WIDEN", 2)
+    monkeypatch.setattr(topk, "max", lambda _, n: n, raising=False)
     texts = []
     for fast in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)

@@ -20,26 +20,26 @@ def as_lists(v):
     return {layer: x.tolist() for layer, x in v.directions.items()}
 
 
-def test_a_sum_has_the_layers_of_both():
+def test_sum_has_the_layers_of_both():
     got = vector(l1=[1.0, 2.0], l2=[5.0, 5.0]) + vector("b", l1=[10.0, 20.0], l0=[7.0, 7.0])
     assert as_lists(got) == {0: [7, 7], 1: [11, 22], 2: [5, 5]}
     assert got.axis == "a + b"
 
 
-def test_a_multiple_and_a_difference():
+def test_multiple_and_difference():
     a, b = vector(l1=[1.0, 2.0]), vector("b", l1=[4.0, 8.0])
     assert as_lists(3 * a) == as_lists(a * 3.0) == {1: [3, 6]}
     assert as_lists(b + -1 * a) == {1: [3, 6]}
 
 
-def test_projecting_out_leaves_what_is_at_right_angles():
+def test_project_out_leaves_the_orthogonal_component():
     a = vector(l1=[3.0, 4.0, 5.0], l2=[1.0, 1.0, 1.0])
     got = a.project_out(vector("b", l1=[0.0, 10.0, 0.0]))
     assert as_lists(got) == {1: [3, 0, 5], 2: [1, 1, 1]}
     assert got.axis == "a without b"
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_operands_are_rejected():
     a = vector(l1=[3.0, 4.0])
     for make in (lambda b: a + b, a.project_out):
         with pytest.raises(ShlError, match="made on m and other"):
@@ -50,7 +50,7 @@ def test_what_does_not_fit_is_refused():
         a.project_out(vector("b", l1=[0.0, 0.0]))
 
 
-def test_several_axes_steer_in_one_pass():
+def test_sum_of_vectors_equals_nested_steering():
     model = tiny_gemma()
     g = torch.Generator().manual_seed(0)
     a, b = (
@@ -63,7 +63,7 @@ def test_several_axes_steer_in_one_pass():
         assert (model(tokens) - expected).abs().max() <= 1e-5
 
 
-def test_the_first_component_is_the_longest_axis_of_the_differences():
+def test_first_component_is_the_first_principal_axis():
     # Differences (8, 1), (8, -1), (-2, 0) before the last sign: the first axis carries
     # 64 + 64 + 4 = 132, the second 2; its mean is (8 + 8 - 2) / 3.
     negative = torch.zeros(3, 2)
@@ -73,7 +73,7 @@ def test_the_first_component_is_the_longest_axis_of_the_differences():
     assert first_component(negative, positive).tolist() == pytest.approx([-14 / 3, 0.0], abs=1e-6)
 
 
-def test_the_rule_can_be_replaced():
+def test_vector_depends_on_the_rule():
     model, axis = tiny_gemma(), load_axis("love")
     vectors = {
         rule: extract_vector(model, axis, [1], contexts=6, rule=rule).directions[1]

@@ -17,18 +17,18 @@ def factors(scope, at=AT):
     return scope.factor(at)[..., 0].tolist()
 
 
-def test_padding_has_no_dose(gemma):
+def test_factor_of_padding_is_0(gemma):
     assert factors(Scope(gemma, 1.5)) == [[0, 0, 1.5, 1.5, 1.5], [1.5] * 5]
 
 
-def test_rows_have_doses_of_their_own(gemma):
+def test_dose_per_row(gemma):
     scope = Scope(gemma, torch.tensor([2.0, -1.0]))
     assert factors(scope) == [[0, 0, 2, 2, 2], [-1] * 5]
     with running(rows=[1, 0]):
         assert factors(scope) == [[0, 0, -1, -1, -1], [2] * 5]
 
 
-def test_a_mask_counts_in_a_rows_own_tokens_and_ends_with_its_width(gemma):
+def test_mask_counts_without_padding_and_is_false_beyond_its_width(gemma):
     mask = torch.tensor([[True, False, True], [False, True, True]])
     # Row 0 has its tokens 0 and 2, row 1 its tokens 1 and 2; tokens 3 and 4 are beyond.
     assert factors(Scope(gemma, 3.0, mask=mask)) == [[0, 0, 3, 0, 3], [0, 3, 3, 0, 0]]
@@ -53,7 +53,7 @@ def test_the_dose_halves_from_the_assistant_tag_on(gemma):
         assert got == pytest.approx([8, 8, 8 / 2**0.5, 4, 4 / 2**0.5])
 
 
-def test_everything_multiplies(gemma):
+def test_factors_multiply(gemma):
     mask = torch.ones(2, 4, dtype=torch.bool)
     dose = torch.tensor([4.0, 8.0])
     scope = Scope(gemma, dose, mask=mask, positions=[0, 2, 3], half_life=1.0)
@@ -61,21 +61,21 @@ def test_everything_multiplies(gemma):
         assert factors(scope) == [[0, 0, 4, 0, 1], [8, 0, 8, 4, 0]]
 
 
-def test_what_kind_of_scope_it_is(gemma):
+def test_properties_of_scope(gemma):
     mask = torch.ones(2, 4, dtype=torch.bool)
-    kinds = [
+    scopes = [
         (Scope(gemma), True, False, None),
         (Scope(gemma, torch.ones(3)), False, True, 3),
         (Scope(gemma, mask=mask), False, True, 2),
         (Scope(gemma, positions=[1]), False, False, None),
         (Scope(gemma, half_life=3.0), False, True, None),
     ]
-    assert [(s.plain, s.per_row, s.rows) for s, *_ in kinds] == [tuple(k[1:]) for k in kinds]
+    assert [(s.plain, s.per_row, s.rows) for s, *_ in scopes] == [tuple(k[1:]) for k in scopes]
     assert [Scope(gemma, d).whole for d in (1, 1.0, 2.0)] == [True, True, False]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"dose": float("nan")}, "dose is nan"),
         ({"dose": torch.tensor([1.0, torch.inf])}, "must be finite"),
@@ -94,19 +94,19 @@ def test_what_kind_of_scope_it_is(gemma):
         ({"positions": slice(600, None)}, "positions is slice(600, None, None)"),
     ],
 )
-def test_bad_options_are_refused(gemma, options, said):
+def test_invalid_options_are_rejected(gemma, options, message):
     with pytest.raises(ShlError) as error:
         Scope(gemma, **options)
-    assert said in one_sentence(error)
+    assert message in one_sentence(error)
 
 
-def test_doses_and_mask_have_the_same_rows(gemma):
-    # (Under these tests the types say it first.)
+def test_doses_and_mask_with_different_rows_are_rejected(gemma):
+    # Under the tests jaxtyping raises first.
     with pytest.raises((ShlError, TypeError), match="dose"):
         Scope(gemma, torch.ones(3), mask=torch.ones(2, 3, dtype=torch.bool))
 
 
-def test_what_does_not_fit_the_batch_is_refused(gemma):
+def test_wrong_number_of_mask_rows_or_prompt_lengths_is_rejected(gemma):
     mask = torch.ones(3, 4, dtype=torch.bool)
     with pytest.raises(ShlError, match="3 rows of a mask were given for a batch of 2 rows"):
         Scope(gemma, mask=mask).factor(AT)
@@ -120,15 +120,15 @@ def test_what_does_not_fit_the_batch_is_refused(gemma):
 
 
 @pytest.fixture
-def seen(model):
-    """What `follow` tells of layer 1, forward by forward."""
-    told = []
+def tracked(model):
+    """The calls of `track_positions` for layer 1, one per forward."""
+    calls = []
     with Handle(model) as handle:
-        track_positions(handle, [1, 1], lambda layer, at: told.append((layer, at.tolist())))
-        yield told
+        track_positions(handle, [1, 1], lambda layer, at: calls.append((layer, at.tolist())))
+        yield calls
 
 
-def test_positions_come_from_masks_and_caches(model, seen):
+def test_positions_with_masks_and_caches(model, tracked):
     tokens = tokens_of(2, 4)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     new = torch.ones(2, 1, dtype=torch.long)
@@ -141,21 +141,21 @@ def test_positions_come_from_masks_and_caches(model, seen):
         for _ in range(2):
             model(new, attention_mask=new, past_kv_cache=cache)
         first = (1, [[-1, -1, 0, 1], [0, 1, 2, 3]])
-        assert seen == [first, (1, [[2], [4]]), (1, [[3], [5]])]
-        seen.clear()
+        assert tracked == [first, (1, [[2], [4]]), (1, [[3], [5]])]
+        tracked.clear()
 
 
-def test_a_plain_call_counts_from_zero_and_a_cache_counts_on(model, seen):
+def test_positions_without_mask(model, tracked):
     model(tokens_of(1, 3))
     model.run_with_hooks(tokens_of(2, 2))
     model.run_with_cache(tokens_of(1, 2))
     cache = KVCache.empty(model, 1)
     for n in (2, 1, 2):
         model(tokens_of(1, n), past_kv_cache=cache)
-    # A run that starts at a later layer has no mask: there the cache alone counts.
+    # A run that starts at a later layer has no mask, so positions follow the cache.
     model(torch.ones(1, 2, 32), start_at_layer=1)
     model(torch.ones(1, 2, 32), start_at_layer=1, past_kv_cache=cache)
-    assert [at for _, at in seen] == [
+    assert [at for _, at in tracked] == [
         [[0, 1, 2]],
         [[0, 1], [0, 1]],
         [[0, 1]],

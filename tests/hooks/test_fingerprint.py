@@ -9,13 +9,13 @@ from shl.models.load import build_model, load_model
 from shl.models.tiny import tiny_gemma, tiny_hf, tiny_tokenizer
 
 
-def test_the_hash_is_that_of_the_weights_not_of_the_object(gemma, llama):
+def test_hash_of_equal_and_different_weights(gemma, llama):
     assert weights_hash(gemma) == weights_hash(tiny_gemma())
     seen = {weights_hash(m) for m in (gemma, llama, tiny_gemma(seed=1), tiny_gemma(n_layers=3))}
     assert len(seen) == 4
 
 
-def test_a_fine_tune_in_place_and_another_dtype_are_seen():
+def test_change_in_place_and_dtype_change_the_hash():
     model = tiny_gemma()
     before = weights_hash(model)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def test_a_fine_tune_in_place_and_another_dtype_are_seen():
     assert weights_hash(half) != before
 
 
-def test_adapters_hooked_or_in_the_weights_do_not_change_it(model):
+def test_adapters_do_not_change_the_hash(model):
     before = weights_hash(model)
     for inside in (False, True):
         with baked(model, [random_adapter(model)], materialise=inside):
@@ -40,7 +40,7 @@ def test_adapters_hooked_or_in_the_weights_do_not_change_it(model):
         assert not torch.equal(logits, model(torch.tensor([[5, 6]])))
 
 
-def test_the_layout_in_memory_does_not_matter():
+def test_memory_layout_does_not_change_the_hash():
     model = tiny_gemma()
     before = weights_hash(model)
     for parameter in model.parameters():
@@ -48,7 +48,7 @@ def test_the_layout_in_memory_does_not_matter():
     assert weights_hash(model) == before
 
 
-def test_what_is_looked_at_is_evenly_strided_and_bounded():
+def test_sampled_elements_are_evenly_strided_and_bounded_in_number():
     # 300,000 / 65,536 rounded up is 5, which is odd already: 60,000 elements.
     x = torch.arange(300_000.0).view(500, 600)
     assert torch.equal(_sampled(x), torch.arange(0.0, 300_000, 5))
@@ -60,7 +60,7 @@ def test_what_is_looked_at_is_evenly_strided_and_bounded():
     assert len(_sampled(wide).unique()) == 1024
 
 
-def test_a_folder_is_known_by_its_last_part(tmp_path):
+def test_name_of_a_folder_is_its_last_part(tmp_path):
     hf = tiny_hf()
     names, hashes = set(), set()
     for parent in ("here", "there"):

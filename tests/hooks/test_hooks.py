@@ -8,7 +8,7 @@ import torch
 from helpers import hook_count, random_adapter, tokens_of
 
 from shl.config import SITE_KINDS
-from shl.hooks.handle import ROWS, Handle, handles_on, row_values, suspended
+from shl.hooks.handle import handles_on, row_values, running, suspended
 from shl.hooks.vector import SteeringVector
 from shl.models.tiny import tiny_gemma
 from shl.utils.errors import ShlError
@@ -48,17 +48,12 @@ def test_handles_are_listed_oldest_first_until_removed(model, adapter, vector):
     assert handles_on(model) == ()
 
 
-def test_entering_a_handle_gives_the_handle(model, adapter):
+def test_entering_returns_the_handle_and_leaving_restores_the_model_exactly(model, adapter, base):
     handle = adapter.attach(model)
     with handle as entered:
         assert entered is handle
+        assert not torch.equal(model(TOKENS), base)
     assert not handle.on
-
-
-def test_removing_restores_the_model_to_the_bit(model, adapter, base):
-    handle = adapter.attach(model)
-    assert not torch.equal(model(TOKENS), base)
-    handle.remove()
     assert torch.equal(model(TOKENS), base)
 
 
@@ -76,33 +71,21 @@ def test_no_hook_is_left_when_nested_bodies_raise(model, adapter, vector, base):
     assert torch.equal(model(TOKENS), base)
 
 
-def test_no_hook_is_left_when_the_forward_raises(model, adapter, base):
+def test_an_adapter_works_again_after_a_forward_that_raised(model, adapter, base):
     def fail(value, hook):
         raise RuntimeError("forward")
 
-    # The failure falls between the hook that sees q's input and the one that adds.
-    with (
-        pytest.raises(RuntimeError, match="forward"),
-        model.hooks(fwd_hooks=[("blocks.1.attn.hook_k", fail)]),
-        adapter.attach(model),
-    ):
-        model(TOKENS)
-    assert hook_count(model) == 0
-    assert torch.equal(model(TOKENS), base)
-
-
-def test_an_adapter_works_again_after_a_forward_that_raised(model, adapter):
-    def fail(value, hook):
-        raise RuntimeError("forward")
-
+    # It fails between the hook that reads q's input and the one that adds the update.
     with adapter.attach(model):
         expected = model(TOKENS)
         with pytest.raises(RuntimeError, match="forward"):
             model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.attn.hook_k", fail)])
         assert torch.equal(model(TOKENS), expected)
+    assert hook_count(model) == 0
+    assert torch.equal(model(TOKENS), base)
 
 
-def test_our_hooks_survive_reset_hooks(model, adapter, vector):
+def test_reset_hooks_does_not_remove_handles(model, adapter, vector):
     with adapter.attach(model), vector.steering(model):
         before = model(TOKENS)
         model.reset_hooks(including_permanent=True)
@@ -144,14 +127,14 @@ def test_suspending_ends_when_its_body_raises(model, adapter, base):
         assert not torch.equal(model(TOKENS), base)
 
 
-def test_suspending_leaves_the_callers_own_hooks_on(model, adapter):
+def test_suspended_keeps_the_callers_own_hooks(model, adapter):
     own = [("blocks.0.hook_resid_post", add_one)]
     expected = model.run_with_hooks(TOKENS, fwd_hooks=own)
     with adapter.attach(model), model.hooks(fwd_hooks=own), suspended(model):
         assert torch.equal(model(TOKENS), expected)
 
 
-def test_run_with_cache_and_run_with_hooks_see_our_changes(model, adapter, vector):
+def test_run_with_cache_and_run_with_hooks_include_the_changes(model, adapter, vector):
     with adapter.attach(model), vector.steering(model):
         plain = model(TOKENS)
         logits, cache = model.run_with_cache(TOKENS)
@@ -173,32 +156,18 @@ def test_a_model_is_freed_once_its_handles_are_removed():
     assert gone() is None
 
 
-def test_a_pre_hook_sees_arguments_given_either_way(gemma):
-    seen = []
-    with Handle(gemma) as handle:
-        handle.add_pre_hook(gemma.blocks[0].mlp, lambda args, kwargs: seen.append((args, kwargs)))
-        x = torch.ones(1, 1, 32)
-        gemma.blocks[0].mlp(x)
-        gemma.blocks[0].mlp(x=x)
-    assert seen[0][0][0] is x
-    assert seen[1][1]["x"] is x
-
-
-def test_an_adapter_reads_its_input_given_either_way(gemma):
+def test_adapter_reads_positional_and_keyword_inputs(gemma):
     x = torch.ones(1, 1, 32)
     with random_adapter(gemma, ["up"], (0,)).attach(gemma):
         assert torch.equal(gemma.blocks[0].mlp(x), gemma.blocks[0].mlp(x=x))
 
 
-def test_row_values_follow_the_rows_that_the_batch_holds():
+def test_row_values_are_those_of_the_batch_rows():
     values = torch.tensor([1.0, 2.0, 3.0])
     assert row_values(values, 3) is values
     with pytest.raises(ShlError, match="3 per-row doses were given for a batch of 2"):
         row_values(values, 2)
-    token = ROWS.set(torch.tensor([2, 0]))
-    try:
+    with running(rows=[2, 0]):
         assert row_values(values, 2).tolist() == [3.0, 1.0]
         with pytest.raises(ShlError, match="2 per-row doses were given for at least 3 rows"):
             row_values(values[:2], 2)
-    finally:
-        ROWS.reset(token)

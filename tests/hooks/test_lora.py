@@ -1,4 +1,4 @@
-"""Adapters as hooks equal merged weights; files give back what was saved or refuse."""
+"""Adapters as hooks equal merged weights; files are read exactly or rejected."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shl.config import LINEAR_SITES, SITE_KINDS, HealConfig
-from shl.hooks.adapter import FORMAT, Adapter, default_layers, fresh_adapter
+from shl.hooks.adapter import Adapter, fresh_adapter
 from shl.models.tiny import tiny_gemma
 from shl.utils.errors import ShlError
 from shl.utils.files import identity
@@ -18,7 +18,7 @@ from shl.utils.files import identity
 TOKENS = tokens_of(2, 20)  # past the window of 8
 
 
-def test_a_fresh_adapter_leaves_the_logits_to_the_bit(model):
+def test_fresh_adapter_does_not_change_the_logits(model):
     base = model(TOKENS)
     layers = tuple(range(model.cfg.n_layers))
     with fresh_adapter(model, HealConfig(sites=SITE_KINDS, layers=layers)).attach(model):
@@ -28,20 +28,15 @@ def test_a_fresh_adapter_leaves_the_logits_to_the_bit(model):
 @pytest.mark.parametrize("sites", [*((kind,) for kind in LINEAR_SITES), LINEAR_SITES])
 def test_hooks_equal_merged_weights(model, sites):
     adapter = random_adapter(model, sites)
-    expected = merged(model, adapter)(TOKENS)
-    assert (expected - model(TOKENS)).abs().max() > 0.05  # the adapter does something
-    with adapter.attach(model):
-        assert (model(TOKENS) - expected).abs().max() <= 1e-4
-
-
-def test_hooks_equal_merged_weights_on_padded_rows(model):
-    adapter = random_adapter(model)
-    mask = torch.ones_like(TOKENS)
-    mask[0, :6] = 0
-    expected = merged(model, adapter)(TOKENS, attention_mask=mask)
-    with adapter.attach(model):
-        got = model(TOKENS, attention_mask=mask)
-    assert (got - expected)[mask.bool()].abs().max() <= 1e-4
+    weights = merged(model, adapter)
+    padded = torch.ones_like(TOKENS)
+    padded[0, :6] = 0
+    assert (weights(TOKENS) - model(TOKENS)).abs().max() > 0.05  # the adapter has an effect
+    for mask in (torch.ones_like(TOKENS), padded):
+        expected = weights(TOKENS, attention_mask=mask)
+        with adapter.attach(model):
+            got = model(TOKENS, attention_mask=mask)
+        assert (got - expected)[mask.bool()].abs().max() <= 1e-4
 
 
 def test_the_residual_site_adds_s_b_a_h_after_the_layer(model):
@@ -80,7 +75,7 @@ def test_at_the_start_only_b_has_a_gradient(model):
     assert all(b.grad.abs().max() > 0 for b in adapter.up.values())
 
 
-def test_a_fresh_adapter_follows_its_seed(gemma):
+def test_fresh_adapter_depends_on_its_seed(gemma):
     config = HealConfig(rank=2, sites=("q", "o"), layers=(1, 2))
     one, same, other = (fresh_adapter(gemma, config, seed=s) for s in (0, 0, 1))
     for name, a in one.down.items():
@@ -89,10 +84,11 @@ def test_a_fresh_adapter_follows_its_seed(gemma):
         assert a.abs().max() <= 1 / a.shape[1] ** 0.5
     assert len({tuple(a[0, :3].tolist()) for a in one.down.values()}) == 4
     # 4 layers: from round(4 / 6) = 1 to round(20 / 6) = 3
-    assert tuple(default_layers(gemma)) == (1, 2, 3)
+    sites = fresh_adapter(gemma, HealConfig(rank=2)).sites
+    assert {site.layer for site in sites} == {1, 2, 3}
 
 
-def test_a_frozen_copy_is_out_of_the_optimisers_reach(gemma):
+def test_frozen_copy_is_detached(gemma):
     adapter = fresh_adapter(gemma, HealConfig(rank=2, layers=(0,)), round=3)
     frozen = adapter.frozen()
     assert not any(p.requires_grad for p in frozen.parameters())
@@ -108,7 +104,7 @@ def test_norms_are_those_of_the_full_update(gemma):
         assert norm == pytest.approx(float(full.norm()), rel=1e-4)
 
 
-def test_a_round_trip_through_a_file_is_exact(model, tmp_path):
+def test_saved_and_loaded_adapter_is_equal(model, tmp_path):
     adapter = replace(random_adapter(model, SITE_KINDS), round=2)
     adapter.save(tmp_path / "a.safetensors")
     back = Adapter.load(tmp_path / "a.safetensors", model)
@@ -122,8 +118,8 @@ def test_a_round_trip_through_a_file_is_exact(model, tmp_path):
 HOOKS_9 = ["blocks.9.attn:query_input", "blocks.9.attn.hook_q"]
 
 
-def tampered(path, change, meta_change=(), *, signed=True):
-    """The saved file with other tensors and metadata; signed, with an identity that fits them."""
+def modify(path, change, meta_change, *, signed):
+    """Change the tensors and metadata of a saved file, and if `signed` its identity to fit them."""
     with safe_open(str(path), "pt") as file:
         meta = json.loads(file.metadata()["shl"]) | dict(meta_change)
     tensors = load_file(path)
@@ -140,7 +136,7 @@ def tampered(path, change, meta_change=(), *, signed=True):
         (lambda t: t.update(x=torch.ones(1)), {}, "the site table of .* differ at"),
         (lambda t: t.update({"blocks.9.q.A": t.pop("blocks.1.q.A")}), {}, "blocks.1.q.A"),
         (lambda t: t["blocks.1.q.B"].fill_(torch.nan), {}, "blocks.1.q.B.* not finite"),
-        (lambda t: t.update({"blocks.1.q.A": torch.ones(3, 31)}), {}, r"shape \(3, 31\)"),
+        (lambda t: t.update({"blocks.1.q.A": torch.ones(3, 31)}), {}, r"shapes \(3, 31\)"),
         (lambda t: None, {"format": "shl-vector-1"}, "format 'shl-vector-1'"),
         (lambda t: None, {"model": "gpt2"}, "made for gpt2"),
         (
@@ -157,37 +153,23 @@ def tampered(path, change, meta_change=(), *, signed=True):
         (lambda t: None, {"weights": "0" * 64}, "the hash 000000000000, the model's"),
         (lambda t: None, {"dtype": "bfloat16"}, "in bfloat16, the model is in float32"),
         (lambda t: None, {"weights": None}, "no hash or dtype of the weights"),
+        (lambda t: t["blocks.1.q.A"].view(-1)[:1].add_(1e-6), {}, "checksum mismatch"),
+        (lambda t: t.pop("blocks.1.q.A"), {}, "checksum mismatch"),
+        (lambda t: None, {"scale": 2.5}, "checksum mismatch"),
+        (lambda t: None, {"round": 7}, "checksum mismatch"),
+        (lambda t: None, {"identity": None}, "checksum mismatch"),
     ],
 )
-def test_a_tampered_file_is_refused(gemma, tmp_path, change, meta, named):
+def test_modified_file_is_rejected(gemma, tmp_path, change, meta, named):
     path = tmp_path / "a.safetensors"
     random_adapter(gemma, ["q"], (1,)).save(path)
-    tampered(path, change, meta)
+    modify(path, change, meta, signed=named != "checksum mismatch")
     with pytest.raises(ShlError, match=named) as error:
         Adapter.load(path, gemma)
     one_sentence(error)
 
 
-@pytest.mark.parametrize(
-    ("change", "meta"),
-    [
-        (lambda t: t["blocks.1.q.A"].view(-1)[:1].add_(1e-6), {}),
-        (lambda t: t.pop("blocks.1.q.A"), {}),
-        (lambda t: None, {"scale": 2.5}),
-        (lambda t: None, {"round": 7}),
-        (lambda t: None, {"identity": None}),
-    ],
-)
-def test_a_file_changed_by_a_digit_is_noticed(gemma, tmp_path, change, meta):
-    path = tmp_path / "a.safetensors"
-    random_adapter(gemma, ["q"], (1,)).save(path)
-    tampered(path, change, meta, signed=False)
-    with pytest.raises(ShlError, match="checksum mismatch") as error:
-        Adapter.load(path, gemma)
-    one_sentence(error)
-
-
-def test_the_identity_is_that_of_the_content_alone(gemma, tmp_path):
+def test_identity_depends_on_content_only(gemma, tmp_path):
     adapter = random_adapter(gemma, ["q"], (1,))
     for name in ("a", "b"):
         adapter.save(tmp_path / name)
@@ -197,7 +179,7 @@ def test_the_identity_is_that_of_the_content_alone(gemma, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_truncated_missing_or_foreign_file_is_refused(gemma, tmp_path):
+def test_truncated_missing_or_foreign_file_is_rejected(gemma, tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(ShlError, match="cannot be read"):
         Adapter.load(path, gemma)
@@ -206,11 +188,11 @@ def test_a_truncated_missing_or_foreign_file_is_refused(gemma, tmp_path):
     with pytest.raises(ShlError, match="cannot be read"):
         Adapter.load(path, gemma)
     save_file({"x": torch.ones(1)}, path)
-    with pytest.raises(ShlError, match=f"format None, it must be '{FORMAT}'"):
+    with pytest.raises(ShlError, match="format None, it must be 'shl-adapter-3'"):
         Adapter.load(path, gemma)
 
 
-def test_an_adapter_is_refused_by_a_model_of_other_widths(gemma, llama):
+def test_adapter_for_other_widths_is_rejected(gemma, llama):
     adapter = random_adapter(gemma, ["k"], (0,))  # one kv head of 16; Llama has two of 8
     with adapter.attach(llama):  # 32 to 16 on both
         pass
@@ -221,7 +203,7 @@ def test_an_adapter_is_refused_by_a_model_of_other_widths(gemma, llama):
         random_adapter(gemma, ["resid"], (3,)).attach(llama)
 
 
-def test_unknown_sites_and_layers_are_refused(gemma):
+def test_unknown_layers_are_rejected(gemma):
     with pytest.raises(ShlError, match="layer 7 is out of range"):
         fresh_adapter(gemma, HealConfig(layers=(7,)))
     small = tiny_gemma(n_layers=2)
@@ -229,7 +211,7 @@ def test_unknown_sites_and_layers_are_refused(gemma):
         random_adapter(gemma, ["o"], (2,)).attach(small)
 
 
-def test_factors_that_do_not_fit_their_sites_are_refused(gemma):
+def test_factors_that_do_not_match_their_sites_are_rejected(gemma):
     adapter = random_adapter(gemma, ["q"], (1,))
     with pytest.raises(ShlError, match="an adapter's A has sites"):
         replace(adapter, down={})

@@ -1,4 +1,4 @@
-"""Where and while to steer: each option acts on its tokens exactly, in batches, with a cache."""
+"""Positions, masks, decay and gates act on exactly their tokens, in batches and with a cache."""
 
 from dataclasses import replace
 
@@ -70,7 +70,7 @@ def residuals(model, tokens, **options):
 
 @pytest.mark.parametrize("dose", [0.75, torch.tensor([0.5, 0.0, -1.0])])
 @each_option
-def test_exactly_h_plus_factor_v_at_the_site_and_nothing_before_it(model, vector, dose, options):
+def test_h_plus_factor_v_exactly_at_the_site_and_no_change_before_it(model, vector, dose, options):
     v = vector.directions[1]
     options = options | ({"mask": MASK[:3]} if "mask" in options else {})
     with running(prompts=[8, 20, 3]):
@@ -137,16 +137,16 @@ def test_batches_equal_single_rows_and_the_cache_equals_whole_forwards(model, ve
 
 @each_option
 def test_scores_of_a_completion_see_the_factors_of_its_generation(model, vector, options):
-    with vector.steering(model, 1.0, record=True, **options) as made:
+    with vector.steering(model, 1.0, record=True, **options) as generated:
         completions = generate(model, PROMPTS, max_new_tokens=10, min_new_tokens=10)
-    with vector.steering(model, 1.0, record=True, **options) as read:
+    with vector.steering(model, 1.0, record=True, **options) as scored:
         token_nll(model, completions, batch_size=3)
     for row, completion in enumerate(completions):
         n = len(completion.prompt_tokens) + 9
-        assert torch.allclose(read.applied(1, row)[:n], made.applied(1, row)[:n], atol=1e-4)
+        assert torch.allclose(scored.applied(1, row)[:n], generated.applied(1, row)[:n], atol=1e-4)
 
 
-def test_rows_that_leave_the_batch_take_their_own_decay_and_mask_along():
+def test_rows_keep_their_decay_and_mask_as_the_batch_shrinks():
     model = tiny_gemma()
     model.unembed.b_U.data[1] = 2.5  # the end comes now and then
     v = SteeringVector({1: 2 * torch.linspace(-1, 1, 32)}, "tiny", "demo", 1)
@@ -163,7 +163,7 @@ def test_rows_that_leave_the_batch_take_their_own_decay_and_mask_along():
             assert torch.allclose(ran, whole.applied(1)[: len(ran)], atol=1e-6)
 
 
-def test_a_decay_goes_on_through_a_long_answer(llama):
+def test_decay_continues_through_a_long_completion(llama):
     v = SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1)
     with v.steering(llama, 2.0, half_life=4.0, record=True) as handle:
         (c,) = generate(llama, ["Hi?"], max_new_tokens=9, min_new_tokens=9)
@@ -174,7 +174,7 @@ def test_a_decay_goes_on_through_a_long_answer(llama):
     assert got[n:].tolist() == pytest.approx([2 * 2 ** (-j / 4) for j in range(1, 9)])
 
 
-def test_a_shared_prefix_is_steered_where_each_row_says(llama):
+def test_shared_prefix_is_steered_per_row(llama):
     prompts = [Prompt(text, "You are someone who sails.") for text in ("Hi?", "And you?", "z")]
     v = SteeringVector({0: 2 * torch.ones(32)}, "tiny-llama", "demo", 1)
     mask = torch.zeros(3, 80, dtype=torch.bool)
@@ -187,7 +187,7 @@ def test_a_shared_prefix_is_steered_where_each_row_says(llama):
                 assert greedy(llama, [prompt]) == [batched[row]]
 
 
-def test_positions_alone_leave_the_shared_prefix_shared(llama):
+def test_prefix_is_shared_unless_rows_may_differ(llama):
     rows = [[*tokens_of(20, seed=3).tolist(), 5 + i] for i in range(3)]
     v = SteeringVector({0: torch.ones(32)}, "tiny-llama", "demo", 1)
     widths = []
@@ -201,7 +201,7 @@ def test_positions_alone_leave_the_shared_prefix_shared(llama):
     assert widths == [[(1, 20), (3, 1)], [(1, 20), (3, 1)], [(3, 21)]]
 
 
-def test_beyond_a_mask_nothing_is_steered(gemma):
+def test_tokens_beyond_the_mask_are_not_steered(gemma):
     v = SteeringVector({1: 3 * torch.ones(32)}, "tiny", "demo", 1)
     n = len(encode(gemma, "Hi?"))
     narrow = torch.ones(1, n - 1, dtype=torch.bool)
@@ -210,25 +210,25 @@ def test_beyond_a_mask_nothing_is_steered(gemma):
     assert handle.applied(1).tolist() == [1.0] * (n - 1) + [0.0] * 4
 
 
-def test_a_mask_or_dose_of_other_rows_is_refused(gemma):
+def test_mask_with_wrong_number_of_rows_is_rejected(gemma):
     v = SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1)
     mask = torch.ones(5, 9, dtype=torch.bool)
     with v.steering(gemma, 1.0, mask=mask), pytest.raises(ShlError) as error:
         generate(gemma, PROMPTS)
-    assert "a hook has doses or a mask for 5 rows, not 4 prompts" in one_sentence(error)
+    assert "a hook has doses or a mask for 5 rows, there are 4 prompts" in one_sentence(error)
     with v.steering(gemma, 1.0, mask=mask), pytest.raises(ShlError) as error:
         gemma(TOKENS)
     assert "5 rows of a mask were given for a batch of 3 rows" in one_sentence(error)
 
 
-def test_the_probe_refuses_what_belongs_to_rows(gemma):
+def test_probe_rejects_per_row_doses_and_masks(gemma):
     v = SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1)
     for options in ({"dose": torch.ones(8)}, {"mask": torch.ones(8, 9, dtype=torch.bool)}):
         with v.steering(gemma, **options), pytest.raises(ShlError, match="for 8 rows, the probe"):
             evaluate(gemma)
 
 
-def test_an_unknown_gate_is_refused(gemma):
+def test_unknown_gate_is_rejected(gemma):
     v = SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1)
     for gate in ("sine", "", True):
         with pytest.raises((ShlError, TypeError), match="gate"):
@@ -236,7 +236,7 @@ def test_an_unknown_gate_is_refused(gemma):
     assert hook_count(gemma) == 0
 
 
-def test_suspended_or_reset_a_scoped_hook_follows_the_rule(gemma):
+def test_suspended_and_reset_hooks_with_positions_and_gate(gemma):
     v = SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1)
     plain = gemma(TOKENS)
     with v.steering(gemma, 1.0, positions=[0, 4], gate="cosine"):
@@ -267,14 +267,14 @@ def test_recording_is_opt_in_and_changes_nothing(model, vector):
 # Adapters take the same doses, masks and positions.
 
 
-def test_an_adapter_acts_on_its_tokens_only(model):
+def test_adapter_acts_on_selected_tokens_only(model):
     adapter = random_adapter(model, ("q", "v", "o", "gate", "down", "resid"), (1,))
     with adapter.attach(model):
         full = model.run_with_cache(TOKENS)[1][post(1)]
     base = model.run_with_cache(TOKENS)[1][post(1)]
     with adapter.attach(model, positions=slice(9, None)):
         got = model.run_with_cache(TOKENS)[1][post(1)]
-    # Before token 9 nothing; from there other keys and values are seen, so not `full` either.
+    # No change before token 9; after it the keys and values of tokens 0 to 8 are still base's.
     assert torch.equal(got[:, :9], base[:, :9])
     assert (got[:, 9:] - base[:, 9:]).abs().max() > 0.05
     mask = torch.ones(3, 20, dtype=torch.bool)
@@ -286,7 +286,7 @@ def test_an_adapter_acts_on_its_tokens_only(model):
         assert (got[[0, 2]] - full[[0, 2]]).abs().max() <= 1e-5
 
 
-def test_doses_of_an_adapter_scale_its_update(model):
+def test_dose_scales_the_adapters_update(model):
     adapter = random_adapter(model, ("k", "up", "resid"), (0, 2))
     doses = torch.tensor([0.5, 0.0, -1.0])
     with adapter.attach(model, dose=doses):
@@ -300,7 +300,7 @@ def test_doses_of_an_adapter_scale_its_update(model):
             assert (model(TOKENS)[row] - expected).abs().max() <= 1e-5
 
 
-def test_a_dose_of_one_is_the_same_to_the_bit(model):
+def test_dose_1_changes_no_bit(model):
     adapter = random_adapter(model)
     with baked(model, [adapter]):
         expected = model(TOKENS)
@@ -309,7 +309,7 @@ def test_a_dose_of_one_is_the_same_to_the_bit(model):
             assert torch.equal(model(TOKENS), expected)
 
 
-def test_an_adapters_doses_follow_their_prompts_through_a_batch(llama):
+def test_adapter_doses_stay_with_their_prompts_in_generate(llama):
     adapter = random_adapter(llama, size=0.4)
     doses = torch.tensor([1.0, 0.0, -1.0, 0.5])
     with baked(llama, [adapter], dose=doses, positions=slice(4, None)):
@@ -320,7 +320,7 @@ def test_an_adapters_doses_follow_their_prompts_through_a_batch(llama):
     assert batched[1].tokens == greedy(llama, [PROMPTS[1]], 10)[0]
 
 
-def test_gradients_pass_through_a_dose(gemma):
+def test_gradients_with_positions(gemma):
     adapter = random_adapter(gemma, ("q", "down"), (1,))
     up = adapter.up["blocks.1.down"].requires_grad_(True)
     with adapter.attach(gemma, positions=[3]):
@@ -329,7 +329,7 @@ def test_gradients_pass_through_a_dose(gemma):
     up.requires_grad_(False)
 
 
-def test_what_weights_or_a_product_cannot_express_is_refused(gemma):
+def test_dose_or_positions_with_materialise_or_stacked_residual_adapters_are_rejected(gemma):
     one = random_adapter(gemma, ("q", "resid"), (1,))
     for options in ({"dose": 0.5}, {"dose": torch.ones(3)}, {"positions": [1]}):
         with pytest.raises(ShlError, match="weights act on every token alike"):
@@ -340,14 +340,14 @@ def test_what_weights_or_a_product_cannot_express_is_refused(gemma):
         pass
 
 
-# Recorders and readings choose by the same positions.
+# Recorders and activations use the same positions.
 
 
-def test_a_recorder_keeps_the_tokens_that_were_asked_for(model):
+def test_recorder_stores_the_selected_tokens(model):
     name = "blocks.1.attn.hook_z"
     mask = torch.zeros(4, 60, dtype=torch.bool)
     mask[0, 7] = mask[2, 14] = mask[2, 18] = True
-    for options, wanted in (
+    for options, expected in (
         ({"mask": mask}, [(0, 7), (2, 14), (2, 18)]),
         ({"positions": [6, 17]}, [(i, p) for i in range(4) for p in (6, 17)]),
     ):
@@ -356,14 +356,14 @@ def test_a_recorder_keeps_the_tokens_that_were_asked_for(model):
         x = torch.cat(recorder.seen[name])
         where = torch.cat(recorder.where[name]).tolist()
         ran = {i: len(c.prompt_tokens) + 8 for i, c in enumerate(completions)}
-        assert sorted(map(tuple, where)) == [(i, p) for i, p in wanted if p < ran[i]]
+        assert sorted(map(tuple, where)) == [(i, p) for i, p in expected if p < ran[i]]
         for got, (row, at) in zip(x, where, strict=True):
             c = completions[row]
             ids = torch.tensor([[*c.prompt_tokens, *c.tokens]])
             assert (got - model.run_with_cache(ids)[1][name][0, at]).abs().max() <= 1e-4
 
 
-def test_a_recorder_cannot_choose_where_positions_are_unknown(gemma):
+def test_recorder_with_positions_rejects_hooks_without_positions(gemma):
     with pytest.raises(ShlError, match="'hook_embed' is outside the blocks"):
         Recorder(gemma, ["hook_embed"], positions=[1])
     name = "blocks.0.attn.hook_pattern"
@@ -374,7 +374,7 @@ def test_a_recorder_cannot_choose_where_positions_are_unknown(gemma):
         gemma(TOKENS)
 
 
-def test_readings_of_many_prompts_keep_doses_with_their_prompts(model, vector):
+def test_activations_in_batches_keep_doses_with_their_prompts(model, vector):
     doses = torch.tensor([2.0, -1.0, 0.0, 1.0])
     with vector.steering(model, doses):
         got = activations(model, PROMPTS, [post(2)], batch_size=2)[post(2)]
@@ -394,7 +394,7 @@ def test_scores_keep_doses_with_their_completions(model, vector):
             assert torch.allclose(got[i], token_nll(model, [completion])[0], atol=1e-4)
 
 
-def test_a_users_own_cached_loop_needs_no_help(model, vector):
+def test_cached_forwards_outside_generate_equal_the_whole(model, vector):
     options = {"positions": [2, 7, 13], "gate": "cosine"}
     with vector.steering(model, 1.0, **options):
         whole = model(TOKENS)
@@ -403,7 +403,7 @@ def test_a_users_own_cached_loop_needs_no_help(model, vector):
     assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-4
 
 
-def test_hidden_states_of_a_completion_know_where_it_begins(gemma):
+def test_completion_hidden_declares_prompt_lengths(gemma):
     (c,) = generate(gemma, ["Hi?"], max_new_tokens=6, min_new_tokens=6)
     v = SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1)
     with v.steering(gemma, 1.0, half_life=1.0, record=True) as handle:

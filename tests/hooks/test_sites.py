@@ -1,4 +1,4 @@
-"""The table of sites: which there are, their widths, and that they hook where they say."""
+"""Sites: order, widths, hooks and errors."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from helpers import one_sentence, tokens_of
 
 from shl.config import LINEAR_SITES, SITE_KINDS
 from shl.hooks.sites import (
-    Site,
     band,
     check_layers,
     final_hidden,
@@ -34,7 +33,7 @@ def weight_of(model, site):
 
 
 @pytest.mark.parametrize("kind", LINEAR_SITES)
-def test_the_output_seen_is_the_weight_times_the_input_seen(model, kind):
+def test_output_at_the_hooks_is_the_weight_times_the_input(model, kind):
     (site,) = sites_of(model, [kind], [1])
     seen = {}
     module, argument = linear_input(model, site)
@@ -57,29 +56,20 @@ def test_the_output_seen_is_the_weight_times_the_input_seen(model, kind):
     assert (x.shape[-1], y.flatten(2).shape[-1]) == (site.d_in, site.d_out)
 
 
-def test_widths_are_those_of_the_weights(model):
-    for site in sites_of(model, LINEAR_SITES, range(model.cfg.n_layers)):
-        assert weight_of(model, site).shape == (site.d_out, site.d_in)
-
-
-def test_sites_come_in_the_order_of_the_forward_pass_and_once(gemma):
+def test_sites_are_unique_and_in_forward_order(gemma):
     names = [site.name for site in sites_of(gemma, ["resid", "down", "q", "q"], [2, 0, 2])]
     assert names == [f"blocks.{i}.{kind}" for i in (0, 2) for kind in ("q", "down", "resid")]
     assert len(sites_of(gemma, SITE_KINDS, range(4))) == 4 * 8
 
 
-def test_a_site_is_named_by_layer_and_kind():
-    assert Site("o", 3, 64, 32).name == "blocks.3.o"
-
-
-def test_an_unknown_site_is_refused(gemma):
+def test_unknown_site_is_rejected(gemma):
     with pytest.raises(ShlError) as error:
         sites_of(gemma, ["attn"], [0])
     assert "'attn'" in one_sentence(error)
 
 
 @pytest.mark.parametrize("layer", [-1, 4, 100])
-def test_a_layer_out_of_range_is_refused(gemma, layer):
+def test_layer_out_of_range_is_rejected(gemma, layer):
     for call in (
         lambda: sites_of(gemma, ["q"], [0, layer]),
         lambda: check_layers(gemma, [layer]),
@@ -91,14 +81,14 @@ def test_a_layer_out_of_range_is_refused(gemma, layer):
         assert "0 to 3" in one_sentence(error)
 
 
-def test_a_model_without_a_gated_mlp_is_refused():
+def test_model_without_gated_mlp_is_rejected():
     model = tiny_gemma(n_layers=1)
     model.cfg.gated_mlp = False
     with pytest.raises(ShlError, match="not gated"):
         sites_of(model, ["q"], [0])
 
 
-def test_the_residual_after_a_layer_is_the_next_ones_input(gemma):
+def test_residual_after_a_layer_is_the_next_layers_input(gemma):
     tokens = tokens_of(1, 9)
     _, cache = gemma.run_with_cache(tokens)
     for layer in range(3):
@@ -107,7 +97,7 @@ def test_the_residual_after_a_layer_is_the_next_ones_input(gemma):
         assert torch.equal(after, cache[f"blocks.{layer + 1}.hook_resid_pre"])
 
 
-def test_the_band_is_in_shares_of_the_depth(gemma):
+def test_band_of_layers(gemma):
     # 18 layers: round(6) .. round(12); 4 layers: round(1.33) .. round(2.67)
     assert band(tiny_gemma(n_layers=18), 1 / 3, 2 / 3) == tuple(range(6, 13))
     assert band(gemma, 1 / 3, 2 / 3) == (1, 2, 3)

@@ -1,11 +1,10 @@
-"""Steering: exactly nothing before the layer and exactly h + dose v at it."""
+"""Steering: no change before the layer and exactly h + dose v at it."""
 
 import pytest
 import torch
 from helpers import one_sentence, tokens_of
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from shl.hooks.handle import handles_on
 from shl.hooks.vector import SteeringVector
 from shl.utils.errors import ShlError
 
@@ -58,7 +57,7 @@ def test_steering_is_the_same_in_cached_decoding(model, vector, dose):
     with vector.steering(model, dose=dose):
         whole = model(TOKENS)
     with (
-        # Hooked before ours, so it sees the residual as it was.
+        # This hook is added before the handle's, so it gets the unsteered residual.
         model.hooks(fwd_hooks=[(post(1), lambda h, hook: seen.append(h))]),
         vector.steering(model, dose=dose),
     ):
@@ -75,7 +74,7 @@ def test_steering_is_the_same_in_cached_decoding(model, vector, dose):
             assert torch.equal(kept[post(1)], seen.pop() + added * vector.directions[1])
 
 
-def test_dose_zero_is_the_identity_to_the_bit(model, vector):
+def test_dose_0_is_exactly_the_identity(model, vector):
     base = model(TOKENS)
     for dose in (0, 0.0, -0.0):
         with vector.steering(model, dose=dose):
@@ -93,17 +92,10 @@ def test_each_row_gets_its_own_dose(model, vector):
             assert torch.equal(got[row], model(TOKENS)[row])
 
 
-def test_a_wrong_number_of_doses_is_refused(model, vector):
+def test_wrong_number_of_doses_is_rejected(model, vector):
     with vector.steering(model, dose=torch.ones(2)), pytest.raises(ShlError) as error:
         model(TOKENS)
     assert "2 per-row doses were given for a batch of 3 rows" in one_sentence(error)
-
-
-@pytest.mark.parametrize("dose", [float("nan"), float("inf"), torch.tensor([1.0, torch.nan])])
-def test_a_dose_that_is_not_finite_is_refused(model, vector, dose):
-    with pytest.raises(ShlError, match="it must be finite"):
-        vector.steering(model, dose=dose)
-    assert handles_on(model) == ()
 
 
 def test_steering_nests_inside_the_callers_hooks(model, vector):
@@ -119,7 +111,7 @@ def test_steering_nests_inside_the_callers_hooks(model, vector):
     assert (twice - undone).abs().max() <= 1e-4
 
 
-def test_a_vector_of_another_width_or_depth_is_refused(gemma):
+def test_vector_of_another_width_or_depth_is_rejected(gemma):
     for directions, named in (
         ({1: torch.ones(31)}, "shape .31,., tiny-gemma has d_model 32"),
         ({4: torch.ones(32)}, "layer 4 is out of range"),

@@ -14,13 +14,10 @@ def test_aggregates_of_the_worked_example():
     expected = {"mean": 0.38, "rmse": 1.541537, "p95": 3.82, "max": 8.1, "p0": 0.0, "p100": 8.1}
     for how, value in expected.items():
         assert float(aggregate(kl, how)) == pytest.approx(value, abs=1e-5), how
-    # The sentence in the method: 0.38, 1.5, 3.8, 8.1.
-    rounded = [f"{float(aggregate(kl, how)):.1f}" for how in ("rmse", "p95", "max")]
-    assert rounded == ["1.5", "3.8", "8.1"]
     assert float(aggregate(torch.tensor([1.0, 2.0, 4.0, 9.0]), "p50")) == 3.0  # (2 + 4) / 2
 
 
-def test_rmse_has_the_gradient_of_its_formula_and_none_at_zero():
+def test_gradient_of_rmse_is_that_of_its_formula_and_0_at_zero():
     kl = torch.tensor([3.0, 4.0], requires_grad=True)
     aggregate(kl, "rmse").backward()
     # d/dx sqrt((x^2 + y^2) / 2) = x / (2 * rmse), rmse = 5 / sqrt 2
@@ -31,11 +28,11 @@ def test_rmse_has_the_gradient_of_its_formula_and_none_at_zero():
 
 
 @pytest.mark.parametrize("how", ["median", "p101", "p", "rms", ""])
-def test_an_unknown_aggregate_is_refused(how):
+def test_unknown_aggregate_is_rejected(how):
     with pytest.raises(ShlError, match=f"aggregate is '{how}'"):
         aggregate(torch.ones(2), how)
 
 
-def test_a_completion_without_tokens_is_refused():
+def test_empty_kl_is_rejected():
     with pytest.raises(ShlError, match="without tokens"):
         aggregate(torch.ones(0), "mean")

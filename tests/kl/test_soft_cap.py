@@ -1,4 +1,4 @@
-"""Soft-capped logits take the plain path, with a warning, and are exact."""
+"""KL and NLL of soft-capped logits, which are formed in full, with a warning."""
 
 import pytest
 import torch
@@ -47,17 +47,17 @@ def test_values_and_gradients_equal_float64(reverse):
 def test_scores_equal_float64():
     h, _, w, targets = inputs()
     own = -truth(h, w).gather(1, targets[:, None])[:, 0]
-    with pytest.warns(UserWarning, match="soft-capped"):
-        assert (nll(h, w, targets, soft_cap=CAP) - own).abs().max() <= 1e-5
-    with pytest.warns(UserWarning, match="soft-capped"):
-        assert (differentiable_nll(h, w, targets, soft_cap=CAP) - own).abs().max() <= 1e-5
-    with pytest.warns(UserWarning, match="soft-capped"):
-        got = log_probs_at(h, w, targets[:, None], soft_cap=CAP)[:, 0]
-    assert (got + own).abs().max() <= 1e-5
+
+    def from_log_probs(h, w, targets, **cap):
+        return -log_probs_at(h, w, targets[:, None], **cap)[:, 0]
+
+    for score in (nll, differentiable_nll, from_log_probs):
+        with pytest.warns(UserWarning, match="soft-capped"):
+            assert (score(h, w, targets, soft_cap=CAP) - own).abs().max() <= 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:the logits are soft-capped")
-def test_a_capped_model_is_scored_and_healed_with_its_cap():
+def test_scores_and_healing_use_the_cap_of_the_model():
     config = tiny_hf().config
     config.final_logit_softcapping = CAP
     hf = Gemma3ForCausalLM(config).eval().requires_grad_(False)
@@ -76,7 +76,7 @@ def test_a_capped_model_is_scored_and_healed_with_its_cap():
     assert healed.steps[-1].d > 1e-4
 
 
-def test_lazy_is_refused_where_full_logits_are_formed():
+def test_lazy_with_soft_cap_is_rejected():
     h, ref, w, targets = inputs()
     with pytest.raises(ShlError, match="lazy is True with soft_cap 3"):
         reverse_kl_and_nll(h, ref, w, targets, lazy=True, soft_cap=CAP)

@@ -59,3 +59,5 @@ def test_a_soft_cap_is_refused():
     _, teacher, _, unembed, _ = case(False)
     with pytest.raises(ShlError, match="soft_cap is 30"):
         soft_targets(teacher, unembed, soft_cap=30.0)
+    with pytest.raises(ShlError, match="soft_cap is 30"):
+        differentiable_nll(teacher, unembed, soft_targets(teacher, unembed), soft_cap=30.0)

@@ -1,4 +1,4 @@
-"""Nats, mass and shifts of a reading, on constructed probabilities."""
+"""Nats, mass and shifts of an evaluation, on constructed probabilities."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def test_coherence_is_a_geometric_mean_of_mass_ratios():
     assert replace(found, base_mass=np.array([0.25, 0.08])).coherence == pytest.approx(2**0.5)
 
 
-def test_shifts_by_arithmetic():
+def test_shifts_by_hand():
     base = constructed([[1 / 7] * 7, [1 / 7] * 7])
     moved = constructed([[0.4, *[0.1] * 6], [0.4, *[0.1] * 6]])
     shift = moved.shift(base)
@@ -57,9 +57,8 @@ def test_shifts_by_arithmetic():
 
 
 def test_noise_is_a_recall_of_at_most_twice_chance():
-    # Care is named in 2 of 7 (noise), authority in 3 of 7 (not), fairness in none.
-    care, authority, fairness = [0.4, *[0.1] * 6], [0.1] * 3 + [0.4] + [0.1] * 3, [0.1, 0.4]
-    fairness += [0.1] * 5
+    # Care is chosen in 2 of 7 (noise), authority in 3 of 7 (not), fairness in none.
+    care, fairness, _, authority, *_ = (np.eye(7) * 0.3 + 0.1).tolist()
     p = [care] * 2 + [authority] * 5 + [authority] * 3 + [care] * 4 + [care] * 2
     labels = ("care",) * 7 + ("authority",) * 7 + ("fairness",) * 2
     assert constructed(p, labels=labels).noise == ("care", "fairness")

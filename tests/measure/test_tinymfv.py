@@ -1,4 +1,4 @@
-"""`--eval tinymfv`, on a stand-in package with the same surface; the real one where installed."""
+"""`--eval tinymfv`, on a stand-in with the package's interface, and on the package if installed."""
 
 import importlib.util
 import sys
@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import lenient, one_sentence, small_loop
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from experiments import run as program
 from experiments.checks.crash import differences
@@ -22,12 +23,15 @@ from shl.hooks.vector import SteeringVector
 from shl.measure.tinymfv import Tinymfv, TinymfvConfig, nats, tokenizer_for
 from shl.method.axes import load_axis
 from shl.models.as_hf import as_hf
+from shl.models.load import load_model
 from shl.models.tiny import tiny_gemma, tiny_hf
+from shl.models.weights import model_folder
 from shl.utils.errors import ShlError
 
+NAMES = ("tinymfv", "moralmaps")
 PERSONA = "You are kind."
 STAND_IN = '''
-"""A stand-in for tests: the surface of the public package, three questions of our own."""
+"""A stand-in for tests: the interface of the public package, with nine vignettes."""
 import numpy as np
 import torch
 
@@ -61,7 +65,7 @@ def ask(model, tok, texts, think):
                          output_scores=True, num_return_sequences=1)
     end = tok.apply_chat_template([{"role": "user", "content": "Answer"}], tokenize=False)
     new = tok([end] * len(texts), return_tensors="pt", add_special_tokens=False).input_ids
-    # As the public package does it: a mask one column wider than what the cache and `new` hold.
+    # As in the public package, the mask is one column wider than the cache and `new` together.
     mask = torch.cat([(out.sequences != tok.pad_token_id).long(), torch.ones_like(new)], 1)
     last = model(input_ids=new, attention_mask=mask, past_key_values=out.past_key_values,
                  use_cache=True)
@@ -93,12 +97,12 @@ def evaluate(model, tokenizer, *, name, vignettes, conditions, max_think_tokens,
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """The stand-in, importable as `tinymfv`, and no other."""
+    """The stand-in, importable as `tinymfv`, instead of an installed package."""
     folder = tmp_path / "site" / "tinymfv"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text(dedent(STAND_IN))
     monkeypatch.syspath_prepend(folder.parent)
-    for name in ("tinymfv", "moralmaps"):
+    for name in NAMES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield
     sys.modules.pop("tinymfv", None)
@@ -109,7 +113,7 @@ def scores(report):
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_the_view_gives_what_transformers_gives_at_any_batch_size(gemma):
+def test_scores_equal_those_of_transformers_at_any_batch_size(gemma):
     one, four = (Tinymfv(TinymfvConfig(think=3, batch_size=n)) for n in (1, 4))
     tokenizer = tokenizer_for(gemma, None)
     ours, theirs = (scores(one.report(m, tokenizer)) for m in (as_hf(gemma), tiny_hf()))
@@ -120,9 +124,9 @@ def test_the_view_gives_what_transformers_gives_at_any_batch_size(gemma):
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_reading_counts_hooks_and_persona(gemma):
-    read_ = Tinymfv(TinymfvConfig(think=2, vignettes=5))
-    base = read_(gemma, None)
+def test_reading_depends_on_hooks_and_persona(gemma):
+    instrument = Tinymfv(TinymfvConfig(think=2, vignettes=5))
+    base = instrument(gemma, None)
     assert base["template"] == "minimal"
     assert base["package"] == "tinymfv"
     assert base["version"].startswith("unknown ")
@@ -133,45 +137,43 @@ def test_a_reading_counts_hooks_and_persona(gemma):
     assert base["table"]["per_foundation"]["Care"] == {"n": 3.0, "mean_p_other": 0.5, "gap": None}
     v = torch.randn(32, generator=torch.Generator().manual_seed(0))
     with SteeringVector({1: v}, "tiny", "demo", 1).steering(gemma):
-        steered = read_(gemma, None)
-    prompted = read_(gemma, PERSONA)
+        steered = instrument(gemma, None)
+    prompted = instrument(gemma, PERSONA)
     for other in (steered, prompted):
         assert np.abs(np.array(other["log_probs"]) - base["log_probs"]).max() > 1e-2
-    assert read_(gemma, None) == base
+    assert instrument(gemma, None) == base
 
 
 def test_nats_by_hand():
     p = np.array([[0.4, *[0.1] * 6], [0.2, 0.2, *[0.12] * 5]])
-    # The answers' mass (here 1 and 0.5) is taken off first.
+    # Each item is normalised over the options (total mass here 1 and 0.5) first.
     logs = np.log(p * np.array([[1.0], [0.5]]))[:, None]
     assert nats(logs)["care"] == pytest.approx(np.log(0.3))
     missing = np.concatenate([logs, np.full((1, 1, 7), np.nan)])
     assert nats(missing) == nats(logs)
 
 
-def test_the_tokenizer_is_a_copy_that_puts_the_persona_first():
-    turns = [{"role": "user", "content": "hi"}]
-    asked = {"tokenize": False, "add_generation_prompt": True}
-    plain = tiny_gemma()
-    tokenizer = tokenizer_for(plain, PERSONA)
-    assert tokenizer.apply_chat_template(turns, **asked) == "You are kind.\n\nQ: hi\nA: "
-    # What follows in the same conversation has no persona of its own.
-    assert tokenizer.apply_chat_template(turns, tokenize=False) == "Q: hi\n"
-    assert tokenizer_for(plain, None).apply_chat_template(turns, **asked) == "Q: hi\nA: "
-    assert plain.tokenizer.chat_template is None
-    loop = "{% for m in messages %}"
-    refuses = "{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
-    chat = tiny_gemma(chat_template=f"{loop}{refuses}[{{{{ m['content'] }}}}]{{% endfor %}}")
-    assert tokenizer_for(chat, PERSONA).apply_chat_template(turns, **asked) == (
-        "[You are kind.\n\nhi]"
-    )
+def test_tokenizer_is_a_copy_that_adds_the_persona(gemma):
+    def rendered(model, persona, **settings):
+        tokenizer = tokenizer_for(model, persona)
+        turns = [{"role": "user", "content": "hi"}]
+        return tokenizer.apply_chat_template(turns, tokenize=False, **settings)
+
+    assert rendered(gemma, PERSONA, add_generation_prompt=True) == "You are kind.\n\nQ: hi\nA: "
+    # A later turn of the conversation has no persona.
+    assert rendered(gemma, PERSONA) == "Q: hi\n"
+    assert rendered(gemma, None, add_generation_prompt=True) == "Q: hi\nA: "
+    assert gemma.tokenizer.chat_template is None
+    no_system = "{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    template = "{% for m in messages %}" + no_system + "[{{ m['content'] }}]{% endfor %}"
+    chat = tiny_gemma(chat_template=template)
+    assert rendered(chat, PERSONA, add_generation_prompt=True) == "[You are kind.\n\nhi]"
 
 
-def test_without_the_package_it_ends_before_the_model_is_loaded(monkeypatch, tmp_path):
+def test_missing_package_is_reported_before_the_model_is_loaded(monkeypatch, tmp_path):
     find = importlib.util.find_spec
-    hidden = ("tinymfv", "moralmaps")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name in hidden else find(name, *a)
+        importlib.util, "find_spec", lambda name, *a: None if name in NAMES else find(name, *a)
     )
     monkeypatch.setattr(program, "load_model", lambda *_, **__: pytest.fail("loaded"))
     config = RunConfig(eval="tinymfv", out=tmp_path / "run")
@@ -183,7 +185,7 @@ def test_without_the_package_it_ends_before_the_model_is_loaded(monkeypatch, tmp
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_every_stage_is_read_and_a_killed_run_goes_on(monkeypatch, tmp_path):
+def test_every_stage_is_read_and_a_killed_run_resumes(monkeypatch, tmp_path):
     lenient(monkeypatch)
     monkeypatch.setattr(program, "load_model", lambda name, device=None: tiny_gemma())
     config = RunConfig(
@@ -193,14 +195,14 @@ def test_every_stage_is_read_and_a_killed_run_goes_on(monkeypatch, tmp_path):
     alone = study(replace(config, out=tmp_path / "alone"), quiet)
     report(alone, quiet)
     _, events, _ = read(alone)
-    told = [f"{e['event']} {e.get('instrument', '')} {e.get('stage', '')}" for e in events]
-    assert told[1:10] == [
+    names = [f"{e['event']} {e.get('instrument', '')} {e.get('stage', '')}" for e in events]
+    assert names[1:10] == [
         *("stage  base", "reading tinymfv base"),
         *("stage  prompted+", "reading tinymfv prompted+"),
         *("stage  prompted-", "reading tinymfv prompted-"),
         *("validity vignettes ", "validity tinymfv ", "vector  "),
     ]
-    assert told[-8:-3] == [
+    assert names[-8:-3] == [
         *("stage  steered", "reading tinymfv steered", "healing  "),
         *("stage  healed", "reading tinymfv healed"),
     ]
@@ -213,13 +215,13 @@ def test_every_stage_is_read_and_a_killed_run_goes_on(monkeypatch, tmp_path):
     calls = []
     real = Tinymfv.__call__
 
-    def cut(self, model, persona):
+    def interrupted(self, model, persona):
         calls.append(persona)
         if len(calls) in (2, 6):
             raise RuntimeError("killed")
         return real(self, model, persona)
 
-    monkeypatch.setattr(Tinymfv, "__call__", cut)
+    monkeypatch.setattr(Tinymfv, "__call__", interrupted)
     killed = replace(config, out=tmp_path / "killed")
     for _ in range(2):
         with pytest.raises(RuntimeError, match="killed"):
@@ -234,15 +236,10 @@ def test_every_stage_is_read_and_a_killed_run_goes_on(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(
-    not any(map(importlib.util.find_spec, ("tinymfv", "moralmaps"))),
+    not any(map(importlib.util.find_spec, NAMES)),
     reason="the public tinymfv is not installed: .venv/bin/pip install -e '.[tinymfv]'",
 )
-def test_the_real_package_reads_the_view_as_transformers():
-    from transformers import AutoModelForCausalLM
-
-    from shl.models.load import load_model
-    from shl.models.weights import model_folder
-
+def test_public_package_scores_the_view_as_transformers():
     model = load_model("gemma-3-270m", device="cpu")
     hf = AutoModelForCausalLM.from_pretrained(model_folder("gemma-3-270m"), dtype=torch.float32)
     one, eight = (Tinymfv(TinymfvConfig(vignettes=4, think=1, batch_size=n)) for n in (1, 8))

@@ -17,24 +17,24 @@ INTENDED = np.array([FOUNDATIONS.index(label) for label in LABELS])
 PUSH = np.array([{"care": 1.0, "authority": -1.0}.get(name, 0.0) for name in FOUNDATIONS])
 
 
-def scores(*, knows=3.0, push=0.0, seed=0, each=(1.0, 1.0, 1.0)):
-    """`[84, 3, 7]`: noise of size 0.3, `knows` more for the intended foundation, and `push` times
-    what the axis expects, in each paraphrase times its own factor."""
+def scores(*, accuracy=3.0, push=0.0, seed=0, factors=(1.0, 1.0, 1.0)):
+    """`[84, 3, 7]`: noise of size 0.3, `accuracy` more for the intended foundation, and `push`
+    times the axis's signs, times a factor per paraphrase."""
     rng = np.random.default_rng(seed)
     out = 0.3 * rng.standard_normal((len(LABELS), 3, 7)) - 4
-    out[np.arange(len(LABELS)), :, INTENDED] += knows
-    return out + push * PUSH * np.array(each)[None, :, None]
+    out[np.arange(len(LABELS)), :, INTENDED] += accuracy
+    return out + push * PUSH * np.array(factors)[None, :, None]
 
 
-def checked(**changes):
+def validity_of(**changes):
     plus = {"push": 1.0, "seed": 1} | changes.pop("plus", {})
     minus = {"push": -1.0, "seed": 2} | changes.pop("minus", {})
     base, plus, minus = (scores(**changes | own) for own in ({}, plus, minus))
     return validity("demo", base, plus, minus, LABELS, EXPECTED, config=CONFIG)
 
 
-def test_a_reader_is_valid():
-    found = checked()
+def test_instrument_that_follows_labels_and_axis_is_valid():
+    found = validity_of()
     assert found.valid
     assert (found.informedness, found.informedness_p) == (1.0, 1 / 10_001)
     assert found.split_half > 0.9
@@ -50,8 +50,8 @@ def test_a_reader_is_valid():
     assert "informedness 1.00" in found.reason
 
 
-def test_a_reader_that_does_not_know_its_labels_is_not_valid():
-    found = checked(knows=0.0)
+def test_uninformed_instrument_is_not_valid():
+    found = validity_of(accuracy=0.0)
     assert not found.valid
     assert found.informedness_p > 0.05
     assert abs(found.informedness) < 0.15
@@ -60,8 +60,8 @@ def test_a_reader_that_does_not_know_its_labels_is_not_valid():
     assert "persona" not in found.reason
 
 
-def test_one_that_is_read_backwards_is_not_valid():
-    found = checked(plus={"push": -1.0}, minus={"push": 1.0})
+def test_instrument_with_reversed_signs_is_not_valid():
+    found = validity_of(plus={"push": -1.0}, minus={"push": 1.0})
     assert not found.valid
     assert found.informedness == 1.0
     assert "the persona contrast of care is -" in found.reason
@@ -69,17 +69,16 @@ def test_one_that_is_read_backwards_is_not_valid():
     assert not any(each.valid for each in found.foundations.values())
 
 
-def test_one_bad_paraphrase_is_enough():
-    each = {"each": (1.0, -0.3, 1.0)}
-    found = checked(plus=each, minus=each)
+def test_one_paraphrase_with_the_wrong_sign_is_not_valid():
+    each = {"factors": (1.0, -0.3, 1.0)}
+    found = validity_of(plus=each, minus=each)
     assert not found.valid
-    signs = np.sign(found.agreement["care"])
-    assert signs.tolist() == [1, -1, 1]
-    assert found.foundations["care"].contrast > 0  # over all, it looks fine
+    assert np.sign(found.agreement["care"]).tolist() == [1, -1, 1]
+    assert found.foundations["care"].contrast > 0  # although the sign over all is right
 
 
-def test_a_persona_that_does_nothing_is_not_valid():
-    found = checked(plus={"push": 0.0}, minus={"push": 0.0})
+def test_persona_without_effect_is_not_valid():
+    found = validity_of(plus={"push": 0.0}, minus={"push": 0.0})
     assert not found.valid
     assert found.split_half < 0.7
     assert "split-half reliability is" in found.reason
@@ -87,7 +86,7 @@ def test_a_persona_that_does_nothing_is_not_valid():
     assert same.split_half == 0.0
 
 
-def test_what_has_no_answer_is_left_out_and_counted():
+def test_vignettes_without_an_answer_are_left_out_and_counted():
     base, plus, minus = scores(), scores(push=1.0, seed=1), scores(push=-1.0, seed=2)
     plus[3, 1, 2], minus[40] = np.nan, np.nan
     found = validity("demo", base, plus, minus, LABELS, EXPECTED, config=CONFIG)
@@ -96,16 +95,16 @@ def test_what_has_no_answer_is_left_out_and_counted():
     rest = [x[keep] for x in (base, plus, minus)]
     again = validity("demo", *rest, [LABELS[i] for i in keep], EXPECTED, config=CONFIG)
     assert again.agreement == found.agreement
-    with pytest.raises(ShlError, match="0 vignettes have scores, at least 4 are needed") as error:
-        validity("demo", base, plus, np.nan * minus, LABELS, EXPECTED)
-    one_sentence(error)
-    with pytest.raises(ShlError, match="for 83 labels, all must be") as error:
-        validity("demo", base, plus, minus, LABELS[1:], EXPECTED)
-    one_sentence(error)
+    for arrays, labels, message in (
+        ((base, plus, np.nan * minus), LABELS, "0 vignettes have scores, at least 4 are needed"),
+        ((base, plus, minus), LABELS[1:], "for 83 labels, all must be"),
+    ):
+        with pytest.raises(ShlError) as error:
+            validity("demo", *arrays, labels, EXPECTED)
+        assert message in one_sentence(error)
 
 
-def test_the_contrast_by_hand():
-    """Two vignettes, one paraphrase: log of the mean probability, plus against minus."""
+def test_contrast_by_hand():
     base = np.log(np.tile(np.full(7, 1 / 7), (4, 1, 1)))
     care = np.array([0.5, 0.3, 0.5, 0.3])
     plus = np.log(np.stack([np.r_[c, np.full(6, (1 - c) / 6)] for c in care]))[:, None]
@@ -115,12 +114,12 @@ def test_the_contrast_by_hand():
     assert found.agreement["care"][0] == pytest.approx(np.log(0.4 * 7))
 
 
-def test_calibration_takes_off_what_base_says_of_every_vignette():
+def test_calibration_subtracts_the_mean_of_base():
     bias = np.array([5.0, 0, 0, 0, 0, 0, 0])
     arrays = [scores() + bias, scores(push=1.0, seed=1) + bias, scores(push=-1.0, seed=2) + bias]
     plain = validity("demo", *arrays, LABELS, EXPECTED, config=CONFIG)
     calibrated = validity("demo", *arrays, LABELS, EXPECTED, calibrated=True, config=CONFIG)
-    assert plain.informedness == 0.0  # everything is called care
+    assert plain.informedness == 0.0  # care is chosen everywhere
     assert calibrated.informedness == 1.0
 
 
@@ -137,7 +136,7 @@ def test_informedness_by_hand():
 
 
 @given(share=st.floats(0, 1), seed=st.integers(0, 50))
-def test_whatever_the_base_rates_guessing_is_not_informed(share, seed):
+def test_constant_choice_has_no_informedness(share, seed):
     labels = np.repeat([0, 1], [30, 10])
     chosen = (np.random.default_rng(seed).random(40) < share).astype(int)
     assert -1 <= informedness(chosen, labels) <= 1

@@ -1,7 +1,6 @@
-"""The probe's data, its scores against full logits on single rows, and its readings."""
+"""The probe's data, its scores against full logits on single rows, and its evaluations."""
 
 import re
-from collections import defaultdict
 from importlib import import_module
 
 import numpy as np
@@ -27,7 +26,7 @@ def few_vignettes(monkeypatch):
 
 @pytest.fixture
 def gemma():
-    """A model of each test's own, so that no earlier reading of base is remembered."""
+    """A model of each test's own, so that no scores of base are cached."""
     return tiny_gemma()
 
 
@@ -46,10 +45,10 @@ def steering():
     return SteeringVector({1: 2 * v}, "tiny", "demo", 1)
 
 
-def log_p_of(model, context, continuation):
+def log_p_of(model, context, continuation, bos=True):
     """Summed log-probability of a text after another, one unpadded row, float64."""
     ids = [model.tokenizer.encode(x, add_special_tokens=False) for x in (context, continuation)]
-    row = [model.tokenizer.bos_token_id, *ids[0], *ids[1]]
+    row = [*[model.tokenizer.bos_token_id] * bos, *ids[0], *ids[1]]
     with torch.no_grad():
         log_p = model(torch.tensor([row]))[0].double().log_softmax(-1)
     start = len(row) - len(ids[1])
@@ -60,27 +59,20 @@ def words(text):
     return {word.lower() for word in re.findall("[A-Za-z]+", text)}
 
 
-def test_there_are_twelve_scenes_or_more_of_each_and_no_two_alike():
-    count = defaultdict(int)
-    for v in ALL:
-        count[v.foundation] += 1
-    assert set(count) == set(FOUNDATIONS)
-    assert min(count.values()) >= 12
+def test_each_foundation_has_twelve_different_scenes_of_similar_length():
+    lengths = {f: [len(v.text.split()) for v in ALL if v.foundation == f] for f in FOUNDATIONS}
+    assert {v.foundation for v in ALL} == set(FOUNDATIONS)
+    assert min(map(len, lengths.values())) >= 12
     assert len({v.text for v in ALL}) == len(ALL)
     assert all(v.text.startswith("You see ") and v.text.endswith(".") for v in ALL)
-
-
-def test_the_foundations_have_scenes_of_one_length():
-    means = [
-        np.mean([len(v.text.split()) for v in ALL if v.foundation == name]) for name in FOUNDATIONS
-    ]
+    means = [np.mean(each) for each in lengths.values()]
     assert max(means) - min(means) <= 1
 
 
 def test_no_scene_uses_a_word_of_an_option():
-    # A stem is six letters; "against" is a preposition that no reading owns.
-    asked = [text for entry in probe_data()["completion"] for text in entry["options"]]
-    options = set().union(*map(words, [*asked, *probe_data()["digits"]["options"]]))
+    # A stem is six letters; "against" is a preposition that no foundation owns.
+    texts = [text for entry in probe_data()["completion"] for text in entry["options"]]
+    options = set().union(*map(words, [*texts, *probe_data()["digits"]["options"]]))
     stems = {word[:6] for word in options if len(word) > 4} - {"agains"}
     scenes = set().union(*(words(v.text) for v in ALL))
     assert len(stems) > 25
@@ -89,30 +81,29 @@ def test_no_scene_uses_a_word_of_an_option():
 
 
 @pytest.mark.parametrize("name", ["gemma", "llama"])
-def test_scores_of_whole_options_are_those_of_single_unpadded_rows(name, request):
+def test_option_scores_equal_those_of_single_unpadded_rows(name, request):
     model = request.getfixturevalue(name)
     found = evaluate(model, config=EvalConfig(batch_size=3))
     assert (found.style, found.log_probs.shape) == ("completion", (8, 3, 7))
     for item, stem, option in ((0, 0, 0), (1, 1, 3), (4, 2, 6), (7, 0, 2), (5, 1, 5), (3, 2, 1)):
-        asked = probe_data()["completion"][stem]
-        context = FEW[item].text + asked["stem"]
-        expected = log_p_of(model, context, asked["options"][option])
+        question = probe_data()["completion"][stem]
+        context = FEW[item].text + question["stem"]
+        expected = log_p_of(model, context, question["options"][option])
         assert found.log_probs[item, stem, option] == pytest.approx(expected, abs=2e-4)
     one_by_one = evaluate(model, config=EvalConfig(batch_size=1))
     assert np.allclose(one_by_one.log_probs, found.log_probs, atol=2e-4)
 
 
-def test_a_persona_is_read_before_the_scene(gemma):
+def test_persona_precedes_the_scene(gemma):
     found = evaluate(gemma, persona="You are calm.")
-    asked = probe_data()["completion"][1]
-    expected = log_p_of(
-        gemma, f"You are calm.\n\n{FEW[2].text}{asked['stem']}", asked["options"][4]
-    )
+    question = probe_data()["completion"][1]
+    context = f"You are calm.\n\n{FEW[2].text}{question['stem']}"
+    expected = log_p_of(gemma, context, question["options"][4])
     assert found.log_probs[2, 1, 4] == pytest.approx(expected, abs=2e-4)
     assert found.nats != evaluate(gemma).nats
 
 
-def test_base_is_calibrated_by_its_own_mean_and_has_coherence_one(gemma):
+def test_scores_are_calibrated_by_the_mean_of_base(gemma):
     base = evaluate(gemma)
     assert base.coherence == 1.0
     # Minus the mean over items, then the mean over stems, then a softmax over options.
@@ -122,16 +113,16 @@ def test_base_is_calibrated_by_its_own_mean_and_has_coherence_one(gemma):
     assert np.allclose(base.log_p, expected, atol=1e-9)
     assert np.allclose(np.exp(base.log_p).sum(1), 1.0)
     assert np.abs(base.log_p - np.log(1 / 7)).max() > 0.01
-    # Another reading is calibrated by base's mean, not by its own.
+    # Another evaluation is calibrated by base's mean, not by its own.
     with steering().steering(gemma):
         steered = evaluate(gemma)
     assert np.allclose(steered.prior, base.log_probs.mean(0), atol=1e-9)
     assert np.abs((steered.log_probs - steered.prior).mean(0)).max() > 0.1
 
 
-def test_steering_changes_the_reading_and_base_is_read_without_it(gemma):
+def test_steering_changes_the_scores_but_not_those_of_base(gemma):
     with baked(gemma, [random_adapter(gemma)]), steering().steering(gemma):
-        steered = evaluate(gemma)  # the first call ever, under our hooks
+        steered = evaluate(gemma)  # the first call, with this package's hooks on
     base = evaluate(gemma)
     assert base.coherence == 1.0
     assert np.array_equal(steered.base_mass, base.base_mass)
@@ -146,33 +137,28 @@ def test_steering_changes_the_reading_and_base_is_read_without_it(gemma):
 def test_digits_score_the_same_option_in_both_orders(chat):
     found = evaluate(chat, persona="Be kind.", config=EvalConfig(batch_size=3))
     assert found.style == "digits"
-    asked = probe_data()["digits"]
+    data = probe_data()["digits"]
     for item, order, option in ((0, 0, 0), (0, 1, 0), (3, 0, 5), (6, 1, 5), (7, 1, 2)):
-        listed = asked["options"] if order == 0 else asked["options"][::-1]
+        listed = data["options"] if order == 0 else data["options"][::-1]
         lines = "\n".join(f"{k + 1}. {text}" for k, text in enumerate(listed))
-        question = asked["question"].format(vignette=FEW[item].text, options=lines)
-        text = f"<system>Be kind.\n<user>{question}\n<a>{asked['answer']}"
-        digit = str(1 + listed.index(asked["options"][option]))
-        ids = torch.tensor([chat.tokenizer.encode(text, add_special_tokens=False)])
-        with torch.no_grad():
-            log_p = chat(ids)[0, -1].double().log_softmax(-1)
-        (word,) = chat.tokenizer.encode(digit, add_special_tokens=False)
-        assert found.log_probs[item, order, option] == pytest.approx(float(log_p[word]), abs=2e-4)
+        question = data["question"].format(vignette=FEW[item].text, options=lines)
+        text = f"<system>Be kind.\n<user>{question}\n<a>{data['answer']}"
+        digit = str(1 + listed.index(data["options"][option]))
+        expected = log_p_of(chat, text, digit, bos=False)
+        assert found.log_probs[item, order, option] == pytest.approx(expected, abs=2e-4)
     assert np.array_equal(found.prior, np.zeros((1, 1, 1)))  # the two orders are the calibration
     assert evaluate(chat, config=EvalConfig(batch_size=3)).coherence == 1.0
 
 
-def test_base_is_read_without_hooks_and_anew_for_other_weights(gemma):
-    model = gemma
+def test_base_is_measured_without_hooks_and_again_for_other_weights(gemma):
     halve = [("blocks.1.hook_resid_post", lambda h, hook: 0.5 * h)]
-    plain = tiny_gemma()
-    expected = evaluate(plain)
-    with model.hooks(fwd_hooks=halve):
-        first = evaluate(model)  # the first call is made under somebody's hook
+    expected = evaluate(tiny_gemma())
+    with gemma.hooks(fwd_hooks=halve):
+        first = evaluate(gemma)  # the first call, with a hook of the caller on
     assert first.coherence != 1.0
-    assert np.array_equal(evaluate(model).log_probs, expected.log_probs)
-    assert evaluate(model).coherence == 1.0
-    model.blocks[1].mlp.W_out.data.mul_(0.5)  # which torch's version counter does not see
-    edited = evaluate(model)
+    assert np.array_equal(evaluate(gemma).log_probs, expected.log_probs)
+    assert evaluate(gemma).coherence == 1.0
+    gemma.blocks[1].mlp.W_out.data.mul_(0.5)  # torch's version counter does not count this
+    edited = evaluate(gemma)
     assert edited.coherence == 1.0
     assert not np.array_equal(edited.log_probs, expected.log_probs)

@@ -1,4 +1,4 @@
-"""Axes are data: what a file must hold, and what the built-in ones do hold."""
+"""Axis files: validation, and the contents of the built-in ones."""
 
 import re
 from dataclasses import replace
@@ -28,13 +28,13 @@ def write(tmp_path, **changes):
     return path
 
 
-def refusal(path):
+def error_of(path):
     with pytest.raises(ShlError) as error:
         load_axis(path)
     return one_sentence(error)
 
 
-def test_an_own_file_is_read_by_path(tmp_path):
+def test_a_file_is_read_by_path(tmp_path):
     for path in (write(tmp_path), str(write(tmp_path))):
         axis = load_axis(path)
         assert axis == Axis(
@@ -46,33 +46,29 @@ def test_an_own_file_is_read_by_path(tmp_path):
             ("Tell me about today.",),
             {"care": 1, "liberty": -1},
         )
-        assert axis.targets == ("care", "liberty")
 
 
-def test_contexts_can_name_the_built_in_list(tmp_path):
+def test_contexts_may_name_the_built_in_list(tmp_path):
     named = load_axis(write(tmp_path, contexts='"everyday"'))
     assert named.contexts == load_axis("love").contexts
-    assert "the lists are everyday" in refusal(write(tmp_path, contexts='"weekly"'))
+    assert "the lists are everyday" in error_of(write(tmp_path, contexts='"weekly"'))
 
 
-def test_an_unknown_axis_lists_those_there_are():
-    text = refusal("kindness")
+def test_an_unknown_axis_is_rejected_with_the_known_ones():
+    text = error_of("kindness")
     assert "'kindness'" in text
     assert "care_auth, love" in text
 
 
 @pytest.mark.parametrize("key", FILE)
 def test_a_missing_key_is_named(tmp_path, key):
-    assert f"lacks {key}." in refusal(write(tmp_path, **{key: None}))
-
-
-def test_an_unknown_key_is_named(tmp_path):
-    assert "has unknown postive;" in refusal(write(tmp_path, postive='"You rest."'))
+    assert f"lacks {key}." in error_of(write(tmp_path, **{key: None}))
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "message"),
     [
+        ({"postive": '"You rest."'}, "has unknown postive;"),
         ({"prompts": "[]"}, "has no prompts"),
         ({"contexts": "[]"}, "has no contexts"),
         ({"prompts": '[" "]'}, "empty text in prompts"),
@@ -87,25 +83,22 @@ def test_an_unknown_key_is_named(tmp_path):
         ({"expected": "{ kindness = 1 }"}, "expects 'kindness'"),
         ({"expected": "{}"}, "expects no sign"),
         ({"expected": "1"}, "expected .* must be a table"),
-        ({"name": '"unclosed'}, "is not TOML"),
+        ({"name": '"unclosed'}, "cannot be read as TOML"),
     ],
 )
-def test_a_bad_value_is_refused_in_one_sentence(tmp_path, changes, named):
-    assert re.search(named, refusal(write(tmp_path, **changes)))
+def test_an_invalid_value_is_rejected(tmp_path, changes, message):
+    assert re.search(message, error_of(write(tmp_path, **changes)))
 
 
-def test_a_file_that_is_not_text_is_refused(tmp_path):
+def test_a_binary_file_is_rejected(tmp_path):
     path = tmp_path / "axis.toml"
     path.write_bytes(b"\xff\xfe\x00")
-    assert "cannot be read" in refusal(path)
+    assert "cannot be read" in error_of(path)
 
 
-def test_expected_signs_cannot_be_changed_afterwards():
+def test_an_axis_is_immutable_and_validated():
     with pytest.raises(TypeError):
         load_axis("love").expected["care"] = -1
-
-
-def test_an_axis_made_in_python_is_checked_too():
     with pytest.raises(ShlError, match="has no prompts"):
         replace(load_axis("love"), prompts=())
 
@@ -118,7 +111,7 @@ def test_built_in_axes_follow_the_rules_of_the_method(name):
     assert len(axis.prompts) >= 16
     assert all(text == text.strip() for text in (*axis.contexts, *axis.prompts))
     assert not set(axis.contexts) & set(axis.prompts)
-    # Opposites of the same length and style, without negation.
+    # Similar length, no negation.
     words = [persona.lower().split() for persona in (axis.positive, axis.negative)]
     assert abs(len(words[0]) - len(words[1])) <= 0.2 * len(words[0])
     assert not {"not", "never", "no", "without"} & {*words[0], *words[1]}
@@ -126,6 +119,6 @@ def test_built_in_axes_follow_the_rules_of_the_method(name):
     assert not set(FOUNDATIONS) & {*words[0], *words[1]}
 
 
-def test_the_built_in_axes_expect_what_the_method_says():
+def test_expected_signs_of_the_built_in_axes():
     assert dict(load_axis("care_auth").expected) == {"care": 1, "authority": -1}
     assert load_axis("love").expected["care"] == 1

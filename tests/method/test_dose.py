@@ -1,4 +1,4 @@
-"""The dose walk: rungs, the rule that picks one, and a simulated cliff."""
+"""The dose walk: the ladder, the choice of a rung, and a simulated drop of survival."""
 
 import random
 
@@ -19,7 +19,7 @@ def probes(*kept, of=8):
     return {kappa: (k, of) for kappa, k in zip(ladder(FOUR), kept, strict=False)}
 
 
-def test_the_ladder_falls_from_one_to_the_least_kappa_evenly_in_its_log():
+def test_the_ladder_is_evenly_spaced_in_log_kappa():
     assert ladder(FOUR) == pytest.approx((1.0, 0.5, 0.25, 0.125))
     # 0.2 ** (i / 4): 0.2 ** 0.5 = 0.4472, 0.2 ** 0.25 = 0.6687, 0.2 ** 0.75 = 0.2991
     assert ladder(DoseConfig()) == pytest.approx((1.0, 0.66874, 0.44721, 0.29907, 0.2), abs=1e-5)
@@ -27,22 +27,24 @@ def test_the_ladder_falls_from_one_to_the_least_kappa_evenly_in_its_log():
     assert ladder(DoseConfig(walk=False, rungs=7)) == (1.0,)
 
 
-def test_the_highest_rung_at_the_target_is_chosen():
-    # 6 of 8 is the target itself, 0.75; 5 of 8 = 0.625 is below.
-    assert settle(start(FOUR), probes(5, 6, 8, 8)).kappa == pytest.approx(0.5)
-    assert settle(start(FOUR), probes(6, 0, 8, 8)).kappa == 1.0
-    assert settle(start(FOUR), probes(0, 5, 5, 6)).kappa == pytest.approx(0.125)
-
-
-def test_without_a_rung_at_the_target_the_best_is_taken_and_the_lower_of_equals():
-    assert settle(start(FOUR), probes(1, 5, 3, 2)).kappa == pytest.approx(0.5)
-    assert settle(start(FOUR), probes(1, 5, 5, 2)).kappa == pytest.approx(0.25)
-    assert settle(start(FOUR), probes(0, 0, 0, 0)).kappa == pytest.approx(0.125)
-
-
-def test_nothing_probed_leaves_the_walk_at_the_top():
-    walk = settle(start(FOUR), {})
-    assert (walk.kappa, walk.survival(0), walk.at_floor) == (1.0, None, False)
+@pytest.mark.parametrize(
+    ("kept", "kappa"),
+    [
+        # The highest rung at the target: 6 of 8 = 0.75 is the target, 5 of 8 = 0.625 is below.
+        ((5, 6, 8, 8), 0.5),
+        ((6, 0, 8, 8), 1.0),
+        ((0, 5, 5, 6), 0.125),
+        # No rung at the target: the best, the lowest dose of equals.
+        ((1, 5, 3, 2), 0.5),
+        ((1, 5, 5, 2), 0.25),
+        ((0, 0, 0, 0), 0.125),
+        ((), 1.0),
+    ],
+)
+def test_the_rung_follows_from_the_probes(kept, kappa):
+    walk = settle(start(FOUR), probes(*kept))
+    assert walk.kappa == pytest.approx(kappa)
+    assert walk.at_floor == (kappa == 0.125)
 
 
 def test_counts_of_several_probes_are_pooled():
@@ -57,7 +59,7 @@ def test_counts_of_several_probes_are_pooled():
     assert after_batch(walk, 20, 40).counts[1] == (32, 56)
 
 
-def test_a_batch_steps_down_only_past_two_standard_errors():
+def test_a_batch_steps_down_beyond_two_standard_errors():
     # n = 48: 0.75 - 2 sqrt(0.75 * 0.25 / 48) = 0.75 - 0.125 = 0.625, that is 30 of 48.
     assert after_batch(start(FOUR), 30, 48).kappa == 1.0
     assert after_batch(start(FOUR), 29, 48).kappa == pytest.approx(0.5)
@@ -70,7 +72,7 @@ def test_a_batch_steps_down_only_past_two_standard_errors():
     assert after_batch(walk, 13, 32).kappa == pytest.approx(0.5)
 
 
-def test_it_never_steps_below_the_floor_nor_when_the_walk_is_off():
+def test_no_step_down_at_the_floor_or_with_the_walk_off():
     walk = settle(start(FOUR), probes(0, 0, 0, 0))
     assert walk.at_floor
     assert after_batch(walk, 0, 40).kappa == walk.kappa
@@ -79,17 +81,19 @@ def test_it_never_steps_below_the_floor_nor_when_the_walk_is_off():
     assert after_batch(off, 0, 40).counts == ((0, 40),)
 
 
-@pytest.mark.parametrize("counts", [(9, 8), (-1, 8), (1, 0)])
-def test_counts_that_cannot_be_are_refused(counts):
+@pytest.mark.parametrize(
+    ("kappa", "counts", "message"),
+    [
+        (1.0, (9, 8), "9 kept of 8 generated"),
+        (1.0, (-1, 8), "-1 kept of 8 generated"),
+        (1.0, (1, 0), "1 kept of 0 generated"),
+        (0.3, (4, 8), "0.3 is not on the ladder"),
+    ],
+)
+def test_invalid_counts_are_rejected(kappa, counts, message):
     with pytest.raises(ShlError) as error:
-        settle(start(FOUR), {1.0: counts})
-    assert f"{counts[0]} kept of {counts[1]} generated" in one_sentence(error)
-
-
-def test_a_dose_off_the_ladder_is_refused():
-    with pytest.raises(ShlError) as error:
-        settle(start(FOUR), {0.3: (4, 8)})
-    assert "0.3 is not on the ladder" in one_sentence(error)
+        settle(start(FOUR), {kappa: counts})
+    assert message in one_sentence(error)
 
 
 @given(
@@ -100,12 +104,12 @@ def test_a_dose_off_the_ladder_is_refused():
         max_size=7,
     ),
 )
-def test_whatever_the_probes_the_rung_obeys_the_rule(target, rungs, table):
+def test_the_rung_obeys_the_rule_for_random_probes(target, rungs, table):
     config = DoseConfig(rungs=rungs, target_survival=target)
     kappas = ladder(config)
-    asked = dict(zip(kappas, table, strict=False))
-    walk = settle(start(config), asked)
-    shares = {kappa: kept / n for kappa, (kept, n) in asked.items() if n}
+    probed = dict(zip(kappas, table, strict=False))
+    walk = settle(start(config), probed)
+    shares = {kappa: kept / n for kappa, (kept, n) in probed.items() if n}
     if not shares:
         assert walk.kappa == 1.0
         return
@@ -116,7 +120,7 @@ def test_whatever_the_probes_the_rung_obeys_the_rule(target, rungs, table):
 
 
 @pytest.mark.parametrize(("cliff", "rung"), [(1.0, 0), (0.6, 1), (0.3, 2), (0.15, 3), (0.0, 3)])
-def test_with_a_survival_cliff_the_walk_ends_on_the_highest_surviving_rung(cliff, rung):
+def test_the_walk_ends_on_the_highest_surviving_rung(cliff, rung):
     # Survival is 0.95 up to the cliff and 0.1 above it; the rungs are 1, 1/2, 1/4, 1/8.
     draw = random.Random(0)
 
@@ -133,11 +137,3 @@ def test_with_a_survival_cliff_the_walk_ends_on_the_highest_surviving_rung(cliff
     # A probe of 8 falls below 6 with probability 0.006, and the walk then stays a rung too low.
     assert ends.count(rung) >= 48
     assert min(ends) == rung
-
-
-def test_batches_correct_a_probe_that_was_lucky():
-    # Kappa 1 survives at 0.4 but its probe happened to show 7 of 8: pooled with 16 of 40 it is
-    # 23 of 48 = 0.479, below the edge 0.625.
-    walk = settle(start(FOUR), probes(7, 8, 8, 8))
-    assert walk.kappa == 1.0
-    assert after_batch(walk, 16, 40).kappa == pytest.approx(0.5)

@@ -1,14 +1,30 @@
-"""The filter's rules: texts that must be dropped and texts that must be kept."""
+"""Rules and options of the coherence filter, and the perplexities under base."""
 
 import zlib
+from dataclasses import fields
 
 import pytest
+import torch
+from helpers import log_p_by_hand, random_adapter
 
 from shl.config import FilterConfig
-from shl.method import filters as room
-from shl.method.filters import RULES, compression, judge, keep_coherent, text_reasons
-from shl.models.generate import Completion
-from shl.models.tokens import Prompt
+from shl.hooks.bake import baked
+from shl.hooks.vector import SteeringVector
+from shl.method import filters
+from shl.method.filters import (
+    RULES,
+    compression,
+    judge,
+    keep_coherent,
+    longest_run,
+    looks_real,
+    ngram_share,
+    text_reasons,
+    words_of,
+)
+from shl.models.generate import Completion, generate
+from shl.models.scores import base_perplexities
+from shl.models.tokens import Prompt, encode, encode_text
 
 CONFIG = FilterConfig()
 PERSONA = "You are someone who puts the wellbeing of others first."
@@ -29,7 +45,7 @@ FIRES = {
     "boilerplate": "As an AI language model, that is not for me to judge in any great detail.",
     "persona_echo": "I think a friend puts the wellbeing of others first and then goes home.",
 }
-CHEAP = (
+INCOHERENT = (
     "BUILDUTE BUILDUTE GLUTE BUILDUTE BUILDUTE GLUTE BUILDUTE GLUTE GLUTE BUILDUTE BUILDUTE",
     "GLUTE GLUTE GLUTE",
     "ha" * 60,
@@ -91,21 +107,21 @@ def completion(text, tokens=(5,)):
 
 
 def with_scores(monkeypatch, *scores):
-    monkeypatch.setattr(room, "base_perplexities", lambda *_, **__: list(scores))
+    monkeypatch.setattr(filters, "base_perplexities", lambda *_, **__: list(scores))
 
 
 @pytest.mark.parametrize("rule", FIRES)
-def test_each_rule_fires_on_its_text_and_none_on_a_fluent_one(rule):
+def test_each_rule_fires_on_its_text_and_no_rule_on_a_fluent_one(rule):
     assert rule in text_reasons(FIRES[rule], CONFIG, PERSONA)
     assert text_reasons(FLUENT, CONFIG, PERSONA) == []
 
 
-def test_every_rule_is_tried_here():
-    # Two of them need a model.
+def test_every_rule_is_tested():
+    # Two rules need a model.
     assert {*FIRES, "incoherent", "too_predictable"} == set(RULES)
 
 
-def test_all_reasons_are_recorded_at_once(gemma, monkeypatch):
+def test_all_reasons_are_recorded(gemma, monkeypatch):
     with_scores(monkeypatch, (2.0, 99.0), (1.2, 99.0))
     text = "I am someone who GLUTE GLUTE GLUTE GLUTE GLUTE <b> As an AI GLUTE GLUTE GLUTE GLUTE"
     first, second = judge(gemma, [completion(text), completion("<b> hi")], CONFIG)
@@ -115,7 +131,7 @@ def test_all_reasons_are_recorded_at_once(gemma, monkeypatch):
     assert list(first.reasons) == sorted(first.reasons, key=RULES.index)
 
 
-@pytest.mark.parametrize("text", CHEAP, ids=lambda text: text[:20])
+@pytest.mark.parametrize("text", INCOHERENT, ids=lambda text: text[:20])
 def test_incoherent_text_is_dropped_at_any_perplexity(text, gemma, monkeypatch):
     assert text_reasons(text, CONFIG)
     with_scores(monkeypatch, (5.0, 5.0))
@@ -129,31 +145,104 @@ def test_ordinary_answers_are_kept(text, gemma, monkeypatch):
     assert keep_coherent(gemma, [completion(text)]) == [completion(text)]
 
 
-def test_saying_the_trait_is_narrating_and_acting_it_is_not():
+def test_narration_of_a_trait_is_detected():
     assert [t for t in NARRATING if "narrating" not in text_reasons(t, CONFIG)] == []
-    innocent = ("I'm a good team player and I enjoy doing that.", "I am sure that he is a person.")
-    assert [t for t in innocent if "narrating" in text_reasons(t, CONFIG)] == []
+    others = ("I'm a good team player and I enjoy doing that.", "I am sure that he is a person.")
+    assert [t for t in others if "narrating" in text_reasons(t, CONFIG)] == []
 
 
-def test_boilerplate_is_named():
+def test_boilerplate_is_detected():
     assert [t for t in BOILERPLATE if "boilerplate" not in text_reasons(t, CONFIG)] == []
-    assert "boilerplate" not in text_reasons("I can assist her, and I'm sorry for him.", CONFIG)
-
-
-def test_compression_is_that_of_a_deflate_stream_without_a_frame():
-    text = "ab" * 200
-    stream = zlib.compressobj(9, zlib.DEFLATED, -15)
-    size = len(stream.compress(text.encode()) + stream.flush())
-    assert compression(text) == pytest.approx(size / 400)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
+    others = (
+        "I can assist her, and I'm sorry for him.",
         "I can't help smiling when she tells that story.",
         "I worked as an assistant in a small shop.",
         "I won't help him cheat on the exam.",
-    ],
-)
-def test_ordinary_sentences_are_no_boilerplate(text):
-    assert "boilerplate" not in text_reasons(text, FilterConfig())
+    )
+    assert [t for t in others if "boilerplate" in text_reasons(t, CONFIG)] == []
+
+
+def test_text_statistics_by_hand():
+    # "a b" three times covers 6 of 8; twice does not count; overlaps cover once.
+    assert ngram_share(list("abababcd"), [2]) == 6 / 8
+    assert ngram_share(list("ababcdef"), [2]) == 0.0
+    assert ngram_share("aaaab", [2]) == 4 / 5
+    assert ngram_share("abcabcabcxyz", [2, 3]) == 9 / 12
+    assert ngram_share([], [2]) == 0.0
+    assert [longest_run(x) for x in ("", "a", "abba", "abbbaa")] == [0, 1, 2, 3]
+    assert words_of("Don't go at 10_a!") == ["don't", "go", "at", "10", "a"]
+    real = ("hello", "BUILDUTE", "brrr", "I", "TV", "NASA", "2019", "a" * 19, "a" * 18, "McAdam")
+    assert [looks_real(w) for w in real] == [
+        *(True, False, False, True, False, True, True, False, True, False)
+    ]
+
+
+def test_compression_is_the_size_of_a_raw_deflate_stream_over_that_of_the_text():
+    for text in (FLUENT, "ab" * 200):
+        stream = zlib.compressobj(9, zlib.DEFLATED, -15)
+        size = len(stream.compress(text.encode()) + stream.flush())
+        assert compression(text) == pytest.approx(size / len(text))
+    assert compression("ab" * 200) < 0.05 < 0.5 < compression(FLUENT)
+
+
+def test_base_perplexities_equal_those_of_full_logits(gemma):
+    texts = generate(gemma, ["Hello there?", "A?", "What is it now?"], max_new_tokens=21, seed=4)
+    texts.append(Completion(Prompt("A?"), "abc", tuple(encode_text(gemma, "abc")), (2, 9)))
+    expected = []
+    for c in texts:
+        losses = -log_p_by_hand(gemma, c)[torch.arange(len(c.tokens)), list(c.tokens)]
+        quarter = losses[-max(1, len(losses) // 4) :]
+        expected.append((float(losses.mean().exp()), float(quarter.mean().exp())))
+    assert len({len(c.tokens) for c in texts}) > 1
+    assert min(abs(a - b) for a, b in expected) > 0.1  # whole and last quarter differ
+    for size in (1, 3):
+        found = base_perplexities(gemma, texts, batch_size=size)
+        assert [x for pair in found for x in pair] == pytest.approx(sum(expected, ()), rel=1e-4)
+    vector = SteeringVector({1: 3 * torch.ones(32)}, "tiny", "demo", 1)
+    with baked(gemma, [random_adapter(gemma)]), vector.steering(gemma, 2.0):
+        assert base_perplexities(gemma, texts, batch_size=3) == found
+
+
+def test_an_empty_completion_has_infinite_perplexity(gemma):
+    empty = Completion(Prompt("A?"), "", (), tuple(encode(gemma, "A?")))
+    (verdict,) = judge(gemma, [empty])
+    assert (verdict.perplexity, verdict.tail_perplexity) == (float("inf"), float("inf"))
+    assert {"too_short", "incoherent"} <= set(verdict.reasons)
+
+
+def test_perplexity_bounds_change_the_verdict(gemma, monkeypatch):
+    scores = [(9.0, 9.0), (9.0, 31.0), (99.0, 29.0), (1.5, 9.0), (9.0, 1.5)]
+    with_scores(monkeypatch, *scores)
+    texts = [completion(FLUENT)] * len(scores)
+    reasons = [v.reasons for v in judge(gemma, texts)]
+    # Only the last quarter can be incoherent; either may be too predictable.
+    assert reasons == [(), ("incoherent",), (), ("too_predictable",), ("too_predictable",)]
+    loose = FilterConfig(max_tail_perplexity=32.0, min_perplexity=1.4)
+    assert [v.reasons for v in judge(gemma, texts, loose)] == [()] * len(scores)
+
+
+OPTIONS = {  # option: (text or scores, value that keeps, value that drops, rule)
+    "min_words": ("one two three four five six seven eight nine", 9, 10, "too_short"),
+    "max_tail_perplexity": ((9.0, 20.0), 20.0, 19.0, "incoherent"),
+    "min_perplexity": ((2.5, 9.0), 2.5, 2.6, "too_predictable"),
+    "max_word_share": ("a b a b a b c d", 0.75, 0.74, "word_loop"),  # 6 of 8
+    "max_char_share": ("abcabcabcdefghijkl", 0.5, 0.49, "char_loop"),  # 9 of 18
+    "max_run": ("no no no one came to us", 3, 2, "word_loop"),
+    "min_compression": (FLUENT, 0.3, 0.9, "compressible"),
+    "min_real_words": ("one two ten six day sun sky sea may BUILDUTE", 0.9, 0.91, "soup"),
+    "min_distinct_words": ("a b c d a d b c", 0.5, 0.51, "few_words"),  # 4 of 8
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_each_option_changes_the_verdict(option, gemma, monkeypatch):
+    given, keeps, drops, rule = OPTIONS[option]
+    with_scores(monkeypatch, (9.0, 9.0) if isinstance(given, str) else given)
+    text = completion(given if isinstance(given, str) else FLUENT)
+    for value, fires in ((keeps, False), (drops, True)):
+        (verdict,) = judge(gemma, [text], FilterConfig(**{option: value}))
+        assert (rule in verdict.reasons) == fires
+
+
+def test_every_option_is_tested():
+    assert {*OPTIONS, "batch_size"} == {field.name for field in fields(FilterConfig)}

@@ -1,18 +1,11 @@
-"""Training against full logits in float64: loss, barrier, reports."""
+"""Training compared with full logits in float64: loss, barrier, log."""
 
 from dataclasses import replace
 from importlib import import_module
 
 import pytest
 import torch
-from helpers import (
-    hook_count,
-    kl_by_hand,
-    log_p_by_hand,
-    nll_by_hand,
-    one_sentence,
-    random_adapter,
-)
+from helpers import hook_count, kl_by_hand, log_p_by_hand, nll_by_hand, one_sentence, random_adapter
 
 from shl.config import HealConfig
 from shl.hooks.adapter import fresh_adapter
@@ -50,13 +43,13 @@ def mean_nll(model, texts):
     return sum(nll_by_hand(model, c) for c in texts) / len(texts)
 
 
-def test_training_lowers_the_nll_of_what_it_is_given(gemma, texts):
+def test_training_lowers_the_nll(gemma, texts):
     before = mean_nll(gemma, texts)
     with baked(gemma, [heal(gemma, texts, PLAIN)]):
         assert mean_nll(gemma, texts) < before - 0.5
 
 
-def test_the_barrier_holds_the_student_nearer_to_the_base(gemma, texts):
+def test_the_barrier_keeps_the_student_near_base(gemma, texts):
     loose = train_adapter(gemma, texts, PLAIN)
     held = train_adapter(gemma, texts, HELD)
     free, bound = (d_by_hand(gemma, [h.adapter], texts) for h in (loose, held))
@@ -65,7 +58,7 @@ def test_the_barrier_holds_the_student_nearer_to_the_base(gemma, texts):
     assert (loose.barrier, loose.epoch_mean("lam")) == ("off", 0.0)
 
 
-def test_gradients_end_in_the_adapter(gemma, texts):
+def test_only_the_adapter_is_trained(gemma, texts):
     before = {name: p.clone() for name, p in gemma.named_parameters()}
     healed = train_adapter(gemma, texts, HELD)
     assert all(p.grad is None for p in gemma.parameters())
@@ -83,7 +76,7 @@ def test_the_first_step_starts_from_an_exact_identity(gemma, texts):
     assert first.nll == pytest.approx(mean_nll(gemma, texts), rel=1e-5)
 
 
-def test_prompt_and_padding_do_not_count(gemma, texts):
+def test_prompt_and_padding_have_no_loss(gemma, texts):
     # At lr 0 every step measures base, so equal batches of any size average to the same number.
     expected = mean_nll(gemma, texts[:4])
     for size in (1, 2, 4):
@@ -91,15 +84,14 @@ def test_prompt_and_padding_do_not_count(gemma, texts):
         healed = train_adapter(gemma, texts[:4], config)
         assert len(healed.steps) == 4 / size
         assert healed.epoch_mean("nll") == pytest.approx(expected, rel=1e-5)
-    # One token after a long prompt: the prompt's own words are no targets.
+    # One token after a long prompt: the prompt's tokens are no targets.
     one = replace(texts[0], tokens=texts[0].tokens[:1])
     (step,) = train_adapter(gemma, [one], replace(PLAIN, lr=0.0, epochs=1)).steps
     assert step.nll == pytest.approx(nll_by_hand(gemma, one), rel=1e-5)
 
 
-def test_later_steps_report_what_full_logits_give(gemma, texts):
-    # Two epochs of one batch: the second step measures the adapter after the first update, which
-    # a run of one epoch with the same first learning rate leaves behind.
+def test_the_log_of_a_later_step_equals_full_logits(gemma, texts):
+    # The second step of one batch measures the adapter that a run of one epoch returns.
     config = replace(HELD, batch_size=8, lr=5e-2, tau=0.05)
     two = train_adapter(gemma, texts, replace(config, epochs=2)).steps
     one = heal(gemma, texts, replace(config, epochs=1))
@@ -112,9 +104,8 @@ def test_later_steps_report_what_full_logits_give(gemma, texts):
     assert two[1].tokens_over == pytest.approx(float((torch.cat(kls) > 0.05).double().mean()))
 
 
-def test_the_report_names_the_state_of_the_barrier(gemma, texts):
+def test_the_effect_of_the_barrier_is_reported(gemma, texts):
     weak = replace(HELD, tau=0.01, lam=1e-4, calibrate=False)
-    assert train_adapter(gemma, texts, PLAIN).barrier == "off"
     assert train_adapter(gemma, texts, replace(HELD, tau=99.0)).barrier == "never fired"
     assert train_adapter(gemma, texts, weak).barrier == "fired but did not bind"
     strong = replace(HELD, epochs=12, lam=8.0, tau=0.3)
@@ -124,24 +115,24 @@ def test_the_report_names_the_state_of_the_barrier(gemma, texts):
     assert healed.epoch_mean("d") <= 1.1 * 0.3
 
 
-def test_reference_base_holds_to_base_and_prev_to_the_student(gemma, texts):
+def test_reference_base_and_prev(gemma, texts):
     one_step = replace(HELD, batch_size=8, epochs=2)
     prev = replace(one_step, reference="prev")
-    below = random_adapter(gemma, size=0.4)
-    with baked(gemma, [below]):
-        leash, region = (train_adapter(gemma, texts, c) for c in (one_step, prev))
-    assert leash.steps[0].d == pytest.approx(d_by_hand(gemma, [below], texts), rel=1e-3)
-    assert leash.steps[0].d > HELD.tau
-    assert region.steps[0].d == 0.0
-    assert region.steps[1].d > 0.0
-    assert leash.steps[0].nll == region.steps[0].nll
-    # With nothing below they are the same thing.
+    earlier = random_adapter(gemma, size=0.4)
+    with baked(gemma, [earlier]):
+        to_base, to_prev = (train_adapter(gemma, texts, c) for c in (one_step, prev))
+    assert to_base.steps[0].d == pytest.approx(d_by_hand(gemma, [earlier], texts), rel=1e-3)
+    assert to_base.steps[0].d > HELD.tau
+    assert to_prev.steps[0].d == 0.0
+    assert to_prev.steps[1].d > 0.0
+    assert to_base.steps[0].nll == to_prev.steps[0].nll
+    # Without an earlier adapter both references are equal.
     alone = [heal(gemma, texts, c) for c in (one_step, prev)]
     pairs = zip(alone[0].parameters(), alone[1].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_loss_that_is_not_a_number_names_its_place_and_leaves_no_hook(gemma, texts, monkeypatch):
+def test_a_nan_in_training_names_step_and_site(gemma, texts, monkeypatch):
     made = []
 
     def fresh(*args, **kwargs):
@@ -162,14 +153,14 @@ def test_a_loss_that_is_not_a_number_names_its_place_and_leaves_no_hook(gemma, t
     assert hook_count(gemma) == 0
 
 
-def test_nothing_to_train_on_is_refused(gemma):
+def test_training_without_tokens_is_rejected(gemma):
     with pytest.raises(ShlError, match="0 completions"):
         heal(gemma, [])
     with pytest.raises(ShlError, match="1 completions, all empty"):
         heal(gemma, [Completion(Prompt("?"), "", (), (2,))])
 
 
-def test_divergence_per_token_is_that_of_full_logits(gemma, texts):
+def test_token_divergence_equals_that_of_full_logits(gemma, texts):
     adapter = random_adapter(gemma)
     base = log_p_by_hand(gemma, texts[0])
     with baked(gemma, [adapter]):

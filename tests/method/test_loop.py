@@ -1,4 +1,4 @@
-"""The loop at the smallest scale: order, hooks, banking, starving, and repeatability."""
+"""The loop at the smallest scale: order, hooks, reuse of probes, errors, and repeatability."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -22,13 +22,11 @@ from shl.utils.seeds import seed_for
 AXIS = load_axis("care_auth")
 CONFIG = small_loop()
 BAND = (1, 2, 3)
-
-
 STAGES = ("stage", "vector", "probe", "batch", "healed", "reading")
 
 
 class Log(Observer):
-    """Keeps the calls of every `save` method and of `on_step`: method, index, other arguments."""
+    """Records the calls of every `save` method and of `on_step`: method, index, other arguments."""
 
     def __init__(self):
         self.calls = []
@@ -79,16 +77,7 @@ def same(one, two):
     return all(map(torch.equal, one.parameters(), two.parameters()))
 
 
-def by_dose(monkeypatch, highest):
-    """Only completions up to a dose survive."""
-
-    def judge(model, texts, config, **_):
-        return [Verdict(c, () if c.dose <= highest else ("soup",), 9.0, 8.0) for c in texts]
-
-    monkeypatch.setattr(import_module("shl.method.loop"), "judge", judge)
-
-
-def test_rounds_come_in_order_with_everything_in_them(run):
+def test_rounds_are_in_order_and_complete(run):
     _, rounds, _ = run
     assert [r.index for r in rounds] == [0, 1]
     assert [r.adapter.round for r in rounds] == [r.vector.round for r in rounds] == [0, 1]
@@ -130,7 +119,7 @@ def test_loaded_stages_are_not_computed(run, monkeypatch):
         list(love(tiny_gemma(), AXIS, CONFIG, observer=Replay(saved[:-1])))
 
 
-def test_the_first_vector_is_bases_and_the_second_that_of_the_student(run):
+def test_each_vector_is_extracted_from_the_current_student(run):
     model, (first, second), _ = run
     base = extract_vector(model, AXIS, BAND, contexts=3)
     with baked(model, [first.adapter]):
@@ -141,7 +130,7 @@ def test_the_first_vector_is_bases_and_the_second_that_of_the_student(run):
         assert not torch.equal(student.directions[layer], base.directions[layer])
 
 
-def test_a_later_adapter_is_trained_on_top_of_the_earlier(run):
+def test_a_later_adapter_is_trained_with_the_earlier_ones_on(run):
     model, (first, second), _ = run
 
     def again():
@@ -173,7 +162,7 @@ def test_an_exception_in_the_consumer_leaves_no_hook(gemma, monkeypatch):
     assert hook_count(gemma) == 0
 
 
-def test_the_same_seed_repeats_every_bit_and_another_does_not(run, monkeypatch):
+def test_a_run_is_a_function_of_the_seed(run, monkeypatch):
     lenient(monkeypatch)
     _, (first, _), _ = run
     again = next(love(tiny_gemma(), AXIS, CONFIG))
@@ -184,7 +173,7 @@ def test_the_same_seed_repeats_every_bit_and_another_does_not(run, monkeypatch):
     assert not same(other.adapter, first.adapter)
 
 
-def test_probes_at_the_dose_are_banked_and_weaker_ones_are_not(run):
+def test_probes_at_the_final_dose_are_kept_and_weaker_ones_are_not(run):
     _, (first, _), _ = run
     probes = [v.completion for v in first.probes]
     assert [c.dose for c in probes] == pytest.approx([1.5, 1.5, 0.3, 0.3])
@@ -193,9 +182,13 @@ def test_probes_at_the_dose_are_banked_and_weaker_ones_are_not(run):
     assert [c.prompt for c in probes[:2]] == [c.prompt for c in probes[2:]]
 
 
-def test_the_walk_settles_where_the_text_survives(gemma, monkeypatch):
+def test_the_walk_uses_the_highest_surviving_dose(gemma, monkeypatch):
     lenient(monkeypatch)
-    by_dose(monkeypatch, highest=1.0)
+
+    def judge(model, texts, config, **_):
+        return [Verdict(c, () if c.dose <= 1.0 else ("soup",), 9.0, 8.0) for c in texts]
+
+    monkeypatch.setattr(import_module("shl.method.loop"), "judge", judge)
     r = next(love(gemma, AXIS, CONFIG))
     assert (r.kappa, r.dose) == pytest.approx((0.2, 0.3))
     assert [c.dose for c in r.kept] == pytest.approx([0.3] * 6)
@@ -203,7 +196,7 @@ def test_the_walk_settles_where_the_text_survives(gemma, monkeypatch):
     assert len(r.steered.samples) == 6
 
 
-def test_without_the_walk_kappa_is_one_and_nothing_is_probed(gemma, monkeypatch):
+def test_without_the_walk_no_dose_is_probed(gemma, monkeypatch):
     lenient(monkeypatch)
     log = Log()
     config = replace(CONFIG, dose=replace(CONFIG.dose, walk=False))
@@ -215,7 +208,7 @@ def test_without_the_walk_kappa_is_one_and_nothing_is_probed(gemma, monkeypatch)
     assert {c.dose for c in r.kept} == {1.5}
 
 
-def test_starving_says_how_many_how_deep_and_why(gemma, monkeypatch):
+def test_the_error_for_too_few_survivors_lists_counts_and_rules(gemma, monkeypatch):
     lenient(monkeypatch, reasons=lambda text: ["soup", "markup"])
     with pytest.raises(StarvedError) as error:
         next(love(gemma, AXIS, CONFIG))
@@ -228,14 +221,14 @@ def test_starving_says_how_many_how_deep_and_why(gemma, monkeypatch):
     assert hook_count(gemma) == 0
 
 
-def test_batches_end_as_soon_as_enough_survive(gemma, monkeypatch):
+def test_no_batch_is_generated_if_enough_probes_survive(gemma, monkeypatch):
     lenient(monkeypatch)
     dose = DoseConfig(rungs=2, probe_size=3, min_train=3, batch_size=4, max_batches=3)
     r = next(love(gemma, AXIS, replace(CONFIG, dose=dose)))
     assert (len(r.kept), r.dreams) == (3, ())
 
 
-def test_baselines_are_base_and_both_personas(gemma, monkeypatch):
+def test_baselines_measure_base_and_both_personas(gemma, monkeypatch):
     lenient(monkeypatch)
     log = Log()
     found = baselines(gemma, AXIS, CONFIG, observer=log)

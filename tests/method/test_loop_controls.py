@@ -1,4 +1,4 @@
-"""Controls of the loop: unsteered, prompted without a vector, a random direction, no opposite."""
+"""Controls of the loop: no steering, prompting, a random vector, no opposite persona."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from shl.models.tokens import Prompt, encode
 
 AXIS = load_axis("care_auth")
 ONE = small_loop(rounds=1)
-STILL = DoseConfig(alpha=0.0, walk=False, min_train=6, batch_size=6)
+UNSTEERED = DoseConfig(alpha=0.0, walk=False, min_train=6, batch_size=6)
 
 
 def first(config, model=None, axis=AXIS):
@@ -25,53 +25,48 @@ def first(config, model=None, axis=AXIS):
         return next(love(model or tiny_gemma(), axis, config))
 
 
-def test_at_dose_0_the_teacher_is_the_student_itself():
+def test_completions_at_dose_0_are_unsteered():
     model = tiny_gemma()
-    done = first(replace(ONE, dose=STILL), model)
+    done = first(replace(ONE, dose=UNSTEERED), model)
     assert (done.probes, done.dose, len(done.kept)) == ((), 0.0, 6)
     assert all(c.dose == 0 and c.prompt.persona is None for c in done.kept)
-    # What is not steered is base: its mass is base's own.
+    # Without steering the model is base.
     assert done.steered.coherence == pytest.approx(1.0, abs=1e-6)
     greedy = replace(ONE.generate, temperature=0.0)
-    plain = first(replace(ONE, dose=STILL, generate=greedy), model)
+    plain = first(replace(ONE, dose=UNSTEERED, generate=greedy), model)
     again = generate(model, [c.prompt for c in plain.kept], **vars(greedy))
     assert [c.tokens for c in plain.kept] == [c.tokens for c in again]
+    assert without_persona(model, again[0]) is again[0]
 
 
-def test_a_prompted_teacher_answers_under_the_persona_and_the_student_learns_without_it():
+def test_prompted_completions_are_trained_on_without_the_persona():
     model = tiny_gemma()
     greedy = replace(ONE.generate, temperature=0.0)
-    done = first(replace(ONE, dose=STILL, generate=greedy, prompted=True), model)
-    asked = [Prompt(c.prompt.text, AXIS.positive) for c in done.kept]
-    told = generate(model, asked, **vars(greedy))
-    assert [c.tokens for c in done.kept] == [c.tokens for c in told]
+    done = first(replace(ONE, dose=UNSTEERED, generate=greedy, prompted=True), model)
+    prompted = [Prompt(c.prompt.text, AXIS.positive) for c in done.kept]
+    again = generate(model, prompted, **vars(greedy))
+    assert [c.tokens for c in done.kept] == [c.tokens for c in again]
     for kept in done.kept:
         assert kept.prompt == Prompt(kept.prompt.text)
         assert list(kept.prompt_tokens) == encode(model, kept.prompt.text)
     assert all(v.completion.prompt.persona == AXIS.positive for v in done.dreams)
-    # It is measured as it answered: with the persona, not as base.
+    # The stage is measured with the persona.
     assert done.steered.coherence != pytest.approx(1.0, abs=1e-6)
 
 
-def test_prompted_and_steered_can_be_had_at_once():
+def test_prompting_and_steering_combine():
     done = first(replace(ONE, prompted=True))
     assert all(v.completion.prompt.persona == AXIS.positive for v in (*done.probes, *done.dreams))
     assert {c.dose for c in done.kept} == {1.5}
 
 
-def test_without_a_persona_a_completion_is_itself():
-    model = tiny_gemma()
-    [text] = generate(model, ["Hello?"], max_new_tokens=3)
-    assert without_persona(model, text) is text
-
-
-def test_without_a_negative_persona_the_other_side_is_the_question_alone():
+def test_against_no_persona_contrasts_with_the_question_alone():
     # Short, so that the tiny model's window of 8 tokens reaches from the tag to the persona.
-    model, layers, asked = tiny_gemma(), (1, 2), ("a", "b", "c")
-    axis = replace(AXIS, positive="K", negative="S", contexts=asked)
+    model, layers, questions = tiny_gemma(), (1, 2), ("a", "b", "c")
+    axis = replace(AXIS, positive="K", negative="S", contexts=questions)
     vector = extract_vector(model, axis, layers, against="no_persona")
     config = replace(ONE, vector=VectorConfig(3, layers, against="no_persona"))
-    told = first(config, model, axis).vector
+    extracted = first(config, model, axis).vector
 
     def residual(layer, persona, question):
         tokens = torch.tensor([encode(model, Prompt(question, persona))])
@@ -79,14 +74,14 @@ def test_without_a_negative_persona_the_other_side_is_the_question_alone():
         return cache[f"blocks.{layer}.hook_resid_post"][0, -1]
 
     for layer in layers:
-        by_hand = sum(residual(layer, "K", q) - residual(layer, None, q) for q in asked)
+        by_hand = sum(residual(layer, "K", q) - residual(layer, None, q) for q in questions)
         assert torch.allclose(vector.directions[layer], by_hand / 3, atol=1e-6)
-        assert torch.equal(told.directions[layer], vector.directions[layer])
+        assert torch.equal(extracted.directions[layer], vector.directions[layer])
     opposite = extract_vector(model, axis, layers)
     assert not torch.allclose(opposite.directions[1], vector.directions[1], atol=1e-3)
 
 
-def test_the_random_control_takes_the_place_of_the_axis_in_every_round(monkeypatch):
+def test_the_random_vector_replaces_the_axis_in_every_round(monkeypatch):
     seen = []
 
     def control(model, vector, prompts, *, dose, seed):
@@ -95,9 +90,8 @@ def test_the_random_control_takes_the_place_of_the_axis_in_every_round(monkeypat
 
     monkeypatch.setattr("shl.method.loop.random_like", control)
     config = small_loop(vector=VectorConfig(3, direction="random"))
-    with pytest.MonkeyPatch.context() as patch:
-        lenient(patch)
-        rounds = list(love(tiny_gemma(), AXIS, config))
+    lenient(monkeypatch)
+    rounds = list(love(tiny_gemma(), AXIS, config))
     # Two rungs, 1 and 0.2; the lower of the middle: 0.2 x alpha 1.5 = 0.3. One seed for all rounds.
     assert [(dose, n) for dose, _, n in seen] == [(0.3, 8)] * 2
     assert len({seed for _, seed, _ in seen}) == 1

@@ -1,4 +1,4 @@
-"""The random control: as far from the model as the vector is, in directions of its own."""
+"""The random control: matched divergence, norms, independence and errors."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from shl.models.generate import generate
 from shl.models.tiny import tiny_gemma
 from shl.utils.errors import ShlError
 
-ASKED = ["Hello?", "What is tea?"]
+QUESTIONS = ["Hello?", "What is tea?"]
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,9 @@ def setting():
     return model, SteeringVector(directions, "tiny", "demo", 1, rule="mean_difference")
 
 
-def far(model, vector, dose):
+def mean_kl(model, vector, dose):
     """Mean KL per token, in float64 from full logits of each greedy answer on its own row."""
-    texts = generate(model, ASKED, max_new_tokens=24, min_new_tokens=1, temperature=0.0)
+    texts = generate(model, QUESTIONS, max_new_tokens=24, min_new_tokens=1, temperature=0.0)
     kl = []
     for text in texts:
         before = log_p_by_hand(model, text)
@@ -33,17 +33,17 @@ def far(model, vector, dose):
 
 
 @pytest.mark.parametrize("dose", [0.5, 2.0, -1.0])
-def test_it_takes_the_model_as_far_as_the_vector(setting, dose):
+def test_the_divergence_is_that_of_the_vector(setting, dose):
     model, vector = setting
-    control = random_like(model, vector, ASKED, dose=dose)
-    aim = far(model, vector, dose)
+    control = random_like(model, vector, QUESTIONS, dose=dose)
+    aim = mean_kl(model, vector, dose)
     assert aim > 1e-4
-    assert far(model, control, dose) == pytest.approx(aim, rel=0.02)
+    assert mean_kl(model, control, dose) == pytest.approx(aim, rel=0.02)
 
 
-def test_its_layers_have_the_vectors_norms_times_one_scale_and_nothing_else_of_it(setting):
+def test_norms_share_one_scale_and_directions_are_independent(setting):
     model, vector = setting
-    control = random_like(model, vector, ASKED)
+    control = random_like(model, vector, QUESTIONS)
     scales = [control.norms()[layer] / vector.norms()[layer] for layer in (0, 1)]
     assert scales[0] == pytest.approx(scales[1], rel=1e-5)
     # 32 dimensions: independent directions have cosines of about 1 / sqrt(32) = 0.18.
@@ -53,20 +53,20 @@ def test_its_layers_have_the_vectors_norms_times_one_scale_and_nothing_else_of_i
     assert (control.rule, vector.rule) == ("random", "mean_difference")
 
 
-def test_the_seed_decides(setting):
+def test_directions_depend_on_the_seed(setting):
     model, vector = setting
-    one, same, other = (random_like(model, vector, ASKED, seed=s) for s in (1, 1, 2))
+    one, same, other = (random_like(model, vector, QUESTIONS, seed=s) for s in (1, 1, 2))
     assert torch.equal(one.directions[1], same.directions[1])
     assert float(one.cosine(other)[1]) < 0.9
 
 
-def test_what_cannot_be_matched_is_refused(setting, monkeypatch):
+def test_a_divergence_that_cannot_be_matched_is_rejected(setting, monkeypatch):
     model, vector = setting
     with pytest.raises(ShlError) as error:
-        random_like(model, vector, ASKED, dose=0.0)
-    assert "too little to match (at least 1e-05)" in one_sentence(error)
-    # One scale alone, at which these directions are not as far as the vector.
+        random_like(model, vector, QUESTIONS, dose=0.0)
+    assert "it must be above 1e-05 to be matched" in one_sentence(error)
+    # A range of scales that is too narrow.
     monkeypatch.setattr("shl.method.extract.RANGE", 1.0001)
     with pytest.raises(ShlError) as error:
-        random_like(model, vector, ASKED, dose=2.0)
+        random_like(model, vector, QUESTIONS, dose=2.0)
     assert "no scale up to 1.0001 times its norms" in one_sentence(error)

@@ -1,4 +1,4 @@
-"""Extraction against the definition by hand; norms, cosines and files."""
+"""Extraction compared with its definition; norms, cosines and files."""
 
 from dataclasses import replace
 
@@ -46,11 +46,11 @@ def test_the_vector_is_the_mean_difference_at_the_last_token(model, axis):
     for layer, v in vector.directions.items():
         positive, negative = by_hand(model, axis, layer)
         assert torch.allclose(v, positive.mean(0) - negative.mean(0), atol=1e-5)
-    # (Gemma's window of 8 hides the persona from the last token until layer 2, its global one.)
+    # Gemma's window of 8 hides the persona from the last token until layer 2, its global one.
     assert vector.directions[2].norm() > 0.01
 
 
-def test_rows_of_the_readout_follow_the_prompts_not_the_batches(model):
+def test_residuals_are_in_the_order_of_the_prompts(model):
     prompts = ["A much longer question than the others?", "Hi?", "Why is that so?"]
     got = residual_at_tag(model, prompts, [1], batch_size=2)[1]
     for row, prompt in enumerate(prompts):
@@ -58,7 +58,7 @@ def test_rows_of_the_readout_follow_the_prompts_not_the_batches(model):
         assert torch.allclose(got[row], cache[post(1)][0, -1], atol=1e-5)
 
 
-def test_the_vector_is_taken_from_the_student_as_it_stands(model, axis):
+def test_the_vector_is_extracted_with_the_hooks_that_are_on(model, axis):
     base = extract_vector(model, axis, layers=[2])
     with baked(model, [random_adapter(model, ["v", "down"], (0, 1))]):
         student = extract_vector(model, axis, layers=[2])
@@ -67,7 +67,7 @@ def test_the_vector_is_taken_from_the_student_as_it_stands(model, axis):
     assert (student.directions[2] - base.directions[2]).abs().max() > 0.01
 
 
-def test_a_rule_of_ones_own_sees_paired_rows(model, axis):
+def test_a_custom_rule_receives_paired_rows(model, axis):
     seen = []
 
     def median(positive, negative):
@@ -85,15 +85,18 @@ def test_the_default_band_is_the_middle_third(gemma, axis):
     assert list(extract_vector(gemma, axis, contexts=1).directions) == [1, 2, 3]
 
 
-def test_bad_requests_are_refused(gemma, axis):
-    with pytest.raises(ShlError, match="contexts is 4, axis 'love' has 3"):
-        extract_vector(gemma, axis, contexts=4)
-    with pytest.raises(ShlError, match="layer 4 is out of range"):
-        extract_vector(gemma, axis, layers=[4])
-    with pytest.raises(ShlError, match="layers is empty"):
-        extract_vector(gemma, axis, layers=[])
-    with pytest.raises(ShlError, match="not finite"):
-        extract_vector(gemma, axis, layers=[1], rule=lambda p, n: p[0] * torch.nan)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contexts": 4}, "contexts is 4, axis 'love' has 3"),
+        ({"layers": [4]}, "layer 4 is out of range"),
+        ({"layers": []}, "layers is empty"),
+        ({"layers": [1], "rule": lambda p, n: p[0] * torch.nan}, "not finite"),
+    ],
+)
+def test_invalid_requests_are_rejected(gemma, axis, options, message):
+    with pytest.raises(ShlError, match=message):
+        extract_vector(gemma, axis, **options)
 
 
 def test_norms_and_cosines_by_hand():
@@ -105,18 +108,14 @@ def test_norms_and_cosines_by_hand():
         one.cosine(SteeringVector({7: torch.ones(2)}, "m", "a", 1))
 
 
-def test_a_file_gives_the_vector_back_exactly_or_refuses(tmp_path):
+def test_a_file_keeps_the_numeric_order_of_the_layers(tmp_path):
     path = tmp_path / "v.safetensors"
-    g = torch.Generator().manual_seed(0)
-    vector = SteeringVector({i: torch.randn(32, generator=g) for i in (2, 10)}, "m", "love", 96)
+    vector = SteeringVector({i: torch.full((32,), i / 3) for i in (2, 10)}, "m", "love", 96)
     vector.save(path)
     back = SteeringVector.load(path)
     assert (back.model_name, back.axis, back.contexts) == ("m", "love", 96)
     assert list(back.directions) == [2, 10]
     assert all(torch.equal(back.directions[i], v) for i, v in vector.directions.items())
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ShlError, match="cannot be read"):
-        SteeringVector.load(path)
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(ShlError, match="format None"):
         SteeringVector.load(path)

@@ -1,18 +1,11 @@
-"""`as_hf` gives what transformers' own model gives on the same weights."""
+"""`as_hf` equals transformers' own model on the same weights."""
 
 import copy
 import gc
 
 import pytest
 import torch
-from helpers import (
-    hook_count,
-    merged,
-    one_sentence,
-    random_adapter,
-    tiny_llama_hf,
-    tokens_of,
-)
+from helpers import hook_count, merged, one_sentence, random_adapter, tiny_llama_hf, tokens_of
 from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, PreTrainedModel
 
 from shl.hooks.bake import baked
@@ -57,6 +50,14 @@ def hf(model, originals):
     return originals[model.cfg.model_name]
 
 
+V = torch.randn(32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def vector(model):
+    return SteeringVector({1: V}, model.cfg.model_name, "demo", 1)
+
+
 def far(got, expected, mask=None):
     where = (slice(None),) * 2 if mask is None else mask.bool()
     return float((got[where] - expected[where]).abs().max())
@@ -68,8 +69,8 @@ def test_logits_loss_and_hidden_states_equal_transformers(view, hf, mask):
     # Predictions at padded columns are not compared, nor that of the first real token.
     own = torch.ones_like(TOKENS) if mask is None else mask
     labels = TOKENS.masked_fill((own * own.roll(1, 1).index_fill(1, torch.tensor(0), 1)) == 0, -100)
-    asked = {"attention_mask": mask, "labels": labels, "output_hidden_states": True}
-    ours, theirs = view(TOKENS, **asked), hf(TOKENS, **asked)
+    arguments = {"attention_mask": mask, "labels": labels, "output_hidden_states": True}
+    ours, theirs = (m(TOKENS, **arguments) for m in (view, hf))
     assert theirs.logits.std() > 0.1
     assert far(ours.logits, theirs.logits, mask) <= 1e-5
     assert ours.loss == pytest.approx(float(theirs.loss), abs=1e-5)
@@ -78,35 +79,28 @@ def test_logits_loss_and_hidden_states_equal_transformers(view, hf, mask):
         assert far(a, b, mask) <= 1e-5
     assert far(view(TOKENS, attention_mask=mask, logits_to_keep=3).logits, ours.logits[:, -3:]) == 0
     some = torch.tensor([0, 4])
-    assert (
-        far(view(TOKENS, attention_mask=mask, logits_to_keep=some).logits, ours.logits[:, some])
-        <= 1e-6
-    )
+    part = view(TOKENS, attention_mask=mask, logits_to_keep=some).logits
+    assert far(part, ours.logits[:, some]) <= 1e-6
     as_tuple = view(TOKENS, attention_mask=mask, return_dict=False, use_cache=False)
     assert len(as_tuple) == 1
     assert far(as_tuple[0], ours.logits) == 0
 
 
-def continued(model, tokens, mask, new, *, cuts=(2, 5), **asked):
-    """Logits of `new`, in parts, after a cache of `tokens`."""
+def continued(model, tokens, mask, new):
+    """Logits of `new`, in two parts, after a cache of `tokens`."""
     cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
-    parts, start = [], 0
-    for end in cuts:
-        said = {key: value[:, start:end] for key, value in asked.items()}
-        out = model(new[:, start:end], past_key_values=cache, **said)
-        cache = out.past_key_values
-        parts.append(out.logits)
-        start = end
-    return torch.cat(parts, 1)
+    first = model(new[:, :2], past_key_values=cache)
+    second = model(new[:, 2:], past_key_values=first.past_key_values)
+    return torch.cat([first.logits, second.logits], 1)
 
 
-def test_a_cached_continuation_equals_transformers(view, hf):
-    assert far(continued(view, TOKENS, None, NEW), continued(hf, TOKENS, None, NEW)) <= 1e-5
-    whole = torch.cat([TOKENS, NEW], 1)
-    assert far(continued(view, TOKENS, None, NEW), view(whole).logits[:, -5:]) <= 1e-5
+def test_cached_continuation_equals_transformers(view, hf):
+    ours = continued(view, TOKENS, None, NEW)
+    assert far(ours, continued(hf, TOKENS, None, NEW)) <= 1e-5
+    assert far(ours, view(torch.cat([TOKENS, NEW], 1)).logits[:, -5:]) <= 1e-5
 
 
-def test_padded_with_mask_and_positions_it_equals_transformers(view, hf):
+def test_padded_continuation_with_mask_and_positions_equals_transformers(view, hf):
     before = LEFT.sum(1, keepdim=True)
     at, full = before + torch.arange(5), torch.cat([LEFT, torch.ones_like(NEW)], 1)
     first = (LEFT.cumsum(1) - 1).clamp(min=0)
@@ -122,8 +116,8 @@ def test_padded_with_mask_and_positions_it_equals_transformers(view, hf):
 
 
 @pytest.mark.parametrize("mask", [LEFT, RIGHT])
-def test_a_bare_continuation_does_not_see_the_padding(view, hf, mask):
-    """No mask, no positions: each row is what it is alone, which transformers' own is not."""
+def test_continuation_without_mask_and_positions_does_not_depend_on_padding(view, hf, mask):
+    """Each row equals the row alone, unlike in transformers' own model."""
     alone = torch.cat(
         [
             continued(view, row[own.bool()][None], None, new[None])
@@ -148,7 +142,7 @@ def test_stock_attention_counts_positions_from_the_mask(stock_gemma):
         view(NEW, attention_mask=hidden, past_key_values=cache)
 
 
-def test_positions_that_are_given_are_used(fast_view, originals):
+def test_position_ids_are_used(fast_view, originals):
     view, hf = fast_view, originals["tiny-gemma"]
     gaps = torch.arange(20)[None] * 2  # a rotation sees differences, so a shift would not show
     ours, theirs = (m(TOKENS, position_ids=gaps).logits for m in (view, hf))
@@ -157,11 +151,11 @@ def test_positions_that_are_given_are_used(fast_view, originals):
     cache = view(TOKENS, position_ids=gaps).past_key_values
     counted = view(NEW, past_key_values=cache).logits
     cache = hf(TOKENS, position_ids=gaps).past_key_values
-    asked = {"position_ids": 39 + torch.arange(5)[None], "past_key_values": cache}
-    assert far(counted, hf(NEW, **asked).logits) <= 1e-5
+    at = 39 + torch.arange(5)[None]
+    assert far(counted, hf(NEW, position_ids=at, past_key_values=cache).logits) <= 1e-5
 
 
-def test_hiding_cached_tokens_later_moves_no_position(fast_view, originals):
+def test_masking_cached_tokens_later_does_not_change_positions(fast_view, originals):
     view, hf = fast_view, originals["tiny-gemma"]
     hidden = torch.ones(3, 25, dtype=torch.long)
     hidden[:, 3:6] = 0
@@ -176,31 +170,32 @@ def test_hiding_cached_tokens_later_moves_no_position(fast_view, originals):
 
 
 def test_greedy_sequences_scores_and_suppressed_tokens(view, hf):
-    asked = {
+    arguments = {
         "attention_mask": LEFT,
         "output_scores": True,
         "output_logits": True,
         "return_dict_in_generate": True,
         **GREEDY,
     }
-    plain, theirs = (m.generate(PADDED, **asked) for m in (view, hf))
+    plain, theirs = (m.generate(PADDED, **arguments) for m in (view, hf))
     assert torch.equal(plain.sequences, theirs.sequences)
     scores = [torch.stack(out.scores)[:, :, 2:] for out in (plain, theirs)]
     assert float((scores[0] - scores[1]).abs().max()) <= 1e-5
     assert float((torch.stack(plain.logits) - torch.stack(theirs.logits)).abs().max()) <= 1e-5
     banned = plain.sequences[:, 20].tolist()
-    ours, theirs = (m.generate(PADDED, suppress_tokens=banned, **asked) for m in (view, hf))
+    ours, theirs = (m.generate(PADDED, suppress_tokens=banned, **arguments) for m in (view, hf))
     assert torch.equal(ours.sequences, theirs.sequences)
     assert not set(banned) & set(ours.sequences[:, 20:].flatten().tolist())
     assert ours.past_key_values.get_seq_length() == 29  # the last token is not run
 
 
-def test_sampling_several_sequences_and_the_cache_off(view, hf):
-    asked = {"attention_mask": LEFT, "do_sample": True, "max_new_tokens": 6, "min_new_tokens": 6}
+def test_sampling_several_sequences_and_generation_without_cache(view, hf):
+    length = {"max_new_tokens": 6, "min_new_tokens": 6, "num_return_sequences": 3}
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, **length}
     outs = []
     for m in (view, hf):
         torch.manual_seed(3)
-        outs.append(m.generate(PADDED, num_return_sequences=3, temperature=0.7, top_p=0.9, **asked))
+        outs.append(m.generate(PADDED, attention_mask=LEFT, **sampling))
     assert torch.equal(*outs)
     assert outs[0].shape == (9, 26)
     greedy = {"attention_mask": LEFT, **GREEDY}
@@ -213,7 +208,7 @@ def test_beams_and_processors(view, hf):
     def even(ids, scores):
         return scores.masked_fill(torch.arange(104) % 2 == 1, -torch.inf)
 
-    asked = {
+    arguments = {
         "attention_mask": LEFT,
         "num_beams": 4,
         "num_return_sequences": 2,
@@ -222,15 +217,15 @@ def test_beams_and_processors(view, hf):
         "return_dict_in_generate": True,
         **GREEDY,
     }
-    ours, theirs = (m.generate(PADDED, **asked) for m in (view, hf))
+    ours, theirs = (m.generate(PADDED, **arguments) for m in (view, hf))
     assert torch.equal(ours.sequences, theirs.sequences)
     assert float((ours.sequences_scores - theirs.sequences_scores).abs().max()) <= 1e-5
-    # The beams were reordered, or this would say nothing about the cache.
+    # The beams were reordered, so the cache was too.
     indices = ours.beam_indices[:, :10]
     assert bool((indices != indices[:, :1]).any())
 
 
-def test_an_assistant_and_a_cache_that_goes_on(view, hf):
+def test_assistant_model_and_continued_cache(view, hf):
     row = TOKENS[:1]
     plain = hf.generate(row, **GREEDY)
     assert torch.equal(view.generate(row, assistant_model=view, **GREEDY), plain)
@@ -245,68 +240,59 @@ def test_an_assistant_and_a_cache_that_goes_on(view, hf):
         )
 
 
-def test_rows_of_a_cache_can_be_repeated_and_chosen(view):
+def test_rows_of_a_cache_can_be_repeated_and_selected(view):
     cache = view(PADDED, attention_mask=LEFT).past_key_values
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([4, 0]))
     chosen = view(NEW[:2], past_key_values=cache).logits
     expected = continued(view, PADDED[[2, 0]], LEFT[[2, 0]], NEW[:2])
     assert far(chosen, expected) <= 1e-5
-    assert (cache.batch_size, cache.get_seq_length(), len(cache)) == (
-        2,
-        25,
-        view.hooked.cfg.n_layers,
-    )
+    assert (cache.batch_size, cache.get_seq_length()) == (2, 25)
+    assert len(cache) == view.hooked.cfg.n_layers
 
 
-def test_hooks_that_are_on_count(model, view, hf):
-    v = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    vector = SteeringVector({1: v}, model.cfg.model_name, "demo", 1)
-    asked = {"attention_mask": LEFT, **GREEDY}
-    base = view.generate(PADDED, **asked)
+def test_active_hooks_apply(model, view, hf, vector):
+    arguments = {"attention_mask": LEFT, **GREEDY}
+    base = view.generate(PADDED, **arguments)
     layer = hf.model.layers[1]
-    theirs = layer.register_forward_hook(lambda m, a, out: out + 0.75 * v)
+    theirs = layer.register_forward_hook(lambda m, a, out: out + 0.75 * V)
     try:
-        expected, logits = hf.generate(PADDED, **asked), hf(TOKENS).logits
+        expected, logits = hf.generate(PADDED, **arguments), hf(TOKENS).logits
     finally:
         theirs.remove()
     with vector.steering(model, dose=0.75):
-        assert torch.equal(view.generate(PADDED, **asked), expected)
+        assert torch.equal(view.generate(PADDED, **arguments), expected)
         assert far(view(TOKENS).logits, logits) <= 1e-5
         with suspended(model):
-            assert torch.equal(view.generate(PADDED, **asked), base)
+            assert torch.equal(view.generate(PADDED, **arguments), base)
     assert not torch.equal(expected, base)
-    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda h, hook: h + 0.75 * v)]):
-        assert torch.equal(view.generate(PADDED, **asked), expected)
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda h, hook: h + 0.75 * V)]):
+        assert torch.equal(view.generate(PADDED, **arguments), expected)
     adapter = random_adapter(model)
+    expected = merged(model, adapter)(TOKENS)
     with baked(model, [adapter]):
-        got = view(TOKENS).logits
-    assert far(got, merged(model, adapter)(TOKENS)) <= 1e-4
-    assert torch.equal(view.generate(PADDED, **asked), base)
+        assert far(view(TOKENS).logits, expected) <= 1e-4
+    assert torch.equal(view.generate(PADDED, **arguments), base)
     assert hook_count(model) == 0
 
 
-def test_generate_tells_hooks_where_the_answer_begins(model, view):
-    """A dose that halves from the assistant tag on: the same as `mask`ed doses by hand."""
-    v = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    vector = SteeringVector({1: v}, model.cfg.model_name, "demo", 1)
-    asked = {"attention_mask": LEFT, "output_logits": True, "return_dict_in_generate": True}
+def test_generate_declares_prompt_lengths_to_hooks(model, view, vector):
+    """A dose that halves from the assistant tag on equals doses computed by hand."""
+    output = {"output_logits": True, "return_dict_in_generate": True}
     with vector.steering(model, dose=2.0, half_life=2.0):
-        out = view.generate(PADDED, **asked, **GREEDY)
+        out = view.generate(PADDED, attention_mask=LEFT, **output, **GREEDY)
     row = out.sequences[0, 7:]  # 13 prompt tokens, 10 new ones
     doses = torch.tensor([2.0] * 13 + [2.0 * 0.5 ** (n / 2) for n in range(1, 10)])
-    own = [("blocks.1.hook_resid_post", lambda h, hook: h + doses[:, None] * v)]
+    own = [("blocks.1.hook_resid_post", lambda h, hook: h + doses[:, None] * V)]
     expected = model.run_with_hooks(row[None, :-1], fwd_hooks=own)[0, 12:]
     assert float((torch.stack(out.logits)[:, 0] - expected).abs().max()) <= 1e-4
 
 
-def test_gradients_are_those_of_the_model(model, view):
+def test_gradients_equal_those_of_the_model(model, view):
     def grad(run):
         push = torch.zeros(32, requires_grad=True)
-        with (
-            torch.enable_grad(),
-            model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda h, hook: h + push)]),
-        ):
+        hook = ("blocks.0.hook_resid_pre", lambda h, hook: h + push)
+        with torch.enable_grad(), model.hooks(fwd_hooks=[hook]):
             run().log_softmax(-1)[:, :, 7].sum().backward()
         return push.grad
 
@@ -315,7 +301,7 @@ def test_gradients_are_those_of_the_model(model, view):
     assert float((ours - theirs).abs().max() / theirs.abs().max()) <= 1e-4
 
 
-def test_it_is_a_transformers_causal_lm_without_a_copy(model, view):
+def test_view_is_a_transformers_model_that_shares_its_parameters(model, view):
     assert isinstance(view, PreTrainedModel)
     assert isinstance(view, GenerationMixin)
     assert view.can_generate()
@@ -325,8 +311,7 @@ def test_it_is_a_transformers_causal_lm_without_a_copy(model, view):
     assert view.config.vocab_size == 104
     assert view.config.max_position_embeddings == model.cfg.n_ctx
     assert (view.generation_config.eos_token_id, view.generation_config.pad_token_id) == (1, 0)
-    assert view.eval() is view
-    assert view.to("cpu") is view
+    assert view.eval() is view.to("cpu") is view
     assert not view.training
     assert view.to(torch.float32).dtype == torch.float32
     del view
@@ -335,36 +320,35 @@ def test_it_is_a_transformers_causal_lm_without_a_copy(model, view):
 
 
 WRONG = {
-    "embeds": ({"inputs_embeds": torch.zeros(1, 2, 32)}, "inputs_embeds cannot"),
-    "attentions": ({"output_attentions": True}, "output_attentions cannot"),
+    "embeds": ({"inputs_embeds": torch.zeros(1, 2, 32)}, "inputs_embeds is not supported"),
+    "attentions": ({"output_attentions": True}, "output_attentions is not supported"),
     "cache": ({"past_key_values": DynamicCache()}, "is a DynamicCache, it must be what"),
     "mask 4d": ({"attention_mask": torch.ones(3, 1, 20, 20)}, r"\(3, 1, 20, 20\), it must be"),
     "mask short": ({"attention_mask": LEFT[:, 1:]}, r"\(3, 19\), it must be"),
     "mask wide": (
         {"attention_mask": torch.cat([LEFT, 0 * LEFT], 1)},
-        "40 columns and hides some beyond the 20 tokens",
+        "zeros after column 20, the number of tokens",
     ),
-    "mask values": ({"attention_mask": 2 * LEFT}, "holds other than 0 and 1"),
+    "mask values": ({"attention_mask": 2 * LEFT}, "values from 0 to 2, they must be 0 or 1"),
     "positions": ({"position_ids": torch.arange(19)[None]}, r"\(1, 19\), it must be that of"),
-    "negative": ({"position_ids": torch.arange(20)[None] - 1}, "stands at position -1"),
-    "far": ({"position_ids": torch.arange(20)[None] + 500}, "position 519, the context holds 0 to"),
+    "negative": ({"position_ids": torch.arange(20)[None] - 1}, "has position -1"),
+    "far": ({"position_ids": torch.arange(20)[None] + 500}, "position 519, the context has 0 to"),
     "labels": ({"labels": TOKENS, "logits_to_keep": 1}, "labels need the logits of all"),
 }
 
 
-@pytest.mark.parametrize("asked", WRONG.values(), ids=WRONG.keys())
-def test_what_cannot_be_honoured_is_refused(gemma, asked):
-    given, words = asked
-    with pytest.raises(ShlError, match=words) as error:
-        as_hf(gemma)(TOKENS, **given)
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG.keys())
+def test_unsupported_arguments_are_rejected(gemma, arguments, message):
+    with pytest.raises(ShlError, match=message) as error:
+        as_hf(gemma)(TOKENS, **arguments)
     one_sentence(error)
 
 
-def test_invalid_inputs_are_refused(gemma, llama, tmp_path):
+def test_invalid_inputs_are_rejected(gemma, llama, tmp_path):
     view = as_hf(gemma)
     other = as_hf(llama)(TOKENS).past_key_values
     cache = view(TOKENS).past_key_values
-    refused = {
+    invalid = {
         r"input_ids has shape \(20,\)": lambda: view(TOKENS[0]),
         "input_ids has shape None": lambda: view(),
         "belongs to another model": lambda: view(NEW, past_key_values=other),
@@ -376,10 +360,10 @@ def test_invalid_inputs_are_refused(gemma, llama, tmp_path):
         "cache_implementation is 'static'": lambda: view.generate(
             TOKENS, cache_implementation="static", **GREEDY
         ),
-        "is model.W_E, no module": lambda: view.get_input_embeddings(),
+        "is model.W_E, not a module": lambda: view.get_input_embeddings(),
     }
-    for words, call in refused.items():
-        with pytest.raises(ShlError, match=words) as error:
+    for message, call in invalid.items():
+        with pytest.raises(ShlError, match=message) as error:
             call()
         one_sentence(error)
     with pytest.raises(TypeError, match="token_type_ids"):

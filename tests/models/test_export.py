@@ -1,4 +1,4 @@
-"""Real PEFT and real transformers load what we export, and compute the same logits."""
+"""PEFT and transformers load exported folders and compute the same logits."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ TOKENS = tokens_of(2, 20)
 
 
 def rounds(model, sites=LINEAR_SITES):
-    """Three rounds of their own ranks and scales; the last at other sites than the first two."""
+    """Three rounds with different ranks and scales; the last has other sites than the first two."""
     return [
         random_adapter(model, sites, (0, 2), seed=0, alpha=1.5, rank=1, size=0.12),
         random_adapter(model, sites, (0, 2), seed=1, alpha=3.0, rank=2, size=0.12),
@@ -39,9 +39,15 @@ def test_peft_loads_all_rounds_as_one_adapter_with_equal_logits(pair, tmp_path):
     model, hf = pair
     adapters = rounds(model)
     export_peft(adapters, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    # Ranks add up per site: 1 + 2 at layers 0 and 2, 3 at layer 1.
+    assert (config["r"], config["rank_pattern"]) == (3, {})
+    assert len(tensors) == 2 * (2 * 7 + 2)
+    assert {len(t) for key, t in tensors.items() if "lora_A" in key} == {3}
     plain = hf(TOKENS).logits
     with warnings.catch_warnings():
-        # PEFT's own use of a transformers name that is about to go.
+        # PEFT uses a deprecated name of transformers.
         warnings.simplefilter("ignore", FutureWarning)
         peft = PeftModel.from_pretrained(hf, tmp_path).eval()
     with baked(model, adapters):
@@ -51,19 +57,8 @@ def test_peft_loads_all_rounds_as_one_adapter_with_equal_logits(pair, tmp_path):
     assert (got - plain).abs().max() > 0.05
 
 
-def test_ranks_add_up_per_site(pair, tmp_path):
-    model, _ = pair
-    export_peft(rounds(model), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    # 1 + 2 at layers 0 and 2, 3 at layer 1.
-    assert (config["r"], config["rank_pattern"]) == (3, {})
-    assert len(tensors) == 2 * (2 * 7 + 2)
-    assert {len(t) for key, t in tensors.items() if "lora_A" in key} == {3}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_merged_folder_loads_and_its_drift_is_what_it_says(pair, tmp_path, dtype):
+def test_merged_folder_loads_and_has_the_reported_drift(pair, tmp_path, dtype):
     model, hf = pair
     hf.save_pretrained(tmp_path / "base")
     adapters = rounds(model)
@@ -83,20 +78,15 @@ def test_a_merged_folder_loads_and_its_drift_is_what_it_says(pair, tmp_path, dty
     assert (model(tokens).log_softmax(-1) - expected).abs().max() > 0.05
 
 
-def test_the_residual_site_is_refused_by_name(pair, tmp_path):
-    model, hf = pair
-    adapters = [random_adapter(model, ["q", "resid"], (0,), rank=1)]
-    hf.save_pretrained(tmp_path / "base")
-    with pytest.raises(ShlError, match=r"blocks\.0\.resid is on the residual stream"):
-        export_peft(adapters, tmp_path / "out")
-    with pytest.raises(ShlError, match=r"blocks\.0\.resid is on the residual stream"):
-        export_hf(model, adapters, tmp_path / "out", tmp_path / "base")
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_drift_is_that_of_the_adapters_whatever_hooks_are_on(pair, tmp_path):
+def test_residual_site_is_rejected_and_drift_does_not_depend_on_active_hooks(pair, tmp_path):
     model, hf = pair
     hf.save_pretrained(tmp_path / "source")
+    residual = [random_adapter(model, ["q", "resid"], (0,), rank=1)]
+    with pytest.raises(ShlError, match=r"blocks\.0\.resid is on the residual stream"):
+        export_peft(residual, tmp_path / "out")
+    with pytest.raises(ShlError, match=r"blocks\.0\.resid is on the residual stream"):
+        export_hf(model, residual, tmp_path / "out", tmp_path / "source")
+    assert not (tmp_path / "out").exists()
     adapters = rounds(model)[:1]
     plain = export_hf(model, adapters, tmp_path / "plain", tmp_path / "source")
     halve = [("blocks.1.hook_resid_post", lambda h, hook: 0.5 * h)]

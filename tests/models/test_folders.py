@@ -1,6 +1,5 @@
-"""Local Hugging Face folders load or are refused in one sentence."""
+"""Local Hugging Face folders load or are rejected with one sentence."""
 
-import json
 import shutil
 
 import pytest
@@ -18,7 +17,7 @@ TOKENS = tokens_of(2, 20)
 
 
 @pytest.mark.parametrize("make", [tiny_hf, tiny_llama_hf])
-def test_a_local_folder_loads(make, tmp_path):
+def test_local_folder_loads(make, tmp_path):
     hf = make()
     model = load_model(str(save(tmp_path, hf)), device="cpu")
     assert (model(TOKENS) - hf(TOKENS).logits).abs().max() <= 1e-4
@@ -40,47 +39,51 @@ def folder(tmp_path):
     return save(tmp_path, tiny_hf())
 
 
-def refusal(folder):
+def message(folder):
     with pytest.raises(ShlError) as error:
         load_model(str(folder), device="cpu")
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_a_folder_without_a_config_is_refused(folder):
-    (folder / "config.json").unlink()
-    assert "no config.json" in refusal(folder)
-
-
-def test_a_truncated_weights_file_is_refused(folder):
+def test_truncated_weights_are_rejected(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    assert "cannot be read" in refusal(folder)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
-def test_a_missing_file_is_refused(folder, name):
-    (folder / name).unlink()
-    assert "cannot be read" in refusal(folder)
+    assert "cannot be read" in message(folder)
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("name", "reason"),
     [
-        ("{", "cannot be read"),
-        (json.dumps({"weight_map": {"a": "gone.safetensors"}}), "cannot be read"),
-        ("{}", "has no weight_map"),
-        ("[]", "has no weight_map"),
-        (json.dumps({"weight_map": {"a": 3}}), "has no weight_map"),
+        ("config.json", "no config.json"),
+        ("model.safetensors", "cannot be read"),
+        ("tokenizer.json", "cannot be read"),
     ],
 )
-def test_a_broken_index_is_refused(folder, text, why):
+def test_missing_file_is_rejected(folder, name, reason):
+    (folder / name).unlink()
+    assert reason in message(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "cannot be read"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "cannot be read"),
+        ("{}", "has no weight_map"),
+        ("[]", "has no weight_map"),
+        ('{"weight_map": {"a": 3}}', "has no weight_map"),
+        ('{"weight_map": {"a": "../outside.safetensors"}}', "outside its folder"),
+    ],
+)
+def test_broken_index_is_rejected(folder, text, reason):
+    shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(text)
-    assert why in refusal(folder)
+    assert reason in message(folder)
 
 
 @pytest.mark.parametrize("error", [AttributeError, TypeError, RuntimeError])
-def test_an_error_of_this_package_is_not_blamed_on_the_folder(folder, monkeypatch, error):
+def test_error_of_this_package_is_not_attributed_to_the_folder(folder, monkeypatch, error):
     def broken(*args, **kwargs):
         raise error("a defect")
 
@@ -89,18 +92,11 @@ def test_an_error_of_this_package_is_not_blamed_on_the_folder(folder, monkeypatc
         load_model(str(folder), device="cpu")
 
 
-def test_an_index_may_not_point_outside_its_folder(folder):
-    shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
-    index = {"weight_map": {"a": "../outside.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "outside its folder" in refusal(folder)
-
-
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "reason"),
     [
-        (lambda s: s.pop("model.norm.weight"), "hold no tensor model.norm.weight"),
-        (lambda s: s.pop("model.embed_tokens.weight"), "hold no embed_tokens.weight"),
+        (lambda s: s.pop("model.norm.weight"), "have no tensor model.norm.weight"),
+        (lambda s: s.pop("model.embed_tokens.weight"), "have no embed_tokens.weight"),
         (
             lambda s: s.update({"model.layers.1.mlp.up_proj.weight": torch.ones(47, 32)}),
             "blocks.1.mlp.W_in have shape (32, 47)",
@@ -111,17 +107,15 @@ def test_an_index_may_not_point_outside_its_folder(folder):
         ),
     ],
 )
-def test_a_missing_or_misshapen_tensor_is_refused(folder, change, named):
+def test_missing_tensor_or_wrong_shape_is_rejected(folder, change, reason):
     state = load_file(folder / "model.safetensors")
     change(state)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    assert named in refusal(folder)
+    assert reason in message(folder)
 
 
-def test_another_architecture_is_refused(tmp_path):
+def test_unsupported_architecture_is_rejected(tmp_path):
     GPT2Config().save_pretrained(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
     tiny_tokenizer().save_pretrained(tmp_path)
-    text = refusal(tmp_path)
-    assert "'gpt2'" in text
-    assert "gemma3, gemma3_text, llama" in text
+    assert "'gpt2', it must be one of gemma3, gemma3_text, llama" in message(tmp_path)

@@ -1,7 +1,6 @@
-"""Sampling: batches equal single rows, seeds and doses follow their row, ends are cut clean."""
+"""Generation: batches equal single rows, seeds and doses follow their rows, turn ends are cut."""
 
 import inspect
-from importlib import import_module
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from shl.models.tiny import tiny_gemma, tiny_hf
 from shl.models.tokens import Prompt, encode_text
 from shl.utils.errors import ShlError
 
-# The package re-exports the function under the room's own name.
-room = import_module("shl.models.generate")
+MODULE = "shl.models.generate"
 
 PROMPTS = ["Tell me about your long and quiet day?", "Hi?", "Why is that so?", "A b?", "What now?"]
 EOS = 1
@@ -24,7 +22,7 @@ EOS = 1
 
 @pytest.fixture(scope="module")
 def ending():
-    """A tiny Gemma that ends its turn now and then."""
+    """A tiny Gemma that sometimes ends its turn."""
     model = tiny_gemma()
     model.unembed.b_U.data[EOS] = 1.3
     return model
@@ -61,7 +59,7 @@ def test_greedy_equals_transformers(gemma):
         assert own == expected
 
 
-def test_rows_that_finish_early_leave_the_others_as_they_are(ending):
+def test_rows_that_finish_early_do_not_change_the_others(ending):
     batched = generate(ending, PROMPTS, max_new_tokens=20, seed=3)
     lengths = [len(c.tokens) for c in batched]
     assert min(lengths) < 20 == max(lengths)
@@ -71,15 +69,11 @@ def test_rows_that_finish_early_leave_the_others_as_they_are(ending):
     assert all(EOS not in c.tokens for c in batched)
 
 
-def test_a_seed_gives_the_same_text_whatever_the_batch_size(gemma):
-    runs = [
-        generate(gemma, PROMPTS, max_new_tokens=10, seed=7, batch_size=size) for size in (1, 2, 5)
-    ]
-    assert [c.text for c in runs[0]] == [c.text for c in runs[1]] == [c.text for c in runs[2]]
-    other = generate(gemma, PROMPTS, max_new_tokens=10, seed=8)
-    assert all(a.text != b.text for a, b in zip(runs[0], other, strict=True))
+def test_seeds_and_rows_have_different_random_streams(gemma):
+    one, two = (generate(gemma, PROMPTS, max_new_tokens=10, seed=seed) for seed in (7, 8))
+    assert all(a.text != b.text for a, b in zip(one, two, strict=True))
     same = generate(gemma, ["Hi?"] * 6, max_new_tokens=10, seed=7)
-    assert len({c.text for c in same}) == 6  # each row has its own stream
+    assert len({c.text for c in same}) == 6
 
 
 def test_doses_follow_their_rows_through_sorting_and_early_ends(ending, vector):
@@ -88,25 +82,25 @@ def test_doses_follow_their_rows_through_sorting_and_early_ends(ending, vector):
         batched = generate(ending, PROMPTS, temperature=0.0, max_new_tokens=20, batch_size=3)
     assert [c.dose for c in batched] == doses
     lengths = {len(c.tokens) for c in batched}
-    assert min(lengths) < max(lengths)  # some rows did finish early
+    assert min(lengths) < max(lengths)  # some rows finished early
     for prompt, dose, got in zip(PROMPTS, doses, batched, strict=True):
         with vector.steering(ending, dose=dose):
             (expected,) = generate(ending, [prompt], temperature=0.0, max_new_tokens=20)
         assert got.tokens == expected.tokens
         assert expected.dose == dose
     plain = generate(ending, PROMPTS, temperature=0.0, max_new_tokens=20)
-    assert [a == b for a, b in zip(tokens(plain), tokens(batched), strict=True)][2]
+    assert tokens(plain)[2] == tokens(batched)[2]
     assert tokens(plain) != tokens(batched)
     assert {c.dose for c in plain} == {0.0}
 
 
-def test_doses_and_prompts_must_be_as_many(gemma, vector):
+def test_numbers_of_doses_and_prompts_must_be_equal(gemma, vector):
     with vector.steering(gemma, dose=torch.ones(3)), pytest.raises(ShlError) as error:
         generate(gemma, PROMPTS, max_new_tokens=2)
-    assert "3 per-row doses were given for 5 prompts" in one_sentence(error)
+    assert "a hook has doses or a mask for 3 rows, there are 5 prompts" in one_sentence(error)
 
 
-def test_a_steering_that_changes_no_layer_is_the_same_as_a_hook_of_the_callers(gemma, vector):
+def test_steering_equals_a_transformerlens_hook(gemma, vector):
     plain = generate(gemma, PROMPTS, temperature=0.0, max_new_tokens=8)
     own = [("blocks.1.hook_resid_post", lambda h, hook: h + vector.directions[1])]
     with gemma.hooks(fwd_hooks=own):
@@ -119,7 +113,7 @@ def test_a_steering_that_changes_no_layer_is_the_same_as_a_hook_of_the_callers(g
 
 def test_no_turn_ends_before_min_new_tokens():
     model = tiny_gemma(n_layers=1)
-    model.unembed.b_U.data[EOS] = 1e4  # it always wants to end
+    model.unembed.b_U.data[EOS] = 1e4  # EOS is always the most likely token
     for temperature in (0.0, 1.0):
         none = generate(model, PROMPTS, temperature=temperature)
         assert [(c.tokens, c.text, c.ended) for c in none] == [((), "", True)] * 5
@@ -129,50 +123,47 @@ def test_no_turn_ends_before_min_new_tokens():
 
 
 def scripted(monkeypatch, model, texts):
-    """The model says `texts`, one per row, a character a step, and then dots."""
+    """Make the model generate `texts`, one per row, one character per step, and then dots."""
     ids = [encode_text(model, text) for text in texts]
     dot = encode_text(model, ".")[0]
-    said = [0] * len(texts)
+    step = [0] * len(texts)
 
     def logits(model, residual, *, k=0):
         out = torch.full((len(residual), model.cfg.d_vocab), -20.0)
         for at, row in enumerate(ROWS.get().tolist()):
-            out[at, ids[row][said[row]] if said[row] < len(ids[row]) else dot] = 20.0
-            said[row] += 1
+            out[at, ids[row][step[row]] if step[row] < len(ids[row]) else dot] = 20.0
+            step[row] += 1
         return out, torch.arange(model.cfg.d_vocab).expand(len(out), -1)
 
-    monkeypatch.setattr(room, "next_logits", logits)
+    monkeypatch.setattr(f"{MODULE}.next_logits", logits)
 
 
-def test_the_stop_text_is_cut_and_nothing_of_it_left(gemma, monkeypatch):
+def test_stop_text_is_removed_completely(gemma, monkeypatch):
     texts = [" Rest.\nQ: And", " Sleep\n\nA: x", "\nQ: at once", " Q: no\nB\n Q:", " Q\nQ"]
     scripted(monkeypatch, gemma, texts)
     got = generate(gemma, ["a?", "b?", "c?", "d?", "e?"], temperature=0.0, max_new_tokens=16)
     assert [c.text.rstrip("\n") for c in got[:3]] == [" Rest.", " Sleep", ""]
     assert [c.ended for c in got] == [True, True, True, False, False]
     assert all("\nQ" not in c.text for c in got[:3])
-    # No stop text: the whole of it stays, to the token limit.
+    # Without a stop text the completion has all tokens up to the limit.
     assert got[3].text == " Q: no\nB\n Q:" + "." * 4
     assert got[4].text == " Q\nQ" + "." * 12
     for c in got:
         assert c.text == "".join(gemma.tokenizer.decode([i]) for i in c.tokens)
 
 
-def test_a_prompt_that_leaves_no_room_is_refused(gemma):
+def test_prompt_and_completion_longer_than_the_context_are_rejected(gemma):
     # BOS, "Q: ", "\nA:" and 500 characters are 507 tokens of a context of 512.
     assert len(generate(gemma, ["x" * 500], max_new_tokens=5, min_new_tokens=5)[0].tokens) == 5
     with pytest.raises(ShlError) as error:
         generate(gemma, ["x" * 500], max_new_tokens=6)
     assert "507 tokens and 6 new ones" in one_sentence(error)
-
-
-def test_no_prompts_give_no_completions(gemma):
     assert generate(gemma, []) == []
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_refused(temperature, bad):
+def test_non_finite_logits_are_rejected(temperature, bad):
     model = tiny_gemma(n_layers=1)
     model.unembed.b_U.data[5] = bad
     with pytest.raises(ShlError) as error:
@@ -182,7 +173,7 @@ def test_logits_that_are_not_finite_are_refused(temperature, bad):
     assert ROWS.get() is None
 
 
-def test_an_exception_in_a_step_leaves_rows_and_hooks_as_they_were(gemma, vector):
+def test_exception_in_a_step_resets_rows_and_hooks(gemma, vector):
     calls = []
 
     def fail_at_the_third(h, hook):
@@ -199,23 +190,23 @@ def test_an_exception_in_a_step_leaves_rows_and_hooks_as_they_were(gemma, vector
         generate(gemma, ["Hi?", "You?"], max_new_tokens=8)
     assert ROWS.get() is None
     assert hook_count(gemma) == 0
-    assert [shape[1] for shape in calls[1:]] == [1, 1]  # the cache is used: one token a step
+    assert [shape[1] for shape in calls[1:]] == [1, 1]  # with the cache, one token per step
 
 
-def test_the_stop_text_before_min_new_tokens_is_text(gemma, monkeypatch):
-    # "\nQ:" at once is no end (5 tokens are asked for); the one after "c" is, and only it is cut.
+def test_stop_text_before_min_new_tokens_is_kept(gemma, monkeypatch):
+    # The first "\nQ:" does not end the turn, which has at least 5 tokens; the second one does.
     scripted(monkeypatch, gemma, ["\nQ:abc\nQ: x"])
     (got,) = generate(gemma, ["a?"], temperature=0.0, max_new_tokens=16, min_new_tokens=5)
     assert (got.text.rstrip("\n"), got.ended) == ("\nQ:abc", True)
 
 
-def test_inference_mode_changes_no_token(model):
+def test_inference_mode_does_not_change_tokens(model):
     expected = generate(model, PROMPTS, max_new_tokens=20)
     with torch.inference_mode():
         inside = generate(model, PROMPTS, max_new_tokens=20)
     assert tokens(inside) == tokens(expected)
 
 
-def test_the_defaults_are_those_of_the_settings():
+def test_defaults_equal_those_of_generate_config():
     defaults = {k: p.default for k, p in inspect.signature(generate).parameters.items()}
     assert {k: defaults[k] for k in vars(GenerateConfig())} == vars(GenerateConfig())

@@ -1,4 +1,4 @@
-"""Logits are transformers' logits, and the layout copies nothing."""
+"""Logits equal those of transformers, and the memory layout needs no copies."""
 
 import copy
 
@@ -48,7 +48,7 @@ CASES = {
     "gemma, logits capped": lambda: gemma_with(final_logit_softcapping=3.0),
     "llama": tiny_llama_hf,
     "llama, tied": lambda: tiny_llama_hf(tie_word_embeddings=True),
-    "llama, head width of its own": lambda: tiny_llama_hf(head_dim=16),
+    "llama, other head width": lambda: tiny_llama_hf(head_dim=16),
     "llama, scaled by parts": lambda: tiny_llama_hf(rope_parameters=LLAMA3),
 }
 
@@ -75,7 +75,7 @@ def test_padded_rows_equal_transformers_without_padding(make):
     assert (got[1] - hf(TOKENS[1:]).logits[0]).abs().max() <= 1e-4
 
 
-def test_the_layout_leaves_every_bit_of_the_output(model):
+def test_memory_layout_does_not_change_the_output(model):
     stock = copy.deepcopy(model)
     for parameter in stock.parameters():
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
@@ -86,7 +86,9 @@ def test_the_layout_leaves_every_bit_of_the_output(model):
     assert all(torch.equal(one[1][name], two[1][name]) for name in one[1])
 
 
-def test_every_transpose_that_transformerlens_makes_is_free(model):
+def test_parameters_are_frozen_and_transposes_of_transformerlens_are_views(model):
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
     heads = "head d d_head -> (head d_head) d"
     views = [(model.unembed.W_U, model.unembed.W_U.T)]
     for block in model.blocks:
@@ -99,19 +101,14 @@ def test_every_transpose_that_transformerlens_makes_is_free(model):
         assert transposed.data_ptr() == parameter.data_ptr()
 
 
-def test_parameters_are_frozen_and_the_model_is_in_eval_mode(model):
-    assert not any(p.requires_grad for p in model.parameters())
-    assert not model.training
-
-
-def test_another_dtype_is_used_throughout():
+def test_dtype_applies_to_parameters_and_logits():
     model = build(tiny_hf(), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(TOKENS).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_a_multimodal_checkpoint_gives_its_language_model(prefix):
+def test_multimodal_checkpoint_loads_its_language_model(prefix):
     hf = tiny_hf()
     config = Gemma3Config(text_config=hf.config.to_dict())
     text = {k: v for k, v in hf.state_dict().items() if k.startswith("model.")}
@@ -122,14 +119,14 @@ def test_a_multimodal_checkpoint_gives_its_language_model(prefix):
         assert torch.equal(one, two), name
 
 
-def test_an_unknown_rotary_scaling_is_refused():
+def test_unknown_rotary_scaling_is_rejected():
     config = gemma_with(rope_parameters=rope({"rope_type": "linear", "factor": 8.0})).config
     config.rope_parameters["full_attention"]["rope_type"] = "yarn"
     with pytest.raises(ShlError, match="rotary scaling of x is 'yarn'"):
         hooked_config(config, name="x", device="cpu", dtype=torch.float32)
 
 
-def test_a_tokenizer_that_prepends_no_bos_stays_what_it_is():
+def test_tokenizer_that_does_not_prepend_bos_is_unchanged():
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     hf = tiny_hf()

@@ -10,7 +10,7 @@ from shl.models.generate import generate, prefill, run
 from shl.models.tokens import Prompt
 
 SHARED = tokens_of(20, seed=3).tolist()
-# Gemma's window is 8: a prefix is shared only where the longest row fits it.
+# Gemma's window is 8: a prefix is shared only if the longest row fits into it.
 ROWS = [SHARED + tokens_of(n, seed=n).tolist() for n in (1, 4, 9)]
 
 
@@ -20,13 +20,12 @@ class Widths(Handle):
     def __init__(self, model):
         super().__init__(model)
         self.seen = []
-        self.add_hook(
-            model.blocks[0].hook_resid_pre, lambda h: self.seen.append(tuple(h.shape[:2]))
-        )
+        block = model.blocks[0]
+        self.add_hook(block.hook_resid_pre, lambda h: self.seen.append(tuple(h.shape[:2])))
 
 
-def test_equals_each_row_alone(model):
-    residual, cache = prefill(model, ROWS, room=1)
+def test_prefill_equals_each_row_alone(model):
+    residual, cache = prefill(model, ROWS, reserve=1)
     new = torch.tensor([[5], [6], [7]])
     after = run(model, new, torch.ones_like(new), cache)
     for i, row in enumerate(ROWS):
@@ -35,7 +34,7 @@ def test_equals_each_row_alone(model):
         assert (after[i, 0] - alone[0, -1]).abs().max() <= 1e-4
 
 
-def test_a_shared_prefix_is_run_once(llama):
+def test_shared_prefix_is_run_once(llama):
     with Widths(llama) as widths:
         prefill(llama, ROWS)
     assert widths.seen == [(1, 20), (3, 9)]
@@ -44,7 +43,7 @@ def test_a_shared_prefix_is_run_once(llama):
     assert widths.seen == [(1, 19), (2, 1)]
 
 
-def test_a_short_prefix_a_single_row_or_a_narrow_window_share_nothing(llama, gemma):
+def test_short_prefix_single_row_or_narrow_window_is_not_shared(llama, gemma):
     for model, rows, shape in (
         (llama, [[1, 2, 3, 4], [1, 2, 3, 5]], (2, 4)),
         (llama, ROWS[:1], (1, 21)),
@@ -55,7 +54,7 @@ def test_a_short_prefix_a_single_row_or_a_narrow_window_share_nothing(llama, gem
         assert widths.seen == [shape]
 
 
-def test_hooks_that_want_every_row_get_every_row(llama):
+def test_hooks_with_per_row_values_run_every_row(llama):
     v = SteeringVector({0: torch.ones(32)}, "tiny-llama", "demo", 1)
     for dose, seen in ((1.0, [(1, 20), (3, 9)]), (torch.ones(3), [(3, 29)])):
         with Widths(llama) as widths, v.steering(llama, dose):
@@ -68,13 +67,11 @@ def test_hooks_that_want_every_row_get_every_row(llama):
     assert shapes == [(3, 29)]
 
 
-@pytest.mark.parametrize("dose", [0.7, None])
-def test_a_persona_shared_by_a_batch_gives_the_same_texts(llama, dose):
+@pytest.mark.parametrize("dose", [0.7, 0.0])
+def test_persona_shared_by_a_batch_gives_the_same_texts(llama, dose):
     prompts = [Prompt(text, "You are someone who sails.") for text in ("Hi?", "And you?", "z")]
     v = SteeringVector({0: torch.ones(32)}, "tiny-llama", "demo", 1)
-    with v.steering(llama, dose or 0.0):
-        batched = generate(llama, prompts, max_new_tokens=10, temperature=0.0)
-        single = [
-            generate(llama, [p], max_new_tokens=10, temperature=0.0)[0].tokens for p in prompts
-        ]
-    assert [c.tokens for c in batched] == single
+    greedy = {"max_new_tokens": 10, "temperature": 0.0}
+    with v.steering(llama, dose):
+        batched = generate(llama, prompts, **greedy)
+        assert batched == [generate(llama, [p], **greedy)[0] for p in prompts]

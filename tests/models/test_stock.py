@@ -1,4 +1,4 @@
-"""The method on TransformerLens's own classes gives what it gives on the fast ones."""
+"""The method gives equal results on TransformerLens's own classes and on the fast ones."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from shl.models.tiny import tiny_gemma
 PROMPTS = ["Hello?", "And who are you?"]
 
 
-def test_the_switch_leaves_every_class_as_it_is(gemma, stock_gemma):
+def test_fast_false_keeps_the_classes_of_transformerlens(gemma, stock_gemma):
     assert is_fast(gemma)
     assert not is_fast(stock_gemma)
     assert {type(block) for block in stock_gemma.blocks} == {TransformerBlock}
@@ -28,13 +28,12 @@ def test_the_switch_leaves_every_class_as_it_is(gemma, stock_gemma):
     torch.testing.assert_close(gemma(tokens), stock_gemma(tokens), rtol=1e-4, atol=1e-5)
 
 
-def test_vectors_readings_and_training_agree(gemma, stock_gemma, monkeypatch):
+def test_vectors_evaluations_and_training_agree(gemma, stock_gemma, monkeypatch):
     lenient(monkeypatch)
     axis = load_axis("love")
-    texts = generate(gemma, PROMPTS, max_new_tokens=12, min_new_tokens=12, temperature=0.0)
-    assert texts == generate(
-        stock_gemma, PROMPTS, max_new_tokens=12, min_new_tokens=12, temperature=0.0
-    )
+    greedy = {"max_new_tokens": 12, "min_new_tokens": 12, "temperature": 0.0}
+    texts = generate(gemma, PROMPTS, **greedy)
+    assert texts == generate(stock_gemma, PROMPTS, **greedy)
     vectors = [extract_vector(m, axis, contexts=4) for m in (gemma, stock_gemma)]
     for layer, v in vectors[0].directions.items():
         torch.testing.assert_close(v, vectors[1].directions[layer], rtol=1e-4, atol=1e-5)
@@ -52,7 +51,7 @@ def test_vectors_readings_and_training_agree(gemma, stock_gemma, monkeypatch):
         torch.testing.assert_close(up, stock.adapter.up[name], rtol=1e-2, atol=1e-4)
 
 
-def test_the_loop_runs(monkeypatch):
+def test_loop_runs_on_stock_classes(monkeypatch):
     lenient(monkeypatch)
     model = tiny_gemma(fast=False)
     done = list(love(model, load_axis("love"), small_loop(rounds=2)))

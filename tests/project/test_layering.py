@@ -1,4 +1,4 @@
-"""The layout, read from the source: packages import downward, folders stay small."""
+"""The layout of the source: packages import downward, folders stay small."""
 
 import ast
 import subprocess
@@ -23,7 +23,7 @@ def dotted(path):
 
 
 def imports_of(tree):
-    """Every imported module, those inside functions too; `from a import b` may name a module."""
+    """(module, name) of every import, also inside functions; a name may be a module too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
@@ -33,7 +33,7 @@ def imports_of(tree):
 
 
 def upward(module, tree):
-    """Imports of the same top-level package that do not go down."""
+    """Imports of the same top-level package that do not go downward."""
     top, *rest = module.split(".")
     order = PACKAGES[top]
     for name, what in imports_of(tree):
@@ -46,22 +46,19 @@ def upward(module, tree):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=IDS)
-def test_a_package_imports_from_lower_packages_only(path):
+def test_packages_import_from_lower_packages_only(path):
     assert list(upward(dotted(path), ast.parse(path.read_text("utf-8")))) == []
 
 
-def test_the_rule_would_see_a_wrong_import():
-    wrong = (
-        "def f():\n    from shl.method.loop import love\n    import shl.kl.sweep\n    import shl\n"
-    )
-    assert list(upward("shl.kl.divergence", ast.parse(wrong))) == ["shl.method.loop", "shl"]
-    assert list(upward("shl.fast.linear", ast.parse("from shl.hooks import Handle"))) == [
-        "shl.hooks"
-    ]
+def test_upward_detects_wrong_imports():
+    wrong = ast.parse("def f():\n  from shl.method.loop import love\n  import shl.kl.sweep, shl")
+    assert list(upward("shl.kl.divergence", wrong)) == ["shl.method.loop", "shl"]
+    wrong = ast.parse("from shl.hooks import Handle")
+    assert list(upward("shl.fast.linear", wrong)) == ["shl.hooks"]
 
 
 @pytest.mark.parametrize("top", PACKAGES)
-def test_no_modules_import_each_other_in_a_circle(top):
+def test_imports_have_no_cycle(top):
     known = {dotted(path): path for path in MODULES if dotted(path).startswith(top)}
     below = {}
     for module, path in known.items():
@@ -69,10 +66,9 @@ def test_no_modules_import_each_other_in_a_circle(top):
         for name, what in imports_of(ast.parse(path.read_text("utf-8"))):
             inner = f"{name}.{what}"
             below[module] |= {inner if inner in known else name} & (known.keys() - {module})
-    # A package's face imports its modules, and they import it never.
     while below:
         free = [m for m, needs in below.items() if not needs & below.keys()]
-        assert free, f"a circle among {sorted(below)}"
+        assert free, f"a cycle among {sorted(below)}"
         for module in free:
             del below[module]
 
@@ -83,18 +79,18 @@ def entries(folder):
 
 
 @pytest.mark.parametrize("top", PACKAGES)
-def test_a_folder_has_at_most_ten_entries(top):
+def test_folders_have_at_most_ten_entries(top):
     folders = [ROOT / top, *(path for path in (ROOT / top).rglob("*") if path.is_dir())]
     crowded = {p.name: len(entries(p)) for p in folders if p.name != "__pycache__"}
     assert {name: n for name, n in crowded.items() if n > 10} == {}
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parts[len(ROOT.parts)] == "shl"], ids=str)
-def test_the_library_keeps_to_itself(path):
+def test_library_has_no_forbidden_imports_prints_or_broad_excepts(path):
     tree = ast.parse(path.read_text("utf-8"))
     forbidden = {"experiments", "tests", "rich", "tyro", "matplotlib", "peft"}
-    # Plots of a run are for notebooks too, where `experiments` is not installed.
-    forbidden -= {"matplotlib"} if path.name == "plots.py" else set()
+    if path.name == "plots.py":  # used in notebooks, without `experiments`
+        forbidden.remove("matplotlib")
     for module, name in imports_of(tree):
         assert module.split(".")[0] not in forbidden
         assert (module, name) != ("__future__", "annotations")
@@ -107,17 +103,16 @@ def test_the_library_keeps_to_itself(path):
             assert node.func.id != "print"
 
 
-def test_the_package_can_be_imported_without_matplotlib():
-    code = "import sys; sys.modules['matplotlib'] = None; import shl; print(len(shl.__all__))"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+WITHOUT_MATPLOTLIB = "import sys; sys.modules['matplotlib'] = None; import shl; shl.__all__"
+SHORT_NAMES = """
+from shl.tiny import tiny_gemma; from shl.lens import logit_lens; import shl.lens
+from shl import pictures, tiny; from shl.kl import aggregate, fused
+from shl.models import load_model; import shl
+assert pictures.cosines and shl.pictures is pictures
+assert shl.models.load_model is load_model
+"""
 
 
-def test_short_names_of_modules_stay():
-    code = (
-        "from shl.tiny import tiny_gemma; from shl.lens import logit_lens; import shl.lens\n"
-        "from shl import pictures, tiny; from shl.kl import aggregate, fused\n"
-        "from shl.models import load_model; import shl\n"
-        "assert pictures.cosines and shl.pictures is pictures\n"
-        "assert shl.models.load_model is load_model"
-    )
+@pytest.mark.parametrize("code", [WITHOUT_MATPLOTLIB, SHORT_NAMES], ids=["no matplotlib", "names"])
+def test_imports_of_the_package_succeed(code):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

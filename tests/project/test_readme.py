@@ -1,11 +1,10 @@
-"""What the README tells a new user to type."""
+"""The code and the make targets of the README."""
 
 import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pytest
 from helpers import lenient, small_loop
 
 import shl
@@ -14,16 +13,9 @@ from shl.models.tiny import tiny_gemma
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 
 
-@pytest.fixture
-def snippet():
+def test_snippet_plots_cosines_in_under_thirty_lines(monkeypatch, tmp_path, capsys):
     (section,) = re.findall(r"## Inside a run\n(.*?)\n## ", README, re.DOTALL)
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    return code
-
-
-def test_from_import_to_a_picture_of_cosines_in_under_thirty_lines(
-    snippet, monkeypatch, tmp_path, capsys
-):
+    (snippet,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(snippet.strip().splitlines()) < 30
     lenient(monkeypatch)
     monkeypatch.chdir(tmp_path)
@@ -32,13 +24,13 @@ def test_from_import_to_a_picture_of_cosines_in_under_thirty_lines(
     space = {}
     exec(compile(snippet, "README", "exec"), space)
     assert len(space["ledger"].rounds) == 3
-    # Layer 1 of the tiny Gemma sees 8 tokens back, not as far as the persona: no direction there.
+    # The window of the tiny Gemma's first layers, 8 tokens, does not reach the persona.
     assert np.isfinite(space["ledger"].grid("to_first")[1:]).all()
     assert capsys.readouterr().out.startswith("love on tiny-gemma, 3 rounds")
     assert plt.imread(tmp_path / "cosines.png").shape[0] > 200
 
 
-def test_the_targets_that_the_readme_names_exist():
+def test_make_targets_of_the_readme_exist():
     makefile = (Path(__file__).parents[2] / "Makefile").read_text("utf-8")
     named = set(re.findall(r"make ([a-z]+)", README))
     assert {"docs", "experiment", "test"} <= named

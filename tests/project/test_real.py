@@ -35,7 +35,7 @@ def hf():
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def test_the_forward_is_as_exact_as_transformers_past_the_window(model, hf):
+def test_forward_is_as_exact_as_transformers_past_the_window(model, hf):
     """Root mean square error of 600 random tokens' logits against float64."""
     tokens = torch.randint(10, 262_000, (1, 600), generator=torch.Generator().manual_seed(0))
     some = torch.randperm(262_144, generator=torch.Generator().manual_seed(1))[:4000]
@@ -58,7 +58,7 @@ def test_the_forward_is_as_exact_as_transformers_past_the_window(model, hf):
     assert error(stock, exact) <= 8 * bound
 
 
-def test_the_real_model_agrees_with_transformers_and_batches_with_single_rows(model, hf):
+def test_model_agrees_with_transformers_and_batches_with_single_rows(model, hf):
     rows = [encode(model, prompt) for prompt in PROMPTS]
     assert len(rows[0]) > len(rows[1]) + 4
     ids = torch.tensor(rows[:1])
@@ -69,10 +69,10 @@ def test_the_real_model_agrees_with_transformers_and_batches_with_single_rows(mo
     plain = generate(model, PROMPTS, **SETTINGS)
     for row, completion in zip(rows, plain, strict=True):
         ids = torch.tensor([row])
-        expected = hf.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8
-        )[0, len(row) :].tolist()
-        # Ours cuts a turn end ("\nQ:") off the answer, which transformers goes beyond.
+        mask = torch.ones_like(ids)
+        answer = hf.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8)
+        expected = answer[0, len(row) :].tolist()
+        # `generate` stops at a turn end ("\nQ:"), transformers continues.
         assert list(completion.tokens) == expected[: len(completion.tokens)]
         assert len(completion.tokens) >= 4 or completion.ended
 
@@ -85,24 +85,25 @@ def test_the_real_model_agrees_with_transformers_and_batches_with_single_rows(mo
     assert [c.tokens for c in batched] != [c.tokens for c in plain]
 
 
-def test_the_view_of_the_real_model_answers_as_transformers_does(model, hf):
+def test_as_hf_equals_transformers(model, hf):
     rows = [encode(model, prompt) for prompt in PROMPTS]
     short, width = len(rows[1]), len(rows[0])
     ids = torch.tensor([rows[0], [0] * (width - short) + rows[1]])
     mask = torch.tensor([[1] * width, [0] * (width - short) + [1] * short])
     view, new = as_hf(model), torch.tensor([rows[0][1:5]])
-    asked = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    greedy = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
     with torch.no_grad():
         ours, theirs = (m(ids, attention_mask=mask).logits for m in (view, hf))
         assert float((ours - theirs)[mask.bool()].abs().max()) <= 1e-3
-        assert torch.equal(view.generate(ids, **asked), hf.generate(ids, **asked))
+        ours, theirs = (m.generate(ids, attention_mask=mask, **greedy) for m in (view, hf))
+        assert torch.equal(ours, theirs)
         left = view(ids, attention_mask=mask).past_key_values
         alone = view(ids[1:, width - short :]).past_key_values
         batched = view(new.repeat(2, 1), past_key_values=left).logits[1:]
         assert float((batched - view(new, past_key_values=alone).logits).abs().max()) <= 1e-3
 
 
-def test_peft_computes_the_logits_of_all_rounds_on_the_real_weights(model, hf, tmp_path):
+def test_peft_export_gives_the_logits_of_all_rounds(model, hf, tmp_path):
     layers = (3, 9, 15)
     adapters = [
         random_adapter(model, layers=layers[: 2 + i], seed=i, rank=i + 2, size=0.02)
@@ -115,7 +116,7 @@ def test_peft_computes_the_logits_of_all_rounds_on_the_real_weights(model, hf, t
         with baked(model, adapters):
             ours = model(ids)
         with warnings.catch_warnings():
-            # PEFT's own use of a transformers name that is about to go.
+            # PEFT uses a deprecated name of transformers.
             warnings.simplefilter("ignore", FutureWarning)
             theirs = PeftModel.from_pretrained(hf, folder).eval()(ids).logits
     assert float((ours - plain).abs().max()) > 1.0
@@ -124,7 +125,7 @@ def test_peft_computes_the_logits_of_all_rounds_on_the_real_weights(model, hf, t
     assert config["base_model_name_or_path"] == "google/gemma-3-270m"
 
 
-def test_files_of_the_real_model_know_its_weights(model, tmp_path):
+def test_adapter_files_are_bound_to_the_weights(model, tmp_path):
     path = tmp_path / "a.safetensors"
     random_adapter(model, ("q",), (9,)).save(path)
     assert Adapter.load(path, model).dtype == "float32"

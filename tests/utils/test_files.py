@@ -25,12 +25,12 @@ from shl.utils.files import identity, read_safetensors, write_safetensors
 HUGE = 10**400
 
 
-def told(path):
+def metadata_of(path):
     with safe_open(str(path), "pt") as file:
         return json.loads(file.metadata()["shl"])
 
 
-def signed(path, meta, tensors=None):
+def write_signed(path, meta, tensors=None):
     """Write metadata (and tensors) as they are, with the identity that fits them."""
     tensors = load_file(path) if tensors is None else tensors
     if isinstance(meta, dict):
@@ -58,8 +58,8 @@ def vector_file(model, tmp_path):
     return path
 
 
-def test_an_adapter_says_where_it_belongs(model, adapter_file):
-    meta = told(adapter_file)
+def test_metadata_of_an_adapter(model, adapter_file):
+    meta = metadata_of(adapter_file)
     meta.pop("identity")
     sites = meta.pop("sites")
     assert meta == {
@@ -77,8 +77,8 @@ def test_an_adapter_says_where_it_belongs(model, adapter_file):
     assert len(sites) == 4
 
 
-def test_a_vector_says_how_it_was_read(model, vector_file):
-    meta = told(vector_file)
+def test_metadata_of_a_vector(model, vector_file):
+    meta = metadata_of(vector_file)
     meta.pop("identity")
     assert meta == {
         "format": "shl-vector-3",
@@ -94,7 +94,9 @@ def test_a_vector_says_how_it_was_read(model, vector_file):
     }
 
 
-def test_what_is_read_without_a_model_saves_to_the_same_bytes(adapter_file, vector_file, tmp_path):
+def test_a_file_read_without_a_model_is_saved_to_the_same_bytes(
+    adapter_file, vector_file, tmp_path
+):
     for path, kind, read in (
         (adapter_file, Adapter, Adapter.read),
         (vector_file, SteeringVector, SteeringVector.load),
@@ -103,19 +105,19 @@ def test_what_is_read_without_a_model_saves_to_the_same_bytes(adapter_file, vect
         assert isinstance(again, kind)
         again.save(tmp_path / "again")
         assert (tmp_path / "again").read_bytes() == path.read_bytes()
-        assert again.identity() == told(path)["identity"]
+        assert again.identity() == metadata_of(path)["identity"]
 
 
-def test_a_stack_of_two_ranks_is_written_and_read(model, tmp_path):
+def test_a_stack_of_two_ranks_can_be_saved_and_loaded(model, tmp_path):
     both = stack([random_adapter(model, ["q"], (1,)), random_adapter(model, ["q", "o"], (1,))])
     both.save(tmp_path / "both")
-    meta = told(tmp_path / "both")
+    meta = metadata_of(tmp_path / "both")
     assert (meta["rank"], meta["alpha"], meta["weights"]) == (None, None, weights_hash(model))
     assert Adapter.load(tmp_path / "both", model).ranks == {"blocks.1.o": 3, "blocks.1.q": 6}
 
 
 @pytest.mark.parametrize("kind", ["adapter_file", "vector_file"])
-def test_other_weights_are_refused_unless_asked_for(kind, request):
+def test_other_weights_are_rejected_by_default(kind, request):
     path = request.getfixturevalue(kind)
     load = Adapter.load if kind == "adapter_file" else SteeringVector.load
     tuned = tiny_gemma(seed=1)
@@ -136,7 +138,7 @@ def test_other_weights_are_refused_unless_asked_for(kind, request):
     assert load(path, tiny_gemma()).model_name == "tiny-gemma"
 
 
-def test_a_vector_of_another_width_is_refused_at_loading(model, tmp_path):
+def test_a_vector_of_another_width_is_rejected(model, tmp_path):
     path = tmp_path / "v"
     SteeringVector({1: torch.ones(31)}, "tiny-gemma", "demo", 1).save(path)
     with pytest.raises(ShlError, match="no hash or dtype of the weights"):
@@ -145,11 +147,11 @@ def test_a_vector_of_another_width_is_refused_at_loading(model, tmp_path):
         SteeringVector.load(path, model, any_weights=True)
 
 
-def refused(load, path, *named):
+def assert_rejected(load, path, *parts):
     with pytest.raises(ShlError) as error:
         load(path)
     text = one_sentence(error)
-    assert all(name in text for name in named), text
+    assert all(part in text for part in parts), text
 
 
 BAD = {
@@ -192,79 +194,73 @@ BAD_VECTOR = BAD | {
     [("adapter_file", k, v) for k, values in BAD_ADAPTER.items() for v in values]
     + [("vector_file", k, v) for k, values in BAD_VECTOR.items() for v in values],
 )
-def test_metadata_that_cannot_be_true_is_refused(kind, key, value, request):
+def test_invalid_metadata_is_rejected(kind, key, value, request):
     path = request.getfixturevalue(kind)
-    signed(path, told(path) | {key: value})
-    refused(Adapter.read if kind == "adapter_file" else SteeringVector.load, path)
+    write_signed(path, metadata_of(path) | {key: value})
+    assert_rejected(Adapter.read if kind == "adapter_file" else SteeringVector.load, path)
 
 
-def test_an_adapter_of_rank_zero_is_refused(adapter_file):
+def test_an_adapter_of_rank_zero_is_rejected(adapter_file):
     hooks = ["blocks.1.attn:query_input", "blocks.1.attn.hook_q"]
     changed = {"sites": [["q", 1, 32, 64, 0, *hooks]], "rank": 0, "alpha": 0.0}
     tensors = {"blocks.1.q.A": torch.ones(0, 32), "blocks.1.q.B": torch.ones(64, 0)}
-    signed(adapter_file, told(adapter_file) | changed, tensors)
-    refused(Adapter.read, adapter_file, "rank 1 or more")
+    write_signed(adapter_file, metadata_of(adapter_file) | changed, tensors)
+    assert_rejected(Adapter.read, adapter_file, "rank 1 or more")
 
 
 @pytest.mark.parametrize("kind", ["adapter_file", "vector_file"])
-def test_missing_and_unknown_keys_are_refused_by_name(kind, request):
+def test_missing_and_unknown_keys_are_rejected_by_name(kind, request):
     path = request.getfixturevalue(kind)
     load = Adapter.read if kind == "adapter_file" else SteeringVector.load
-    meta = told(path)
+    meta = metadata_of(path)
     for key in set(meta) - {"format", "identity"}:
-        signed(path, {k: v for k, v in meta.items() if k != key})
-        refused(load, path, key)
-    signed(path, meta | {"colour": "red"})
-    refused(load, path, "colour")
+        write_signed(path, {k: v for k, v in meta.items() if k != key})
+        assert_rejected(load, path, key)
+    write_signed(path, meta | {"colour": "red"})
+    assert_rejected(load, path, "colour")
     for odd in ([], None, 3, "x", {}):
-        signed(path, odd)
-        refused(load, path, "has format None")
-    signed(path, meta | {"format": ["a"]})
-    refused(load, path, "has format ['a']")
-    save_file(load_file(path), path, metadata={"shl": "[" * 100_000})
-    refused(load, path, "cannot be read")
-    save_file(load_file(path), path, metadata={"shl": "{"})
-    refused(load, path, "cannot be read")
+        write_signed(path, odd)
+        assert_rejected(load, path, "has format None")
+    write_signed(path, meta | {"format": ["a"]})
+    assert_rejected(load, path, "has format ['a']")
+    for damaged in ("[" * 100_000, "{"):
+        save_file(load_file(path), path, metadata={"shl": damaged})
+        assert_rejected(load, path, "cannot be read")
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("changes", "message"),
     [
-        (lambda t: t.clear(), "no direction"),
-        (lambda t: t.update({"blocks.3.hook_resid_post": torch.ones(32)}), "hooks"),
-        (lambda t: t.update({"blocks.-1.hook_resid_post": torch.ones(32)}), "keys are"),
-        (lambda t: t.update({"blocks.01.hook_resid_post": torch.ones(32)}), "keys are"),
-        (lambda t: t.update({f"blocks.{HUGE}.hook_resid_post": torch.ones(32)}), "keys are"),
-        (lambda t: t.update({"blocks.1.hook_resid_post": torch.ones(1, 32)}), "(1, 32)"),
-        (lambda t: t.update({"blocks.1.hook_resid_post": torch.tensor(1.0)}), "()"),
-        (lambda t: t.update({"blocks.1.hook_resid_post": torch.ones(32).int()}), "dtype I32"),
-        (lambda t: t.update({"blocks.1.hook_resid_post": torch.ones(32).bool()}), "dtype BOOL"),
-        (
-            lambda t: t.update({"blocks.1.hook_resid_post": torch.ones(32).to(torch.float8_e5m2)}),
-            "dtype F8_E5M2",
-        ),
+        ({}, "no direction"),
+        ({"blocks.3.hook_resid_post": torch.ones(32)}, "hooks"),
+        ({"blocks.-1.hook_resid_post": torch.ones(32)}, "keys are"),
+        ({"blocks.01.hook_resid_post": torch.ones(32)}, "keys are"),
+        ({f"blocks.{HUGE}.hook_resid_post": torch.ones(32)}, "keys are"),
+        ({"blocks.1.hook_resid_post": torch.ones(1, 32)}, "(1, 32)"),
+        ({"blocks.1.hook_resid_post": torch.tensor(1.0)}, "()"),
+        ({"blocks.1.hook_resid_post": torch.ones(32).int()}, "dtype torch.int32"),
+        ({"blocks.1.hook_resid_post": torch.ones(32).bool()}, "dtype torch.bool"),
+        ({"blocks.1.hook_resid_post": torch.ones(32).to(torch.float8_e5m2)}, "float8_e5m2"),
     ],
 )
-def test_tensors_that_cannot_be_a_vector_are_refused(vector_file, change, named):
-    tensors = load_file(vector_file)
-    change(tensors)
-    signed(vector_file, told(vector_file), tensors)
-    refused(SteeringVector.load, vector_file, named)
+def test_invalid_tensors_of_a_vector_are_rejected(vector_file, changes, message):
+    tensors = load_file(vector_file) | changes if changes else {}
+    write_signed(vector_file, metadata_of(vector_file), tensors)
+    assert_rejected(SteeringVector.load, vector_file, message)
 
 
 @given(cut=st.floats(0, 0.9999), flip=st.integers(0, 255))
 @settings(max_examples=60, deadline=None)
-def test_a_damaged_file_is_refused(tmp_path_factory, cut, flip):
-    folder = tmp_path_factory.mktemp("damaged")
-    path = folder / "v"
+def test_a_damaged_file_is_rejected(tmp_path_factory, cut, flip):
+    path = tmp_path_factory.mktemp("damaged") / "v"
     SteeringVector({1: torch.linspace(0, 1, 8)}, "tiny-gemma", "demo", 1).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(cut * len(whole))])
-    refused(SteeringVector.load, path)
+    assert_rejected(SteeringVector.load, path)
     at = int(cut * len(whole))
     if whole[at] != flip:
         path.write_bytes(whole[:at] + bytes([flip]) + whole[at + 1 :])
-        refused(SteeringVector.load, path)
+        assert_rejected(SteeringVector.load, path)
 
 
 JSON = st.recursive(
@@ -276,26 +272,26 @@ JSON = st.recursive(
 
 @given(data=st.data())
 @settings(max_examples=80, deadline=None)
-def test_whatever_metadata_says_it_is_read_or_refused(model, tmp_path_factory, data):
+def test_random_metadata_is_read_or_rejected(model, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("odd") / "x"
     for thing, read in (
         (random_adapter(model, ["o"], (1,)), Adapter.read),
         (SteeringVector({0: torch.ones(32)}, "tiny-gemma", "demo", 1), SteeringVector.load),
     ):
         thing.save(path)
-        meta = told(path)
+        meta = metadata_of(path)
         changed = data.draw(st.dictionaries(st.sampled_from(sorted(meta)), JSON, max_size=3))
-        signed(path, meta | changed)
+        write_signed(path, meta | changed)
         with suppress(ShlError):
-            read(path).save(path)  # what was believed can be written again
+            read(path).save(path)
 
 
-def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
-    refused(SteeringVector.load, tmp_path, "cannot be read")
-    refused(Adapter.read, tmp_path / "\0", "cannot be read")
+def test_a_path_that_is_no_file_is_rejected(tmp_path):
+    assert_rejected(SteeringVector.load, tmp_path, "cannot be read")
+    assert_rejected(Adapter.read, tmp_path / "\0", "cannot be read")
 
 
-def test_nothing_is_written_that_could_not_be_read(model, tmp_path):
+def test_invalid_contents_are_not_written(model, tmp_path):
     path = tmp_path / "x"
     vector = SteeringVector({1: torch.ones(3)}, "m", "a", 1)
     for bad in (
@@ -309,13 +305,13 @@ def test_nothing_is_written_that_could_not_be_read(model, tmp_path):
             bad.save(path)
         one_sentence(error)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ShlError, match=r"x has dtype torch\.int32"):
+    with pytest.raises(ShlError, match=r"'x' has dtype torch\.int32"):
         write_safetensors(path, "demo-1", {"x": torch.ones(2).int()}, {})
     with pytest.raises(ShlError, match="cannot be written"):
         vector.save(tmp_path / "no" / "folder")
 
 
-def test_tensors_alone_are_written_and_read(tmp_path):
+def test_plain_tensors_are_written_and_read(tmp_path):
     write_safetensors(tmp_path / "t", "demo-1", {"x": torch.ones(2)}, {"n": 3})
     meta, tensors = read_safetensors(tmp_path / "t", "demo-1", {"n": (int,)})
     assert (meta, tensors["x"].tolist()) == ({"n": 3}, [1, 1])

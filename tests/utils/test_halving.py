@@ -43,7 +43,7 @@ def small_gpu(monkeypatch):
     return limit
 
 
-def test_in_batches_halves_what_fails_and_what_comes_after():
+def test_in_batches_halves_a_failing_batch_and_later_ones():
     done = []
 
     def work(rows):
@@ -51,14 +51,14 @@ def test_in_batches_halves_what_fails_and_what_comes_after():
             raise torch.OutOfMemoryError
         done.append(rows)
 
-    with pytest.warns(RuntimeWarning, match="rows did not fit") as told:
+    with pytest.warns(RuntimeWarning, match="rows did not fit") as warned:
         in_batches([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], work, "work")
     # 5 is halved to 3, 3 to 2; the second five are cut to 2 without failing first.
     assert done == [[0, 1], [2], [3, 4], [5, 6], [7, 8], [9]]
-    assert [str(w.message).split(" did")[0] for w in told] == ["work of 5 rows", "work of 3 rows"]
+    assert [str(w.message).split(" did")[0] for w in warned] == ["work of 5 rows", "work of 3 rows"]
 
 
-def test_a_single_row_that_does_not_fit_is_one_sentence():
+def test_a_single_row_that_does_not_fit_is_an_error():
     def work(rows):
         raise torch.OutOfMemoryError
 
@@ -68,7 +68,7 @@ def test_a_single_row_that_does_not_fit_is_one_sentence():
 
 
 @pytest.mark.filterwarnings("ignore:.*did not fit into the GPU")
-def test_generation_scoring_reading_go_on_with_less(gemma, small_gpu):
+def test_generation_scoring_and_extraction_continue_with_smaller_batches(gemma, small_gpu):
     whole = generate(gemma, PROMPTS, max_new_tokens=6, seed=1)
     losses = token_nll(gemma, whole)
     tags = residual_at_tag(gemma, PROMPTS, [1])
@@ -81,7 +81,7 @@ def test_generation_scoring_reading_go_on_with_less(gemma, small_gpu):
 
 
 @pytest.mark.filterwarnings("ignore:.*did not fit into the GPU")
-def test_the_probe_goes_on_with_less(small_gpu):
+def test_the_probe_continues_with_smaller_batches(small_gpu):
     model, again = tiny_gemma(), tiny_gemma()
     whole = evaluate(model, config=EvalConfig(batch_size=4))
     small_gpu(again, 14)  # two vignettes of seven options each
@@ -90,15 +90,15 @@ def test_the_probe_goes_on_with_less(small_gpu):
 
 
 @pytest.mark.filterwarnings("ignore:.*did not fit into the GPU")
-@pytest.mark.parametrize("how", ["asked", "forced"])
+@pytest.mark.parametrize("how", ["rows", "memory"])
 @pytest.mark.parametrize("divergence", ["kl_rev", "none"])
-def test_training_with_fewer_rows_at_a_time_is_the_same_training(how, divergence, gemma, small_gpu):
+def test_training_with_fewer_rows_per_forward_is_equivalent(how, divergence, gemma, small_gpu):
     texts = generate(gemma, PROMPTS, max_new_tokens=8, min_new_tokens=3, seed=2)
     config = HealConfig(
         rank=2, epochs=2, lr=1e-2, batch_size=4, tau=0.0, divergence=divergence, sv_penalty=0.1
     )
     whole = train_adapter(gemma, texts, config)
-    if how == "asked":
+    if how == "rows":
         parts = train_adapter(gemma, texts, replace(config, rows=1))
     else:
         small_gpu(gemma, 1)
@@ -109,8 +109,8 @@ def test_training_with_fewer_rows_at_a_time_is_the_same_training(how, divergence
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
 
 
-def poisoned(name):
-    """A model with one weight that is not a number, and what is put out first with it."""
+def model_with_nan(name):
+    """A model with one NaN in the weight `name`."""
     model = tiny_gemma()
     weight = dict(model.named_parameters())[name].data
     weight[(0,) * weight.ndim] = torch.nan
@@ -125,19 +125,19 @@ def poisoned(name):
         ("embed.W_E", "embed"),
     ],
 )
-def test_a_number_that_goes_wrong_names_its_site(name, site):
-    model = poisoned(name)
-    # Token 0 is the padding, which the embedding alone would need to be seen.
+def test_the_error_for_a_nan_names_its_site(name, site):
+    model = model_with_nan(name)
+    # One NaN in the embedding would be that of the padding token 0.
     if name == "embed.W_E":
         model.embed.W_E.data.fill_(torch.nan)
     with pytest.raises(NotFiniteError) as error:
         generate(model, ["Hi?"])
-    told = "a logit of token 0 is nan, it must be finite; the first site with such a number is"
-    assert one_sentence(error) == f"{told} {site}."
+    text = "a logit of token 0 is nan, it must be finite; the first site with such a number is"
+    assert one_sentence(error) == f"{text} {site}."
 
 
-def test_every_stage_names_itself_and_its_round(monkeypatch):
-    model = poisoned("blocks.1.mlp.W_in")
+def test_the_error_for_a_nan_names_stage_and_round():
+    model = model_with_nan("blocks.1.mlp.W_in")
     with pytest.raises(NotFiniteError) as error:
         baselines(model, AXIS, small_loop())
     assert one_sentence(error).startswith("measuring base: a score of stem 0 on vignettes [")
@@ -147,7 +147,7 @@ def test_every_stage_names_itself_and_its_round(monkeypatch):
     assert "blocks.1.mlp.hook_pre_linear" in str(error.value)
 
 
-def test_a_gradient_that_goes_wrong_names_its_site(gemma, monkeypatch):
+def test_the_error_for_a_nan_gradient_names_its_site(gemma, monkeypatch):
     texts = generate(gemma, PROMPTS[:2], max_new_tokens=4, min_new_tokens=2)
     step = import_module("shl.method.barrier")
     penalty = step.singular_value_penalty
@@ -163,7 +163,7 @@ def test_a_gradient_that_goes_wrong_names_its_site(gemma, monkeypatch):
     )
 
 
-def test_per_row_doses_do_not_hide_the_site(gemma):
+def test_the_error_names_the_site_with_a_dose_per_row(gemma):
     vector = extract_vector(gemma, AXIS, [1], contexts=2)
     adapter = random_adapter(gemma, ("down",), (2,))
     adapter.up["blocks.2.down"].fill_(torch.inf)
