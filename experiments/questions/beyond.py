@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from experiments.questions.estimates import Estimate, all_of, any_of, number
+from experiments.questions.estimates import Estimate, Outcome, all_of, number
 from experiments.questions.measurements import (
     NO_ROUND,
     Finding,
@@ -46,7 +46,8 @@ def prompting(m: Measurements) -> Finding:
         ]
         groups.append([replace(e, round=h["round"]) for e in group])
     each = [all_of(e.outcome for e in group) for group in groups]
-    verdict = all_of([any_of(each), *(e.outcome for e in m.intact)])
+    best: Outcome = "yes" if "yes" in each else "no" if set(each) == {"no"} else "undecided"
+    verdict = all_of([best, *(e.outcome for e in m.intact)])
     positive, negative, *reached = m.shifts([plus, minus, *m.healed])
     half = (positive - negative) / 2
     winners = [str(h["round"]) for h, v in zip(m.healed, each, strict=True) if v == "yes"]

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
+from experiments.record.journal import finite
+
 Interval = tuple[float, float]
 Outcome = Literal["yes", "no", "undecided", "info"]
 """`info` is an answer that gives figures and decides nothing."""
@@ -107,7 +109,7 @@ class Estimate:
 
     def __str__(self) -> str:
         where = "" if self.round is None else f" (round {self.round})"
-        if any(_finite(x) is None for x in (self.value, self.low, self.high)):
+        if any(finite(x) is None for x in (self.value, self.low, self.high)):
             return f"{self.what}{where}: {self.note or 'not known'}"
         inner = [] if self.method == EXACT else [f"{number(self.low)} to {number(self.high)}"]
         inner += [self.note] if self.note else []
@@ -122,7 +124,7 @@ class Estimate:
         return {
             "what": self.what,
             "round": self.round,
-            **{key: _finite(getattr(self, key)) for key in ("value", "low", "high")},
+            **{key: finite(getattr(self, key)) for key in ("value", "low", "high")},
             "needs": self.threshold,
             "unit": self.unit.strip(),
             "verdict": self.outcome,
@@ -152,17 +154,6 @@ def all_of(outcomes: Iterable[Outcome]) -> Outcome:
     """
     found = set(outcomes)
     return "no" if "no" in found else "yes" if found == {"yes"} else "undecided"
-
-
-def any_of(outcomes: Iterable[Outcome]) -> Outcome:
-    """Yes if any is, no if all are, otherwise undecided.
-
-    Example:
-        >>> any_of(["no", "undecided", "yes"]), any_of(["no", "undecided"]), any_of(["no"])
-        ('yes', 'undecided', 'no')
-    """
-    found = set(outcomes)
-    return "yes" if "yes" in found else "no" if found == {"no"} else "undecided"
 
 
 def sentence(outcome: Outcome, estimates: Sequence[Estimate], *notes: str) -> str:
@@ -201,7 +192,3 @@ def number(value: float | None) -> str:
     if value == 0:
         return "0"
     return f"{value:.3f}" if abs(value) < 0.0995 else f"{value:.2f}"
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

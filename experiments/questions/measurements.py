@@ -23,7 +23,7 @@ from experiments.questions.estimates import (
     wilson,
 )
 from experiments.questions.thresholds import CHANCE, COHERENT, COLLAPSED, survival_margin
-from experiments.record.reader import Event, stages
+from experiments.record.reader import Event, samples, stages
 from experiments.record.resume import scores
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.measure.evaluation import Evaluation, log_mass, nats_of, on_axis
@@ -76,7 +76,7 @@ class Measurements:
         """A stage's `Evaluation`."""
         known, base = self._evaluations, self.base
         if id(stage) not in known:
-            both = scores(dict(stage)), scores(dict(base))
+            both = scores(stage), scores(base)
             known[id(stage)] = reading(stage["style"], *both, base["labels"])
         return known[id(stage)]
 
@@ -167,13 +167,18 @@ class Measurements:
         return "base does not choose the vignettes' foundations above chance"
 
     def samples(self, stage: Event) -> list[Event]:
-        """The judged texts of a stage; a steered one's are those generated at its dose."""
-        name, index = stage["stage"], stage["round"]
-        if name != "steered":
-            return [t for t in self.texts if (t["stage"], t["round"]) == (name, index)]
-        made = [t for t in self.texts if t["stage"] in ("probe", "batch") and t["round"] == index]
-        dose = stage.get("dose")
-        return [t for t in made if dose is not None and abs(t["dose"] - dose) < 1e-9]
+        """The judged texts of a stage."""
+        return samples(self.texts, stage)
+
+    def survival_difference(
+        self, ours: Sequence[Event], theirs: Sequence[Event], factor: float = 1.0
+    ) -> tuple[float, float, float]:
+        """Share of texts that survive less `factor` times that of others, with its interval. Texts
+        that answer the same prompts in the same order are pairs."""
+        kept, other = ([not t["reasons"] for t in texts] for texts in (ours, theirs))
+        paired = [t["prompt"] for t in ours] == [t["prompt"] for t in theirs]
+        confidence = self.config.confidence
+        return difference(kept, other, factor=factor, paired=paired, confidence=confidence)
 
     def survival(
         self,
@@ -186,21 +191,17 @@ class Measurements:
         round: int | None = None,
     ) -> Estimate:
         """Survival of a stage less another's, against the margin that `share` and the number of
-        samples give, or less `share` of the other's if `scaled`. Texts that answer the same
-        prompts in the same order are pairs."""
-        ours, theirs = self.samples(stage), self.samples(other)
-        kept, reference = ([not t["reasons"] for t in x] for x in (ours, theirs))
-        if not kept or not reference:
+        samples give, or less `share` of the other's if `scaled`."""
+        ours, theirs, name = self.samples(stage), self.samples(other), other["stage"]
+        if not ours or not theirs:
             return missing(what, "no samples on record", round)
-        name = other["stage"]
-        if not any(reference):
-            return missing(what, f"none of {len(reference)} samples of {name} survive", round)
-        paired = [t["prompt"] for t in ours] == [t["prompt"] for t in theirs]
-        factor, confidence = share if scaled else 1.0, self.config.confidence
-        limits = difference(kept, reference, factor=factor, paired=paired, confidence=confidence)
-        threshold = 0.0 if scaled else -survival_margin(share, len(kept), confidence)
-        note = f"{sum(kept)} of {len(kept)}, {name} {sum(reference)} of {len(reference)}"
-        return Estimate(what, *limits, threshold, SHARES, round, note)
+        kept, reference = (sum(not t["reasons"] for t in texts) for texts in (ours, theirs))
+        if not reference:
+            return missing(what, f"none of {len(theirs)} samples of {name} survive", round)
+        limits = self.survival_difference(ours, theirs, share if scaled else 1.0)
+        margin = survival_margin(share, len(ours), self.config.confidence)
+        note = f"{kept} of {len(ours)}, {name} {reference} of {len(theirs)}"
+        return Estimate(what, *limits, 0.0 if scaled else -margin, SHARES, round, note)
 
     def coherence(self, h: Event, **more: Any) -> tuple[Estimate, Estimate]:
         """Valid-answer mass and survival of a stage against base's."""

@@ -1,17 +1,15 @@
 """Write a run folder: each finished stage is on the disk before the next begins."""
 
-import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from transformer_lens import HookedTransformer
 
-from experiments.record.journal import Journal, Line, lock, read_lines, write, write_error
+from experiments.record.journal import Journal, Line, finite, lock, read_lines, write, write_error
 from experiments.record.progress import StageProgress
 from experiments.record.reader import (
     FILES,
@@ -129,10 +127,8 @@ class RecordWriter(RecordReader):
         """Write a tensor file of a round."""
         path = self.path_of(index, name)
         with self._delayed():
-            try:
+            with suppress(OSError):  # `save` raises if there is no folder
                 path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise write_error(path, error) from error
             tensors.save(path)
 
     def copy(self, event: Line, other: RecordReader) -> Line:
@@ -145,7 +141,7 @@ class RecordWriter(RecordReader):
 
 
 SharedStages = Callable[[str, int], Iterable[RecordReader]]
-"""Called with an event's name and round; other runs in which that stage has the same result."""
+"""From an event's name and round to the other runs in which that stage has the same result."""
 
 
 class Recorder(Resume):
@@ -167,35 +163,24 @@ class Recorder(Resume):
     ) -> None:
         super().__init__(record, model, config)
         self.progress, self.shared = progress, shared
-        self._base: Evaluation | None = None
         self._saved = time.monotonic()
 
     def find(self, name: str, index: int, batch: int | None = None) -> Line | None:
         """The event of a finished stage, copied from another run if need be, or None."""
         line = self.record.find(name, index, batch)
         if line is None:
-            for other in self.shared(name, index):
-                if (theirs := other.find(name, index, batch)) is not None:
-                    line = self.record.copy(theirs, other)
-                    break
+            found = ((run.find(name, index, batch), run) for run in self.shared(name, index))
+            line = next((self.record.copy(e, run) for e, run in found if e is not None), None)
         if line is not None:
             self.progress.finished(name, index, batch, loaded=True)
         return line
 
-    def load_stage(self, index: int, name: str) -> Stage | None:
-        """Return a measured stage."""
-        stage = super().load_stage(index, name)
-        if stage is not None and name == "base":
-            self._base = stage.evaluation
-        return stage
-
     def save_stage(self, index: int, stage: Stage) -> None:
         """Write a measured stage and its samples; those of a steered one are written already."""
-        if stage.name == "base":
-            self._base = stage.evaluation
-        assert self._base is not None
+        base = stage if stage.name == "base" else self.load_stage(-1, "base")
+        assert base is not None
         numbers = stage_numbers(stage, self.config.eval)
-        numbers |= shift_numbers(stage.evaluation, self._base, self.config.eval)
+        numbers |= shift_numbers(stage.evaluation, base.evaluation, self.config.eval)
         if stage.name == "steered":
             self._finish("stage", index, numbers | {"kappa": stage.kappa, "dose": stage.dose})
         else:
@@ -203,12 +188,10 @@ class Recorder(Resume):
 
     def save_reading(self, index: int, reading: InstrumentReading) -> None:
         """Write what an instrument read of a stage, with its shift from base."""
-        first = self.record.find(f"{reading.instrument}:base", -1)
-        nats = reading.values["nats"]
-        base = nats if first is None else first["nats"]
+        base = self.record.find(f"{reading.instrument}:base", -1) or reading.values
+        shift = {key: nats - base["nats"][key] for key, nats in reading.values["nats"].items()}
         values = {"instrument": reading.instrument, "stage": reading.stage, **reading.values}
-        values["shift"] = {key: value - base[key] for key, value in nats.items()}
-        self._finish("reading", index, values)
+        self._finish("reading", index, values | {"shift": shift})
 
     def save_vector(self, index: int, vector: SteeringVector) -> None:
         """Write the vector of a round."""
@@ -272,7 +255,7 @@ def stage_numbers(stage: Stage, config: EvalConfig) -> dict[str, Any]:
         "accuracy": e.accuracy,
         "noise": list(e.noise),
         "survival": stage.survival,
-        "perplexity": _finite(stage.perplexity),
+        "perplexity": finite(stage.perplexity),
         "samples": len(stage.samples),
         "labels": list(e.labels),
         "log_probs": e.log_probs.tolist(),
@@ -305,9 +288,7 @@ def walk_numbers(walk: Walk) -> dict[str, Any]:
 
 def healing_numbers(healing: Healed) -> dict[str, Any]:
     """Training as JSON: means per epoch, every step, and whether the barrier held."""
-    names = [
-        f.name for f in dataclasses.fields(healing.steps[0]) if f.name not in ("epoch", "step")
-    ]
+    names = [name for name in vars(healing.steps[0]) if name not in ("epoch", "step")]
     return {
         "barrier": healing.barrier,
         "moved": healing.moved,
@@ -334,16 +315,11 @@ def text_lines(stage: str, index: int, verdicts: Iterable[Verdict]) -> list[Line
             "ended": v.completion.ended,
             "tokens": list(v.completion.tokens),
             "reasons": list(v.reasons),
-            "perplexity": _finite(v.perplexity),
-            "tail_perplexity": _finite(v.tail_perplexity),
+            "perplexity": finite(v.perplexity),
+            "tail_perplexity": finite(v.tail_perplexity),
         }
         for v in verdicts
     ]
-
-
-def _finite(value: float) -> float | None:
-    """None for infinity (an empty completion's perplexity), which JSON cannot hold."""
-    return value if math.isfinite(value) else None
 
 
 def token_curves(

@@ -29,8 +29,8 @@ from experiments.record.reader import FILES, axis_of, read
 from experiments.record.settings import RunConfig, settings_of
 from experiments.record.status import status
 from experiments.record.writer import Recorder, RecordWriter
+from experiments.report import page
 from experiments.report.diary import diary
-from experiments.report.page import write_page
 from experiments.report.report import report
 from experiments.report.tables import rows
 from experiments.run import nothing_shared, study
@@ -259,7 +259,8 @@ def sealed(path, lines):
 def test_sealed_but_hostile_records(name, run_folder, tmp_path, model):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     rng, passed = random.Random(name), 0
-    original = read_lines(folder / name)
+    original, settings = read_lines(folder / name), settings_of(CONFIG, AXIS)
+    weights = weights_hash(model)
     quiet = Console(quiet=True)
     for _ in range(350):
         sealed(folder / name, changed(original, rng))
@@ -272,16 +273,16 @@ def test_sealed_but_hostile_records(name, run_folder, tmp_path, model):
             status(folder)
             if passed % 25 == 0:
                 report(folder, quiet)
-            known(folder, model)
+            resume(folder, model, settings, weights)
             passed += 1
         except ShlError as error:
             sentence(error)
     assert 20 < passed < 330
 
 
-def known(folder, model):
-    """Everything that a next process would take from the record."""
-    with closing(RecordWriter(folder, settings_of(CONFIG, AXIS), weights_hash(model))) as record:
+def resume(folder, model, settings, weights):
+    """Load everything that a next process would take from the record."""
+    with closing(RecordWriter(folder, settings, weights)) as record:
         quiet = StageProgress(CONFIG.loop, Console(quiet=True))
         recorder = Recorder(record, model, CONFIG.loop, quiet, nothing_shared)
         for name in ("base", "prompted+", "prompted-"):
@@ -295,7 +296,18 @@ def known(folder, model):
 
 
 @pytest.mark.parametrize("name", ["config.json", "axis.json"])
-def test_hostile_settings_with_a_seal(name, run_folder, tmp_path):
+def test_hostile_settings_with_a_seal(name, run_folder, tmp_path, monkeypatch):
+    drawn, draw = {}, page.charts
+
+    def charts(folder, config, axis, events, texts):
+        """The charts, drawn once for each value of what they show beside events and texts."""
+        loop, limit = config["loop"], config["loop"]["filter"]["max_tail_perplexity"]
+        shown = (loop["eval"]["confidence"], loop["heal"]["tau"], loop["dose"]["target_survival"])
+        key = repr((axis.expected, limit, *shown))
+        drawn[key] = drawn.get(key) or draw(folder, config, axis, events, texts)
+        return drawn[key]
+
+    monkeypatch.setattr(page, "charts", charts)
     folder = shutil.copytree(run_folder, tmp_path / "run")
     rng, events = random.Random(name), read_lines(folder / "events.jsonl")
     original = json.loads((folder / name).read_text())
@@ -308,7 +320,7 @@ def test_hostile_settings_with_a_seal(name, run_folder, tmp_path):
             answer_all(events, texts, axis_of(folder), EvalConfig(**config["loop"]["eval"]))
             diary(texts)
             status(folder)
-            write_page(folder)
+            page.write_page(folder)
         except ShlError as error:
             sentence(error)
 

@@ -91,7 +91,7 @@ def test_lines_cannot_be_left_out_or_swapped(path):
 def test_lines_after_those_to_keep_are_cut_off(path):
     journal = Journal(path, keep=1)
     assert journal.lines == read_lines(path) == LINES[:1]
-    with pytest.raises(ShlError, match="has 1 lines, 2 were written"):
+    with pytest.raises(ShlError, match="has 1 lines, it must have at least 2"):
         Journal(path, keep=2)
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from experiments import run as program
 from experiments.checks.crash import differences
-from experiments.record import journal, writer
+from experiments.record import journal, settings, writer
 from experiments.record.journal import Journal, lock
 from experiments.record.schema import name_of
 from experiments.record.settings import RunConfig, folder_of, settings_of
@@ -36,20 +36,19 @@ CHANGES = ("os.rename", "os.remove", "os.truncate", "os.mkdir")
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
     """The tiny model on 8 vignettes; training is saved after every step."""
+    model, digest = tiny_gemma(), settings.code_digest()
     with pytest.MonkeyPatch.context() as patch:
         lenient(patch)
-        patch.setattr(program, "load_model", lambda name, device=None: tiny_gemma())
+        patch.setattr(program, "load_model", lambda name, device=None: model)
+        patch.setattr(settings, "code_digest", lambda: digest)
         patch.setattr(writer, "SAVE_EVERY", 0.0)
         yield
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """An uninterrupted run, with its report."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    go(folder)
-    report(folder, quiet())
-    return folder
+    """An uninterrupted run."""
+    return go(tmp_path_factory.mktemp("alone") / "run")
 
 
 def quiet():
@@ -126,11 +125,6 @@ def chain(folder, kill):
     raise AssertionError("the run does not get anywhere")
 
 
-def finished_alike(folder, alone):
-    report(folder, quiet())
-    assert differences(alone, folder) == []
-
-
 def unfinish(folder, count):
     """Cut a record off in the middle of the line after `count`; 6 are the start, three baselines,
     a vector and a probe."""
@@ -183,7 +177,8 @@ def test_killed_between_any_two_writes_and_in_the_middle_of_them(tmp_path):
         return ended(fork(work))
 
     assert chain(folder, kill) >= 20
-    finished_alike(folder, alone)
+    report(folder, quiet())
+    assert differences(alone, folder) == []
 
 
 def test_killed_at_every_stage_boundary(alone, tmp_path):
@@ -205,7 +200,7 @@ def test_killed_at_every_stage_boundary(alone, tmp_path):
 
     # Every event but the start's is a process of its own.
     assert chain(folder, kill) == len(Journal(alone / "events.jsonl").lines)
-    finished_alike(folder, alone)
+    assert differences(alone, folder) == []
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -220,7 +215,7 @@ def test_killed_at_random_moments(seed, alone, tmp_path):
         return ended(pid)
 
     assert chain(folder, kill) == 7
-    finished_alike(folder, alone)
+    assert differences(alone, folder) == []
 
 
 def test_training_goes_on_from_its_last_saved_step(alone, tmp_path):
@@ -247,7 +242,7 @@ def test_training_goes_on_from_its_last_saved_step(alone, tmp_path):
     assert chain(folder, kill) == 8
     steps = [line for log in logs for line in log.read_text().splitlines() if "step" in line]
     assert steps == [f"step {index} {step}" for index in (0, 1) for step in range(4)]
-    finished_alike(folder, alone)
+    assert differences(alone, folder) == []
     assert not list(folder.glob("rounds/*/training.safetensors"))
 
 
@@ -307,7 +302,7 @@ def test_a_signal_ends_it_soon_with_the_record_complete(number, alone, tmp_path)
     assert f"stopped; {folder} holds" in " ".join(said.split())
     assert "remains" in status(folder)
     go(folder)
-    finished_alike(folder, alone)
+    assert differences(alone, folder) == []
 
 
 def test_a_folder_of_another_run_is_refused(alone, tmp_path):
@@ -323,9 +318,9 @@ def test_each_run_has_a_folder_of_its_own_and_none_outside_runs():
     axis = replace(load_axis("love"), name="../../etc/[x]")
 
     def folder(config, commit="one", threads=1):
-        settings = settings_of(config, axis)
-        told = settings["versions.json"] | {"commit": commit, "threads": threads}
-        return folder_of(config, settings | {"versions.json": told})
+        files = settings_of(config, axis)
+        files["versions.json"] |= {"commit": commit, "threads": threads}
+        return folder_of(config, files)
 
     assert folder(CONFIG) == folder(CONFIG) == folder(CONFIG, commit="only the README changed")
     assert len({folder(CONFIG), folder(other), folder(CONFIG, threads=2)}) == 3
