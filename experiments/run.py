@@ -49,12 +49,9 @@ def run(
     model: HookedTransformer,
     axis: Axis,
     console: Console,
-    shared: SharedStages = nothing_shared,
+    shared: SharedStages,
 ) -> None:
-    """Run every stage that is not in the record yet.
-
-    Args:
-        shared: other runs from which a stage is copied instead of being computed.
+    """Run every stage that is neither in the record nor in a `shared` run.
 
     Raises:
         ShlError: bad input, too few survivors, or numbers that are not finite.
@@ -98,13 +95,8 @@ def study(
 ) -> Path:
     """Run the study, or the rest of it, and return its folder.
 
-    Args:
-        load: returns the model, by default `load_model`.
-        shared: as in `run`.
-
-    Raises:
-        ShlError: as `run`, and a folder that holds another run or is in use.
-        Stopped: a signal.
+    `load` returns the model, by default with `load_model`. Raises as `run`, and `ShlError` for a
+    folder that holds another run or is in use.
     """
     axis, needed = load_axis(config.axis), config.loop.vector.contexts
     require(

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from experiments.questions.estimates import Estimate, Outcome, all_of, number
 from experiments.questions.measurements import (
-    NO_ROUND,
     Finding,
     Measurements,
     Profiles,
@@ -26,7 +25,7 @@ def prompting(m: Measurements) -> Finding:
     """
     plus, minus = m.first("prompted+"), m.first("prompted-")
     if plus is None or minus is None:
-        return Finding([missing("prompted stages", NO_ROUND)])
+        return Finding([missing("prompted stages")])
 
     def lead(s: Profiles) -> float:
         return float(s[2] - max(0.0, s[0], (s[0] - s[1]) / 2))

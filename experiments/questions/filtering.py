@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.questions.estimates import SHARES, TEXTS, Estimate, number, spearman
+from experiments.questions.estimates import SHARES, Estimate, number, spearman
 from experiments.questions.measurements import (
     Finding,
     Measurements,
@@ -32,7 +32,7 @@ def filters(m: Measurements) -> Finding:
         ladder = [[t for t in probes if t["dose"] == dose] for dose in doses]
         fall = m.survival_difference(ladder[0], ladder[-1])
         what = "fall of survival from the lowest to the highest dose"
-        estimates += [Estimate(what, *fall, FALLS, SHARES), _rises(m, probes)]
+        estimates += [Estimate(what, fall, FALLS, SHARES), _rises(m, probes)]
         rungs = [
             {
                 "dose": dose,
@@ -59,8 +59,7 @@ def _rises(m: Measurements, probes: Sequence[Event]) -> Estimate:
     def correlation(rows: np.ndarray) -> float:
         return spearman(rows[:, 0], rows[:, 1])
 
-    low, high = bootstrap(
-        pairs, correlation, resamples=m.config.bootstrap, confidence=m.config.confidence
-    )
+    resamples, confidence = m.config.bootstrap, m.config.confidence
+    interval = bootstrap(pairs, correlation, resamples=resamples, confidence=confidence)
     what = "rank correlation of dose and base perplexity"
-    return Estimate(what, correlation(pairs), low, high, RISES, TEXTS)
+    return Estimate(what, (correlation(pairs), *interval), RISES, "bootstrap over texts")

@@ -11,8 +11,6 @@ from experiments.questions import thresholds
 from experiments.questions.estimates import (
     EXACT,
     SHARES,
-    VIGNETTES,
-    WILSON,
     Answer,
     Estimate,
     Outcome,
@@ -22,9 +20,10 @@ from experiments.questions.estimates import (
     sentence,
     wilson,
 )
-from experiments.questions.thresholds import CHANCE, COHERENT, COLLAPSED, survival_margin
+from experiments.questions.thresholds import CHANCE, COHERENT, COLLAPSED, MOVES, survival_margin
 from experiments.record.reader import Event, samples, stages
 from experiments.record.resume import scores
+from experiments.record.schema import name_of
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.measure.evaluation import Evaluation, log_mass, nats_of, on_axis
 from shl.measure.stats import bootstrap
@@ -42,12 +41,7 @@ NO_ROUND = "no round was finished"
 
 
 class Measurements:
-    """The stages of a record, rebuilt without a model.
-
-    Raises:
-        ShlError: more resamples than can be held, or scores that do not belong together
-            (when an estimate rests on them).
-    """
+    """The stages of a record, rebuilt without a model; raises as `answer_all`."""
 
     def __init__(
         self, events: Sequence[Event], texts: Sequence[Event], axis: Axis, config: EvalConfig
@@ -93,21 +87,21 @@ class Measurements:
         """A statistic of the profiles of base and the stages `found`, bootstrapped over vignettes;
         with several `comparisons` its interval is widened by Bonferroni."""
         items = self._items(found)
-        low, high = bootstrap(
+        interval = bootstrap(
             items,
             lambda x: statistic(nats_of(x)),
             resamples=self.config.bootstrap,
             confidence=1 - (1 - self.config.confidence) / comparisons,
         )
-        value = statistic(nats_of(items))
-        return Estimate(what, value, low, high, threshold, VIGNETTES, **more)
+        limits = (statistic(nats_of(items)), *interval)
+        return Estimate(what, limits, threshold, "bootstrap over vignettes, paired", **more)
 
     def shift(
         self,
         what: str,
         found: Sequence[Event],
         statistic: Callable[[np.ndarray], float],
-        threshold: float = 0.0,
+        threshold: float = MOVES,
         *,
         off: bool = False,
         unit: str = " nats",
@@ -145,16 +139,15 @@ class Measurements:
 
     def share(self, what: str, hits: int, total: int, threshold: float) -> Estimate:
         """A share with its Wilson interval."""
-        low, high = wilson(hits, total, self.config.confidence)
-        return Estimate(what, hits / total, low, high, threshold, WILSON)
+        limits = (hits / total, *wilson(hits, total, self.config.confidence))
+        return Estimate(what, limits, threshold, "Wilson")
 
     @cached_property
     def invalid(self) -> str:
         """Why the vignettes failed their validity check on this model, if they did."""
         for e in self.events:
-            if e["event"] == "validity" and e["instrument"] == "vignettes" and not e["valid"]:
-                reason = str(e.get("reason") or "no reason is on record").rstrip(".")
-                return f"the vignettes are not valid on this model: {reason}"
+            if name_of(e) == "validity:vignettes" and not e["valid"]:
+                return f"the vignettes are not valid on this model: {e['reason'].rstrip('.')}"
         return ""
 
     @cached_property
@@ -201,7 +194,7 @@ class Measurements:
         limits = self.survival_difference(ours, theirs, share if scaled else 1.0)
         margin = survival_margin(share, len(ours), self.config.confidence)
         note = f"{kept} of {len(ours)}, {name} {reference} of {len(theirs)}"
-        return Estimate(what, *limits, 0.0 if scaled else -margin, SHARES, round, note)
+        return Estimate(what, limits, 0.0 if scaled else -margin, SHARES, round, note)
 
     def coherence(self, h: Event, **more: Any) -> tuple[Estimate, Estimate]:
         """Valid-answer mass and survival of a stage against base's."""
@@ -233,23 +226,18 @@ class Finding:
     verdict: Outcome | None = None
 
 
-Question = Callable[[Measurements], Answer]
-
-
 def question(
     key: str, text: str, *names: str, healed: bool = True
-) -> Callable[[Callable[[Measurements], Finding]], Question]:
+) -> Callable[[Callable[[Measurements], Finding]], Callable[[Measurements], Answer]]:
     """Turn a function that gives a `Finding` into a question.
 
-    Args:
-        names: the thresholds that decide, of `experiments.questions.thresholds`.
-        healed: whether it takes a finished round.
+    `names` are the thresholds that decide; with `healed` it is undecided before a finished round.
     """
 
-    def decorate(find: Callable[[Measurements], Finding]) -> Question:
+    def decorate(find: Callable[[Measurements], Finding]) -> Callable[[Measurements], Answer]:
         def ask(m: Measurements) -> Answer:
             waits = healed and not m.healed
-            found = Finding([missing("healed stage", NO_ROUND)]) if waits else find(m)
+            found = Finding([missing("healed stage")]) if waits else find(m)
             limits = {name: getattr(thresholds, name) for name in names}
             notes, estimates = [*found.notes], found.estimates
             margin = max((-e.threshold for e in estimates if e.threshold < 0), default=0.0)
@@ -275,9 +263,9 @@ def mass_of(p: Profiles, stage: int = 1) -> float:
         return float(np.exp((p[stage, 7:] - p[0, 7:]).mean()))
 
 
-def missing(what: str, why: str, index: int | None = None) -> Estimate:
+def missing(what: str, why: str = NO_ROUND, index: int | None = None) -> Estimate:
     """An estimate that the record cannot give."""
-    return Estimate(what, None, None, None, 0.0, EXACT, index, note=why)
+    return Estimate(what, None, 0.0, EXACT, index, why)
 
 
 def median_perplexity(texts: Sequence[Event]) -> float | None:

@@ -30,11 +30,7 @@ def write_error(path: Path, error: OSError) -> ShlError:
 
 
 def read_bytes(path: Path, *, missing: bytes | None = None) -> bytes:
-    """The content of a file, or `missing` if that is given and there is no such file.
-
-    Raises:
-        ShlError: the file cannot be read.
-    """
+    """The content of a file, or `missing` if that is given and there is no such file."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -83,19 +79,12 @@ def _parse(data: bytes, path: Path) -> list[tuple[Line, str, int]]:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Read the lines of a journal, none if there is no such file.
-
-    Raises:
-        ShlError: the file cannot be read, or was modified.
-    """
+    """Read the lines of a journal, none if there is no such file; raises as `Journal`."""
     return [line for line, *_ in _parse(read_bytes(path, missing=b""), path)]
 
 
 class Journal:
-    """An append-only file of JSON lines.
-
-    Args:
-        keep: number of existing lines to keep, None for all; later ones are truncated.
+    """An append-only file of JSON lines; existing ones beyond the first `keep` are cut off.
 
     Raises:
         ShlError: the file cannot be read or written, or was modified.
@@ -121,8 +110,7 @@ class Journal:
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append lines in one piece; they are on the disk when this returns.
 
-        Raises:
-            ShlError: the lines cannot be written; the file is unchanged.
+        If they cannot be written, this raises `ShlError` and the file is unchanged.
         """
         if not lines:
             return
@@ -138,9 +126,9 @@ class Journal:
             flags = os.O_WRONLY | os.O_APPEND | (0 if self._size else os.O_CREAT)
             descriptor = os.open(self.path, flags, 0o644)
             try:
-                written = 0
-                while written < len(data):
-                    written += os.write(descriptor, data[written:])
+                rest = data
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
                 os.fsync(descriptor)
             except OSError:
                 with contextlib.suppress(OSError):

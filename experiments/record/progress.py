@@ -12,10 +12,8 @@ from shl.config import LoopConfig
 
 BASELINES = ("base", "prompted+", "prompted-")
 ROUND = ("vector", "probe", "batch", "steered", "healing", "healed")
-SECONDS = {"vector": 1.5, "steered": 3.0, "healing": 12.0}
-"""Rough duration of a stage on a CPU, for the time left; 5 for those that are not listed."""
-READING_SECONDS = 20.0
-"""Rough duration of an instrument's reading of a stage."""
+SECONDS = {"vector": 1.5, "steered": 3.0, "healing": 12.0, "reading": 20.0}
+"""Rough duration of a stage on a CPU, or of an instrument's reading of it; 5 if not listed."""
 ACTIVITIES = {
     "vector": "extracting the vector",
     "probe": "probing doses",
@@ -42,7 +40,7 @@ class StageProgress:
         for index, name in stages:
             plan[index, name] = SECONDS.get(name, 5.0)
             if index < 0 or name in ("steered", "healed"):
-                plan |= {(index, f"{i}:{name}"): READING_SECONDS for i in instruments}
+                plan |= {(index, f"{i}:{name}"): SECONDS["reading"] for i in instruments}
         self.plan = list(plan)
         self.ends = dict(zip(plan, accumulate(plan.values()), strict=True))
         self.total = sum(plan.values())

@@ -25,11 +25,7 @@ def digest(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ShlError: the file cannot be read or holds something else.
-    """
+    """Read a JSON object; raises `ShlError` if the file cannot be read or holds something else."""
     data = read_bytes(path)
     try:
         value = json.loads(data.decode())

@@ -81,7 +81,7 @@ class StageEvent(Event):
 
 
 class Table(Strict):
-    """The summary of an instrument; its keys are those of the instrument."""
+    """The summary of an instrument, under its own keys."""
 
     numbers: dict[str, Number | None]
     per_foundation: dict[str, dict[str, Number | None]]
@@ -284,21 +284,13 @@ def _validated(validate: Callable[[Any], Any], value: Any, what: str) -> Any:
 
 
 def settings_in(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Validate the contents of config.json; a missing setting gets its default.
-
-    Raises:
-        ShlError: the first setting that is unknown or out of range.
-    """
+    """Validate the contents of config.json; a missing setting gets its default."""
     settings = _validated(Settings.model_validate_json, json.dumps(config), where)
     return settings.model_dump(mode="json")
 
 
 def check_lines(events: list[dict[str, Any]], texts: list[dict[str, Any]], where: str) -> None:
-    """Validate every line of a record and the order of its events.
-
-    Raises:
-        ShlError: the first malformed line, and what is wrong with it.
-    """
+    """Validate every line of a record and the order of its events."""
     for number, event in enumerate(events, 1):
         _validated(_ANY_EVENT.validate_python, event, f"event {number} of {where}")
     for number, text in enumerate(texts, 1):

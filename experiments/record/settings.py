@@ -28,12 +28,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 def versions(device: str, others: Mapping[str, str]) -> dict[str, Any]:
     """Python, packages, code, commit, device and threads; `others` are more packages."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False)
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES} | dict(others),
@@ -78,11 +74,7 @@ class RunConfig:
 
 
 def device_of(name: str | None) -> str:
-    """The device of a run, by default CUDA if there is any, else the CPU.
-
-    Raises:
-        ShlError: torch does not know it, or it is CUDA and there is none.
-    """
+    """The device of a run, by default CUDA if there is any, else the CPU."""
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     name = name or ("cuda" if available else "cpu")
     try:

@@ -56,11 +56,7 @@ def usage(folder: Path, events: int) -> Iterator[dict[str, int]]:
 
 
 def status(folder: Path) -> str:
-    """Settings, finished stages, what remains, and whether a process is running it.
-
-    Raises:
-        ShlError: the folder is no run folder, or was modified.
-    """
+    """Settings, finished stages, what remains, and whether a process is running it."""
     config, events, texts = read(folder)
     rounds, seed = config["loop"]["rounds"], config["loop"]["seed"]
     last, name = events[-1], name_of(events[-1])

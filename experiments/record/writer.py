@@ -15,6 +15,7 @@ from experiments.record.reader import (
     FILES,
     RecordReader,
     digest,
+    of_round,
     require_same_run,
     require_unmodified,
 )
@@ -43,14 +44,11 @@ SAVE_EVERY = 20.0
 class RecordWriter(RecordReader):
     """Appends to a run folder, after what it holds; one process at a time.
 
-    Args:
-        settings: contents of the files in `FILES`; a folder that holds a run must have the same.
-        weights: hash of the model's weights; a run continues only with those it began with.
-        stop: delays signals during writes.
+    `settings` are the contents of the files in `FILES` and `weights` the hash of the model, both as
+    in the folder's run; `stop` delays signals during writes.
 
     Raises:
-        ShlError: another process uses the folder, it holds something else or another run, it was
-            modified, or it cannot be written.
+        ShlError: the folder is in use, modified, not writable, or holds something else.
     """
 
     def __init__(
@@ -83,14 +81,12 @@ class RecordWriter(RecordReader):
         self._events = Journal(folder / "events.jsonl")
         self.events = self._events.lines
         check_lines(self.events, read_lines(folder / "texts.jsonl"), str(folder))
-        self._texts = Journal(
-            folder / "texts.jsonl", keep=self.events[-1]["texts"] if self.events else 0
-        )
+        last: Line = self.events[-1] if self.events else {"texts": 0, "seconds": 0.0}
+        self._texts = Journal(folder / "texts.jsonl", keep=last["texts"])
         self.texts = self._texts.lines
         for path in folder.glob("**/.*.tmp"):
             path.unlink(missing_ok=True)
-        self._seconds_before = self.events[-1]["seconds"] if self.events else 0.0
-        self._began = time.monotonic()
+        self._began = time.monotonic() - last["seconds"]
         if not self.events:
             for name in FILES:
                 write(folder / name, json.dumps(settings[name], indent=2) + "\n")
@@ -104,9 +100,8 @@ class RecordWriter(RecordReader):
             before == weights,
             f"the run in {folder} began with weights {before[:12]}, these are {weights[:12]}.",
         )
-        for event in self.events:
-            if event["event"] == "healing":
-                self.path_of(event["round"], "training").unlink(missing_ok=True)
+        for event in of_round(self.events, "healing"):
+            self.path_of(event["round"], "training").unlink(missing_ok=True)
 
     def close(self) -> None:
         """Release the lock."""
@@ -118,7 +113,7 @@ class RecordWriter(RecordReader):
         """Write the line that finishes a stage, after its texts."""
         with self._delayed():
             self._texts.append(texts)
-            seconds = round(self._seconds_before + time.monotonic() - self._began, 2)
+            seconds = round(time.monotonic() - self._began, 2)
             line = {"event": name, "round": index, "seconds": seconds, "texts": len(self.texts)}
             self._events.append([{**line, **values}])
         return self.events[-1]
@@ -145,11 +140,8 @@ SharedStages = Callable[[str, int], Iterable[RecordReader]]
 
 
 class Recorder(Resume):
-    """The observer of a run: supplies what its record holds, and writes what is computed.
-
-    Args:
-        shared: other runs from which a stage is copied instead of being computed.
-    """
+    """The observer of a run: supplies what its record or a `shared` run holds, and writes what is
+    computed."""
 
     record: RecordWriter
 
@@ -264,11 +256,10 @@ def stage_numbers(stage: Stage, config: EvalConfig) -> dict[str, Any]:
 
 def shift_numbers(evaluation: Evaluation, base: Evaluation, config: EvalConfig) -> dict[str, Any]:
     """A stage's shifts from base in nats, with intervals paired by vignette."""
+    intervals = {name: evaluation.shift_interval(base, name, config) for name in FOUNDATIONS}
     return {
         "shift": evaluation.shift(base),
-        "shift_interval": {
-            name: evaluation.shift_interval(base, name, config) for name in FOUNDATIONS
-        },
+        "shift_interval": intervals,
         "centred_shift": evaluation.centred_shift(base),
     }
 
@@ -289,14 +280,12 @@ def walk_numbers(walk: Walk) -> dict[str, Any]:
 def healing_numbers(healing: Healed) -> dict[str, Any]:
     """Training as JSON: means per epoch, every step, and whether the barrier held."""
     names = [name for name in vars(healing.steps[0]) if name not in ("epoch", "step")]
+    epochs = range(healing.config.epochs)
     return {
         "barrier": healing.barrier,
         "moved": healing.moved,
         "tau": healing.config.tau,
-        "epochs": [
-            {name: healing.epoch_mean(name, epoch) for name in names}
-            for epoch in range(healing.config.epochs)
-        ],
+        "epochs": [{n: healing.epoch_mean(n, epoch) for n in names} for epoch in epochs],
         "steps": [vars(step) for step in healing.steps],
         "norms": healing.adapter.norms(),
     }
@@ -328,11 +317,10 @@ def token_curves(
     """Per-token KL to base of one kept, one dropped and one healed completion, each under the
     hooks with which it was generated: the median of its group by tail perplexity."""
     verdicts = (*finished.probes, *finished.dreams)
+    dropped = [v for v in verdicts if "incoherent" in v.reasons and len(v.completion.tokens) > 20]
     groups = {
         "kept": [v for v in verdicts if v.kept],
-        "dropped": [
-            v for v in verdicts if "incoherent" in v.reasons and len(v.completion.tokens) > 20
-        ],
+        "dropped": dropped,
         "healed": [v for v in finished.healed.samples if v.completion.tokens],
     }
     curves = []
