@@ -5,9 +5,9 @@ The same command, run again, continues where an earlier process ended.
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from transformer_lens import HookedTransformer
@@ -19,7 +19,7 @@ from experiments.record.progress import StageProgress
 from experiments.record.reader import is_finished, require_same_run
 from experiments.record.settings import RunConfig, folder_of, settings_of
 from experiments.record.signals import Stop, Stopped
-from experiments.record.status import Usage
+from experiments.record.status import usage
 from experiments.record.writer import (
     Recorder,
     RecordWriter,
@@ -49,12 +49,9 @@ def run(
     model: HookedTransformer,
     axis: Axis,
     console: Console,
-    shared: SharedStages = nothing_shared,
+    shared: SharedStages,
 ) -> None:
-    """Run every stage that is not in the record yet.
-
-    Args:
-        shared: other runs from which a stage is copied instead of being computed.
+    """Run every stage that is neither in the record nor in a `shared` run.
 
     Raises:
         ShlError: bad input, too few survivors, or numbers that are not finite.
@@ -66,19 +63,26 @@ def run(
     recorder = Recorder(record, model, loop, progress, shared)
     adapters: list[Adapter] = []
     first: SteeringVector | None = None
-    with progress.bar:
-        baselines(model, axis, loop, observer=recorder, instruments=instruments)
-        for found in validities(record.events, axis, loop.eval):
-            if record.find(f"validity:{found.instrument}", -1) is None:
-                record.event("validity", -1, found.event())
-        for done in love(model, axis, loop, observer=recorder, instruments=instruments):
-            first = first or done.vector
-            if record.find("round", done.index) is None:
-                record.event("round", done.index, round_numbers(done, first))
-            if record.find("token_kl", done.index) is None:
-                curves = token_curves(model, done, adapters)
-                record.event("token_kl", done.index, {"curves": curves})
-            adapters.append(done.adapter)
+    try:
+        with progress.bar:
+            baselines(model, axis, loop, observer=recorder, instruments=instruments)
+            for found in validities(record.events, axis, loop.eval):
+                if record.find(f"validity:{found.instrument}", -1) is None:
+                    record.event("validity", -1, found.event())
+            for done in love(model, axis, loop, observer=recorder, instruments=instruments):
+                first = first or done.vector
+                if record.find("round", done.index) is None:
+                    record.event("round", done.index, round_numbers(done, first))
+                if record.find("token_kl", done.index) is None:
+                    curves = token_curves(model, done, adapters)
+                    record.event("token_kl", done.index, {"curves": curves})
+                adapters.append(done.adapter)
+    except StarvedError as error:
+        last = record.events[-1]
+        if last["event"] != "starved":
+            record.event("starved", last["round"], {"sentence": str(error)})
+        report(record.folder, console)
+        raise
     record.event("end", loop.rounds - 1, {})
 
 
@@ -91,13 +95,8 @@ def study(
 ) -> Path:
     """Run the study, or the rest of it, and return its folder.
 
-    Args:
-        load: returns the model, by default `load_model`.
-        shared: as in `run`.
-
-    Raises:
-        ShlError: as `run`, and a folder that holds another run or is in use.
-        Stopped: a signal.
+    `load` returns the model, by default with `load_model`. Raises as `run`, and `ShlError` for a
+    folder that holds another run or is in use.
     """
     axis, needed = load_axis(config.axis), config.loop.vector.contexts
     require(
@@ -115,47 +114,21 @@ def study(
             if load is None:
                 say(console, f"loading {config.model} (the first time takes a minute longer)")
             model = load() if load else load_model(config.model, device=config.device)
-            _continue(config, axis, model, folder, settings, console, stop, shared)
+            with (
+                closing(RecordWriter(folder, settings, weights_hash(model), stop)) as record,
+                usage(folder, len(record.events)) as peak,
+            ):
+                if len(record.events) > 1:
+                    say(console, f"continuing {folder} after {len(record.events)} events")
+                run(config, record, model, axis, console, shared)
+            memory = ", ".join(f"{value / 1e9:.2f} GB {where}" for where, value in peak.items())
+            say(console, f"peak memory {memory}")
     except Stopped:
         again = shlex.join([sys.executable, "-m", "experiments.run", *sys.argv[1:]])
         stages = max(0, len(read_lines(folder / "events.jsonl")) - 1)
         say(console, f"stopped; {folder} holds {stages} finished events; to continue:\n{again}")
         raise
     return folder
-
-
-def _continue(
-    config: RunConfig,
-    axis: Axis,
-    model: HookedTransformer,
-    folder: Path,
-    settings: Mapping[str, Mapping[str, Any]],
-    console: Console,
-    stop: Stop,
-    shared: SharedStages,
-) -> None:
-    record = RecordWriter(folder, settings, weights_hash(model), stop)
-    last = record.events[-1]
-    if len(record.events) > 1:
-        say(console, f"continuing {folder} after {len(record.events)} events")
-    usage = Usage(folder, len(record.events))
-    ended = "error"
-    try:
-        run(config, record, model, axis, console, shared)
-        ended = "end"
-    except StarvedError as error:
-        ended = "starved"
-        if last["event"] != "starved":
-            record.event("starved", record.events[-1]["round"], {"sentence": str(error)})
-        report(folder, console)
-        raise
-    except Stopped as stopped:
-        ended = str(stopped)
-        raise
-    finally:
-        usage.close(ended)
-        record.close()
-    say(console, usage.sentence())
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Validity of every instrument of a run, and whether valid ones agree with the vignettes."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
@@ -10,6 +10,8 @@ from scipy.special import log_softmax
 from experiments.questions.estimates import Answer, paragraph, spearman
 from experiments.questions.measurements import Measurements
 from experiments.record.reader import Event
+from experiments.record.resume import scores
+from experiments.record.schema import name_of
 from shl.config import EvalConfig
 from shl.measure.evaluation import nats_of
 from shl.measure.validity import Validity, validity
@@ -41,17 +43,8 @@ def instruments(events: Sequence[Event]) -> list[str]:
 
 def line_of(events: Sequence[Event], instrument: str, stage: str, index: int = -1) -> Event | None:
     """An instrument's line of one stage."""
-    for e in events:
-        if e["event"] in ("stage", "reading"):
-            name = "vignettes" if e["event"] == "stage" else e["instrument"]
-            if (name, e["stage"], e["round"]) == (instrument, stage, index):
-                return e
-    return None
-
-
-def scores(line: Event) -> np.ndarray:
-    """`[item, paraphrase, foundation]` of a line, NaN where there was no answer."""
-    return np.array(line["log_probs"], dtype=np.float64)
+    name = stage if instrument == "vignettes" else f"{instrument}:{stage}"
+    return next((e for e in events if (name_of(e), e["round"]) == (name, index)), None)
 
 
 READOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -62,34 +55,14 @@ READOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 """`[item, foundation]` log-probabilities to one number per foundation."""
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Spearman's rank correlation of two instruments' shifts, on items held out from the choice of
-    the readout."""
-
-    spearman: float
-    interval: tuple[float, float]
-    readout: str
-    shifts: int
-    confidence: float
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return (
-            f"Spearman {self.spearman:.2f} ({100 * self.confidence:g} % {low:+.2f} to {high:+.2f}) "
-            f"over {self.shifts} shifts, {self.readout}, on held-out items"
-        )
-
-
 def agree(
     one: Sequence[np.ndarray],
     other: Sequence[np.ndarray],
     *,
     resamples: int = 1000,
     confidence: float = 0.95,
-    seed: int = 0,
-) -> Agreement:
-    """How far two valid instruments agree on the shifts of the same stages.
+) -> dict[str, Any]:
+    """Spearman's rank correlation of two instruments' shifts, with its interval.
 
     The readout is the one that agrees best on one half of either's items; the correlation is that
     of the other half, with a bootstrap interval over that half's items.
@@ -98,13 +71,13 @@ def agree(
         one, other: log-probabilities `[item, foundation]` of base and of each stage.
 
     Raises:
-        ShlError: another number of stages in the one than in the other, or fewer than four items.
+        ShlError: different numbers of stages, or fewer than four items.
     """
     require(
         len(one) == len(other),
         f"the instruments have {len(one) - 1} and {len(other) - 1} stages, they must be the same.",
     )
-    rng = np.random.default_rng(seed_for(seed, "concord"))
+    rng = np.random.default_rng(seed_for(0, "concord"))
     halves = []
     for base, *_ in (one, other):
         count = len(base)
@@ -122,8 +95,13 @@ def agree(
         for _ in range(resamples)
     ]
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    count, interval = len(shifts(one, best, test_a)), (float(low), float(high))
-    return Agreement(rho(best, test_a, test_b), interval, best, count, confidence)
+    return {
+        "spearman": rho(best, test_a, test_b),
+        "interval": (float(low), float(high)),
+        "readout": best,
+        "shifts": len(shifts(one, best, test_a)),
+        "confidence": confidence,
+    }
 
 
 def shifts(readings: Sequence[np.ndarray], readout: str, items: np.ndarray) -> np.ndarray:
@@ -135,11 +113,15 @@ def shifts(readings: Sequence[np.ndarray], readout: str, items: np.ndarray) -> n
 def agreement(m: Measurements) -> Answer | None:
     """Agreement of each other instrument with the vignettes, where both are valid; None where the
     vignettes are the only one."""
+    others = instruments(m.events)[1:]
+    if not others:
+        return None
     valid = {v.instrument: v for v in validities(m.events, m.axis, m.config)}
     measured = [(e["stage"], e["round"]) for e in m.events if e["event"] == "stage"]
     compare = partial(agree, resamples=m.config.bootstrap, confidence=m.config.confidence)
-    parts, figures = [], {}
-    for name in instruments(m.events)[1:]:
+    parts: list[str] = []
+    figures: dict[str, Any] = {}
+    for name in others:
         stages = [s for s in measured if s[0] != "base" and line_of(m.events, name, *s)]
         invalid = [v for v in (valid.get("vignettes"), valid.get(name)) if v and not v.valid]
         if name not in valid or not stages:
@@ -149,11 +131,19 @@ def agreement(m: Measurements) -> Answer | None:
             reason = f"no agreement is claimed; {' '.join(reasons)}"
         else:
             found = compare(*(_readings(m.events, n, stages) for n in ("vignettes", name)))
-            reason, figures[name] = str(found), asdict(found)
+            reason, figures[name] = _sentence(found), found
         figures.setdefault(name, {"reason": reason})
         parts.append(f"{name}: {reason}")
     text, question = paragraph(parts), "do the instruments agree?"
-    return Answer("agreement", question, "info", text, figures) if parts else None
+    return Answer("agreement", question, "info", text, figures)
+
+
+def _sentence(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    return (
+        f"Spearman {found['spearman']:.2f} ({100 * found['confidence']:g} % {low:+.2f} to "
+        f"{high:+.2f}) over {found['shifts']} shifts, {found['readout']}, on held-out items"
+    )
 
 
 def _readings(

@@ -21,21 +21,15 @@ DIAGNOSTICS = (readable, barrier, dose, moved, ended, agreement)
 
 
 def answer_all(
-    events: Sequence[Event],
-    texts: Sequence[Event],
-    axis: Axis,
-    config: EvalConfig | None = None,
+    events: Sequence[Event], texts: Sequence[Event], axis: Axis, config: EvalConfig
 ) -> tuple[Answer, ...]:
     """Every question in order, the overall answer last; an unfinished run is answered as far as it
-    goes.
-
-    Args:
-        config: resamples and confidence of the intervals; the seed is fixed.
+    goes. `config` gives the resamples and the confidence of the intervals.
 
     Raises:
         ShlError: more resamples than can be held, or scores that do not belong together.
     """
-    m = Measurements(events, texts, axis, config or EvalConfig())
+    m = Measurements(events, texts, axis, config)
     claims = [question(m) for question in CLAIMS]
     rest = [question(m) for question in DIAGNOSTICS]
     done = any(e["event"] == "end" for e in events)

@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-from experiments.questions.estimates import Estimate, all_of, any_of, number
+from experiments.questions.estimates import Estimate, Outcome, all_of, number
 from experiments.questions.measurements import (
-    NO_ROUND,
     Finding,
     Measurements,
     Profiles,
@@ -26,7 +25,7 @@ def prompting(m: Measurements) -> Finding:
     """
     plus, minus = m.first("prompted+"), m.first("prompted-")
     if plus is None or minus is None:
-        return Finding([missing("prompted stages", NO_ROUND)])
+        return Finding([missing("prompted stages")])
 
     def lead(s: Profiles) -> float:
         return float(s[2] - max(0.0, s[0], (s[0] - s[1]) / 2))
@@ -46,7 +45,8 @@ def prompting(m: Measurements) -> Finding:
         ]
         groups.append([replace(e, round=h["round"]) for e in group])
     each = [all_of(e.outcome for e in group) for group in groups]
-    verdict = all_of([any_of(each), *(e.outcome for e in m.intact)])
+    best: Outcome = "yes" if "yes" in each else "no" if set(each) == {"no"} else "undecided"
+    verdict = all_of([best, *(e.outcome for e in m.intact)])
     positive, negative, *reached = m.shifts([plus, minus, *m.healed])
     half = (positive - negative) / 2
     winners = [str(h["round"]) for h, v in zip(m.healed, each, strict=True) if v == "yes"]

@@ -18,7 +18,15 @@ def barrier(m: Measurements) -> Answer:
     healing = of_round(m.events, "healing")
     if not healing:
         return Answer(key, question, "undecided", "Undecided. Nothing was healed.", {})
-    rounds = [_training(e) for e in healing]
+    rounds: list[dict[str, Any]] = [
+        {
+            **{name: e[name] for name in ("round", "barrier", "tau")},
+            "steps": len(e["steps"]),
+            "steps_fired": sum(step["fired"] > 0 for step in e["steps"]),
+            **{name: e["epochs"][-1][name] for name in ("d", "tokens_over", "lam")},
+        }
+        for e in healing
+    ]
     parts = [
         f"round {r['round']}: {r['barrier']} (fired in {r['steps_fired']} of {r['steps']} steps, "
         f"last epoch D {number(r['d'])} at tau {r['tau']:g}, {r['tokens_over']:.0%} of tokens "
@@ -41,15 +49,6 @@ def barrier(m: Measurements) -> Answer:
     return Answer(key, question, verdict, text, {"rounds": rounds, "texts": texts})
 
 
-def _training(e: Event) -> dict[str, Any]:
-    return {
-        **{name: e[name] for name in ("round", "barrier", "tau")},
-        "steps": len(e["steps"]),
-        "steps_fired": sum(step["fired"] > 0 for step in e["steps"]),
-        **{name: e["epochs"][-1][name] for name in ("d", "tokens_over", "lam")},
-    }
-
-
 def _texts(events: Sequence[Event], taus: dict[int, float]) -> list[dict[str, Any]]:
     """Per kind of text on record, its tokens above tau: each with its count and highest KL."""
     length: dict[str, int] = defaultdict(int)
@@ -61,16 +60,11 @@ def _texts(events: Sequence[Event], taus: dict[int, float]) -> list[dict[str, An
                 if kl > taus[event["round"]]:
                     above[curve["verdict"]][piece].append(kl)
     found = []
-    for kind, count in length.items():
-        tokens = sorted(above[kind].items(), key=lambda item: -max(item[1]))
-        found.append(
-            {
-                "verdict": kind,
-                "length": count,
-                "over": sum(len(kl) for _, kl in tokens),
-                "tokens": [{"piece": p, "count": len(kl), "kl": max(kl)} for p, kl in tokens],
-            }
-        )
+    for verdict, count in length.items():
+        over = sum(map(len, above[verdict].values()))
+        pieces = sorted(above[verdict].items(), key=lambda item: -max(item[1]))
+        tokens = [{"piece": p, "count": len(kl), "kl": max(kl)} for p, kl in pieces]
+        found.append({"verdict": verdict, "length": count, "over": over, "tokens": tokens})
     return found
 
 

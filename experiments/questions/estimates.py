@@ -12,18 +12,16 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-Interval = tuple[float, float]
+from experiments.record.journal import finite
+
 Outcome = Literal["yes", "no", "undecided", "info"]
 """`info` is an answer that gives figures and decides nothing."""
 
-VIGNETTES = "bootstrap over vignettes, paired"
-TEXTS = "bootstrap over texts"
-WILSON = "Wilson"
 SHARES = "Newcombe, from Wilson limits"
 EXACT = "a count or a sum without sampling error"
 
 
-def wilson(kept: int, total: int, confidence: float = 0.95) -> Interval:
+def wilson(kept: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share (Wilson 1927).
 
     Example:
@@ -77,15 +75,13 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 class Estimate:
     """A number with its interval and the threshold that it must exceed.
 
-    `value` is None where the record cannot give it, and `note` says why. `trait` marks what rests
-    on the vignettes' reading of the trait, which counts as undecided where that is in `doubt`.
-    `soft` cannot be a no; `quiet` is not listed in a sentence where it is a yes.
+    `limits` are the value and its interval, None where the record cannot give them, and `note` says
+    why. `trait` marks what rests on the vignettes' reading of the trait, which counts as undecided
+    where that is in `doubt`. `soft` cannot be a no; `quiet` is not listed where it is a yes.
     """
 
     what: str
-    value: float | None
-    low: float | None
-    high: float | None
+    limits: tuple[float, float, float] | None
     threshold: float
     method: str
     round: int | None = None
@@ -99,30 +95,32 @@ class Estimate:
     @property
     def outcome(self) -> Outcome:
         """The side of the threshold on which the interval lies."""
-        if self.doubt or self.low is None or self.high is None:
+        if self.doubt or self.limits is None:
             return "undecided"
-        if self.low > self.threshold:
+        _, low, high = self.limits
+        if low > self.threshold:
             return "yes"
-        return "no" if self.high <= self.threshold and not self.soft else "undecided"
+        return "no" if high <= self.threshold and not self.soft else "undecided"
 
     def __str__(self) -> str:
         where = "" if self.round is None else f" (round {self.round})"
-        if any(_finite(x) is None for x in (self.value, self.low, self.high)):
+        if self.limits is None or None in map(finite, self.limits):
             return f"{self.what}{where}: {self.note or 'not known'}"
-        inner = [] if self.method == EXACT else [f"{number(self.low)} to {number(self.high)}"]
-        inner += [self.note] if self.note else []
-        limits = f" ({'; '.join(inner)})" if inner else ""
-        return (
-            f"{self.what}{where} {number(self.value)}{self.unit}{limits}, must be above "
-            f"{number(self.threshold)}"
-        )
+        value, low, high = map(number, self.limits)
+        interval = "" if self.method == EXACT else f"{low} to {high}"
+        inner = "; ".join(filter(None, (interval, self.note)))
+        value += f"{self.unit}{f' ({inner})' if inner else ''}"
+        return f"{self.what}{where} {value}, must be above {number(self.threshold)}"
 
     def as_json(self) -> dict[str, Any]:
         """The estimate in answers.json; null in place of infinity."""
+        value, low, high = map(finite, self.limits or (None, None, None))
         return {
             "what": self.what,
             "round": self.round,
-            **{key: _finite(getattr(self, key)) for key in ("value", "low", "high")},
+            "value": value,
+            "low": low,
+            "high": high,
             "needs": self.threshold,
             "unit": self.unit.strip(),
             "verdict": self.outcome,
@@ -154,17 +152,6 @@ def all_of(outcomes: Iterable[Outcome]) -> Outcome:
     return "no" if "no" in found else "yes" if found == {"yes"} else "undecided"
 
 
-def any_of(outcomes: Iterable[Outcome]) -> Outcome:
-    """Yes if any is, no if all are, otherwise undecided.
-
-    Example:
-        >>> any_of(["no", "undecided", "yes"]), any_of(["no", "undecided"]), any_of(["no"])
-        ('yes', 'undecided', 'no')
-    """
-    found = set(outcomes)
-    return "yes" if "yes" in found else "no" if found == {"no"} else "undecided"
-
-
 def sentence(outcome: Outcome, estimates: Sequence[Estimate], *notes: str) -> str:
     """The outcome; the first estimate that decides it; the names of the others; the notes."""
     deciding = next((e for e in estimates if e.outcome == outcome), None)
@@ -176,7 +163,7 @@ def sentence(outcome: Outcome, estimates: Sequence[Estimate], *notes: str) -> st
                 rounds.setdefault(e.what, []).extend([] if e.round is None else [str(e.round)])
         names = [f"{what} (round {', '.join(k)})" if k else what for what, k in rounds.items()]
         parts += [f"{label}: {'; '.join(names)}"] if names else []
-    return paragraph(parts + list(notes))
+    return paragraph([*parts, *notes])
 
 
 def paragraph(parts: Iterable[str]) -> str:
@@ -198,10 +185,4 @@ def number(value: float | None) -> str:
     """
     if value is None or not math.isfinite(value):
         return "unknown"
-    if value == 0:
-        return "0"
-    return f"{value:.3f}" if abs(value) < 0.0995 else f"{value:.2f}"
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    return "0" if value == 0 else f"{value:.3f}" if abs(value) < 0.0995 else f"{value:.2f}"

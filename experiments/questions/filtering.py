@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.questions.estimates import SHARES, TEXTS, Estimate, difference, number, spearman
+from experiments.questions.estimates import SHARES, Estimate, number, spearman
 from experiments.questions.measurements import (
     Finding,
     Measurements,
@@ -30,7 +30,9 @@ def filters(m: Measurements) -> Finding:
         estimates.append(missing("trend over the dose ladder", why))
     else:
         ladder = [[t for t in probes if t["dose"] == dose] for dose in doses]
-        estimates += [_falls(m, ladder[0], ladder[-1]), _rises(m, probes)]
+        fall = m.survival_difference(ladder[0], ladder[-1])
+        what = "fall of survival from the lowest to the highest dose"
+        estimates += [Estimate(what, fall, FALLS, SHARES), _rises(m, probes)]
         rungs = [
             {
                 "dose": dose,
@@ -51,22 +53,13 @@ def filters(m: Measurements) -> Finding:
     return Finding(estimates, [listed], {"ladder": rungs})
 
 
-def _falls(m: Measurements, lowest: Sequence[Event], highest: Sequence[Event]) -> Estimate:
-    kept, rest = ([not t["reasons"] for t in group] for group in (lowest, highest))
-    paired = [t["prompt"] for t in lowest] == [t["prompt"] for t in highest]
-    value, low, high = difference(kept, rest, paired=paired, confidence=m.config.confidence)
-    what = "fall of survival from the lowest to the highest dose"
-    return Estimate(what, value, low, high, FALLS, SHARES)
-
-
 def _rises(m: Measurements, probes: Sequence[Event]) -> Estimate:
     pairs = np.array([[abs(t["dose"]), perplexity(t)] for t in probes])
 
     def correlation(rows: np.ndarray) -> float:
         return spearman(rows[:, 0], rows[:, 1])
 
-    low, high = bootstrap(
-        pairs, correlation, resamples=m.config.bootstrap, confidence=m.config.confidence
-    )
+    resamples, confidence = m.config.bootstrap, m.config.confidence
+    interval = bootstrap(pairs, correlation, resamples=resamples, confidence=confidence)
     what = "rank correlation of dose and base perplexity"
-    return Estimate(what, correlation(pairs), low, high, RISES, TEXTS)
+    return Estimate(what, (correlation(pairs), *interval), RISES, "bootstrap over texts")

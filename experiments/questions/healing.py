@@ -7,7 +7,6 @@ import numpy as np
 
 from experiments.questions.estimates import EXACT, Estimate, all_of, number
 from experiments.questions.measurements import (
-    NO_ROUND,
     Finding,
     Measurements,
     mass_of,
@@ -26,20 +25,19 @@ def heals(m: Measurements) -> Finding:
     Decided in round 0, where both start from base; the share kept is given for every round.
     """
     if not m.steered:
-        return Finding([missing("steered stage", NO_ROUND)])
+        return Finding([missing("steered stage")])
     steered, healed = m.steered[0], m.healed[0]
     kept = f"healed on-axis shift less {KEEPS:g} x steered"
     estimates = [
         *(replace(e, what=f"healed {e.what}") for e in m.coherence(healed)),
         m.shift(kept, [steered, healed], lambda s: s[1] - KEEPS * s[0]),
-        m.shift("steered on-axis shift", [steered], lambda s: s[0], MOVES),
+        m.shift("steered on-axis shift", [steered], lambda s: s[0]),
         _broken(m, steered),
     ]
     shares = [_kept(m, s, h) for s, h in zip(m.steered, m.healed, strict=False)]
     listed = ", ".join(
-        f"round {e.round} {e.note}"
-        if e.value is None or e.low is None or e.high is None
-        else f"round {e.round} {e.value:.0%} ({e.low:.0%} to {e.high:.0%})"
+        f"round {e.round} "
+        + ("{:.0%} ({:.0%} to {:.0%})".format(*e.limits) if e.limits else e.note)
         for e in shares
     )
     note = f"share of the steered shift kept: {listed}"
@@ -51,18 +49,19 @@ def _broken(m: Measurements, steered: Event) -> Estimate:
     what = f"steered valid-answer mass short of {COHERENT:g} x base's"
     mass = m.vignettes(what, [steered], lambda p: COHERENT - mass_of(p), 0.0)
     e = m.survival("steered survival short of base's", steered, m.base, COHERENT)
-    if e.value is not None and e.low is not None and e.high is not None:
-        e = replace(e, value=-e.value, low=-e.high, high=-e.low, threshold=-e.threshold)
+    if e.limits:
+        value, low, high = e.limits
+        e = replace(e, limits=(-value, -high, -low), threshold=-e.threshold)
     return replace(e if mass.outcome != "yes" == e.outcome else mass, soft=True)
 
 
 def _kept(m: Measurements, steered: Event, healed: Event) -> Estimate:
     """Share of the steered shift that healing keeps, where the steered stage has a shift."""
     more: dict[str, Any] = {"round": healed["round"], "unit": ""}
-    before = m.shift("share kept", [steered], lambda s: s[0], MOVES, **more)
-    if before.low is None or before.low <= 0:
+    before = m.shift("share kept", [steered], lambda s: s[0], **more)
+    if before.limits is None or before.limits[1] <= 0:
         note = "unknown, the interval of the steered shift includes 0"
-        return replace(before, value=None, low=None, high=None, note=note)
+        return replace(before, limits=None, note=note)
     # Few resamples may lose a shift whose interval excludes zero.
     both = [steered, healed]
     return m.shift("share kept", both, lambda s: s[1] / s[0] if s[0] > 0 else 0.0, KEEPS, **more)
@@ -75,12 +74,11 @@ def coherent(m: Measurements) -> Finding:
     intact = all_of(e.outcome for e in m.intact)
     base, *healed = [median_perplexity(m.samples(stage)) for stage in (m.base, *m.healed)]
     below = f"(below {number(COLLAPSED)} of base's)"
+    collapse = {"no": f"collapsed {below}", "undecided": f"collapse {below} is not ruled out"}
+    listed = ", ".join(map(number, healed))
     notes = [
-        {"no": f"collapsed {below}", "undecided": f"collapse {below} is not ruled out"}.get(
-            intact, ""
-        ),
-        f"median base perplexity of samples: base {number(base)}, healed "
-        + ", ".join(map(number, healed)),
+        collapse.get(intact, ""),
+        f"median base perplexity of samples: base {number(base)}, healed {listed}",
     ]
     figures = {
         "collapsed": {"no": "yes", "yes": "no"}.get(intact, intact),
@@ -93,25 +91,23 @@ def coherent(m: Measurements) -> Finding:
 @question("Q3", "one direction?", "MOVES", "COLLAPSED")
 def direction(m: Measurements) -> Finding:
     """Q3: does the on-axis shift grow round by round, along one direction?"""
-    estimates = []
+    estimates, what = [], "on-axis shift gained"
     for k, h in enumerate(m.healed):
-        what, pair = "on-axis shift gained", m.healed[max(0, k - 1) : k + 1]
-        gained = m.shift(what, pair, lambda s: np.diff([0.0, *s])[-1], MOVES, round=h["round"])
-        estimates.append(gained)
+        pair, index = m.healed[max(0, k - 1) : k + 1], h["round"]
+        estimates.append(m.shift(what, pair, lambda s: np.diff([0.0, *s])[-1], round=index))
     if len(m.healed) > 1:
         x = np.arange(len(m.healed) + 1.0)
         slope = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
         what, unit = "trend of the on-axis shift", " nats per round"
-        trend = m.shift(what, m.healed, lambda s: float(slope @ [0, *s]), MOVES, unit=unit)
-        estimates.append(trend)
+        estimates.append(m.shift(what, m.healed, lambda s: slope @ [0, *s], unit=unit))
     what = "cosine of the vector to the first"
     later = [e for e in of_round(m.events, "round") if e["round"] > 0]
     for e in later:
         # The range over layers is no sampling error, but all layers must agree.
         cosines = list(e["cosine_to_first"].values())
-        low, high, mean = min(cosines), max(cosines), sum(cosines) / len(cosines)
-        note = f"{number(low)} to {number(high)} over layers"
-        estimates.append(Estimate(what, mean, low, high, MOVES, EXACT, e["round"], note))
+        limits = (sum(cosines) / len(cosines), min(cosines), max(cosines))
+        note = f"{number(limits[1])} to {number(limits[2])} over layers"
+        estimates.append(Estimate(what, limits, MOVES, EXACT, e["round"], note))
     if not later:
         estimates.append(missing(what, "there is no second round"))
     shifts = m.shifts(m.healed)

@@ -11,8 +11,6 @@ from experiments.questions import thresholds
 from experiments.questions.estimates import (
     EXACT,
     SHARES,
-    VIGNETTES,
-    WILSON,
     Answer,
     Estimate,
     Outcome,
@@ -22,9 +20,10 @@ from experiments.questions.estimates import (
     sentence,
     wilson,
 )
-from experiments.questions.thresholds import CHANCE, COHERENT, COLLAPSED, survival_margin
-from experiments.record.reader import Event, stages
+from experiments.questions.thresholds import CHANCE, COHERENT, COLLAPSED, MOVES, survival_margin
+from experiments.record.reader import Event, samples, stages
 from experiments.record.resume import scores
+from experiments.record.schema import name_of
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.measure.evaluation import Evaluation, log_mass, nats_of, on_axis
 from shl.measure.stats import bootstrap
@@ -42,12 +41,7 @@ NO_ROUND = "no round was finished"
 
 
 class Measurements:
-    """The stages of a record, rebuilt without a model.
-
-    Raises:
-        ShlError: more resamples than can be held, or scores that do not belong together
-            (when an estimate rests on them).
-    """
+    """The stages of a record, rebuilt without a model; raises as `answer_all`."""
 
     def __init__(
         self, events: Sequence[Event], texts: Sequence[Event], axis: Axis, config: EvalConfig
@@ -76,7 +70,7 @@ class Measurements:
         """A stage's `Evaluation`."""
         known, base = self._evaluations, self.base
         if id(stage) not in known:
-            both = scores(dict(stage)), scores(dict(base))
+            both = scores(stage), scores(base)
             known[id(stage)] = reading(stage["style"], *both, base["labels"])
         return known[id(stage)]
 
@@ -93,21 +87,21 @@ class Measurements:
         """A statistic of the profiles of base and the stages `found`, bootstrapped over vignettes;
         with several `comparisons` its interval is widened by Bonferroni."""
         items = self._items(found)
-        low, high = bootstrap(
+        interval = bootstrap(
             items,
             lambda x: statistic(nats_of(x)),
             resamples=self.config.bootstrap,
             confidence=1 - (1 - self.config.confidence) / comparisons,
         )
-        value = statistic(nats_of(items))
-        return Estimate(what, value, low, high, threshold, VIGNETTES, **more)
+        limits = (statistic(nats_of(items)), *interval)
+        return Estimate(what, limits, threshold, "bootstrap over vignettes, paired", **more)
 
     def shift(
         self,
         what: str,
         found: Sequence[Event],
         statistic: Callable[[np.ndarray], float],
-        threshold: float = 0.0,
+        threshold: float = MOVES,
         *,
         off: bool = False,
         unit: str = " nats",
@@ -145,16 +139,15 @@ class Measurements:
 
     def share(self, what: str, hits: int, total: int, threshold: float) -> Estimate:
         """A share with its Wilson interval."""
-        low, high = wilson(hits, total, self.config.confidence)
-        return Estimate(what, hits / total, low, high, threshold, WILSON)
+        limits = (hits / total, *wilson(hits, total, self.config.confidence))
+        return Estimate(what, limits, threshold, "Wilson")
 
     @cached_property
     def invalid(self) -> str:
         """Why the vignettes failed their validity check on this model, if they did."""
         for e in self.events:
-            if e["event"] == "validity" and e["instrument"] == "vignettes" and not e["valid"]:
-                reason = str(e.get("reason") or "no reason is on record").rstrip(".")
-                return f"the vignettes are not valid on this model: {reason}"
+            if name_of(e) == "validity:vignettes" and not e["valid"]:
+                return f"the vignettes are not valid on this model: {e['reason'].rstrip('.')}"
         return ""
 
     @cached_property
@@ -167,13 +160,18 @@ class Measurements:
         return "base does not choose the vignettes' foundations above chance"
 
     def samples(self, stage: Event) -> list[Event]:
-        """The judged texts of a stage; a steered one's are those generated at its dose."""
-        name, index = stage["stage"], stage["round"]
-        if name != "steered":
-            return [t for t in self.texts if (t["stage"], t["round"]) == (name, index)]
-        made = [t for t in self.texts if t["stage"] in ("probe", "batch") and t["round"] == index]
-        dose = stage.get("dose")
-        return [t for t in made if dose is not None and abs(t["dose"] - dose) < 1e-9]
+        """The judged texts of a stage."""
+        return samples(self.texts, stage)
+
+    def survival_difference(
+        self, ours: Sequence[Event], theirs: Sequence[Event], factor: float = 1.0
+    ) -> tuple[float, float, float]:
+        """Share of texts that survive less `factor` times that of others, with its interval. Texts
+        that answer the same prompts in the same order are pairs."""
+        kept, other = ([not t["reasons"] for t in texts] for texts in (ours, theirs))
+        paired = [t["prompt"] for t in ours] == [t["prompt"] for t in theirs]
+        confidence = self.config.confidence
+        return difference(kept, other, factor=factor, paired=paired, confidence=confidence)
 
     def survival(
         self,
@@ -186,21 +184,17 @@ class Measurements:
         round: int | None = None,
     ) -> Estimate:
         """Survival of a stage less another's, against the margin that `share` and the number of
-        samples give, or less `share` of the other's if `scaled`. Texts that answer the same
-        prompts in the same order are pairs."""
-        ours, theirs = self.samples(stage), self.samples(other)
-        kept, reference = ([not t["reasons"] for t in x] for x in (ours, theirs))
-        if not kept or not reference:
+        samples give, or less `share` of the other's if `scaled`."""
+        ours, theirs, name = self.samples(stage), self.samples(other), other["stage"]
+        if not ours or not theirs:
             return missing(what, "no samples on record", round)
-        name = other["stage"]
-        if not any(reference):
-            return missing(what, f"none of {len(reference)} samples of {name} survive", round)
-        paired = [t["prompt"] for t in ours] == [t["prompt"] for t in theirs]
-        factor, confidence = share if scaled else 1.0, self.config.confidence
-        limits = difference(kept, reference, factor=factor, paired=paired, confidence=confidence)
-        threshold = 0.0 if scaled else -survival_margin(share, len(kept), confidence)
-        note = f"{sum(kept)} of {len(kept)}, {name} {sum(reference)} of {len(reference)}"
-        return Estimate(what, *limits, threshold, SHARES, round, note)
+        kept, reference = (sum(not t["reasons"] for t in texts) for texts in (ours, theirs))
+        if not reference:
+            return missing(what, f"none of {len(theirs)} samples of {name} survive", round)
+        limits = self.survival_difference(ours, theirs, share if scaled else 1.0)
+        margin = survival_margin(share, len(ours), self.config.confidence)
+        note = f"{kept} of {len(ours)}, {name} {reference} of {len(theirs)}"
+        return Estimate(what, limits, 0.0 if scaled else -margin, SHARES, round, note)
 
     def coherence(self, h: Event, **more: Any) -> tuple[Estimate, Estimate]:
         """Valid-answer mass and survival of a stage against base's."""
@@ -232,23 +226,18 @@ class Finding:
     verdict: Outcome | None = None
 
 
-Question = Callable[[Measurements], Answer]
-
-
 def question(
     key: str, text: str, *names: str, healed: bool = True
-) -> Callable[[Callable[[Measurements], Finding]], Question]:
+) -> Callable[[Callable[[Measurements], Finding]], Callable[[Measurements], Answer]]:
     """Turn a function that gives a `Finding` into a question.
 
-    Args:
-        names: the thresholds that decide, of `experiments.questions.thresholds`.
-        healed: whether it takes a finished round.
+    `names` are the thresholds that decide; with `healed` it is undecided before a finished round.
     """
 
-    def decorate(find: Callable[[Measurements], Finding]) -> Question:
+    def decorate(find: Callable[[Measurements], Finding]) -> Callable[[Measurements], Answer]:
         def ask(m: Measurements) -> Answer:
             waits = healed and not m.healed
-            found = Finding([missing("healed stage", NO_ROUND)]) if waits else find(m)
+            found = Finding([missing("healed stage")]) if waits else find(m)
             limits = {name: getattr(thresholds, name) for name in names}
             notes, estimates = [*found.notes], found.estimates
             margin = max((-e.threshold for e in estimates if e.threshold < 0), default=0.0)
@@ -274,9 +263,9 @@ def mass_of(p: Profiles, stage: int = 1) -> float:
         return float(np.exp((p[stage, 7:] - p[0, 7:]).mean()))
 
 
-def missing(what: str, why: str, index: int | None = None) -> Estimate:
+def missing(what: str, why: str = NO_ROUND, index: int | None = None) -> Estimate:
     """An estimate that the record cannot give."""
-    return Estimate(what, None, None, None, 0.0, EXACT, index, note=why)
+    return Estimate(what, None, 0.0, EXACT, index, why)
 
 
 def median_perplexity(texts: Sequence[Event]) -> float | None:

@@ -9,16 +9,15 @@ base". Earlier work on a larger model held 0.997 over eight rounds. Survival of 
 fall by as much, or by what the number of samples resolves (`survival_margin`)."""
 
 COLLAPSED = 2 / 3
-"""Every claim of success: below this share of base's valid-answer mass or survival the student has
-collapsed. Earlier work on a larger model had token loops where the mass was 0.62 of base's; two
-thirds is the round number above it."""
+"""Every claim of success: below this share of base's mass or survival the student has collapsed.
+Earlier work on a larger model had token loops at 0.62 of base's mass; this is a little above."""
 
 KEEPS = 0.5
 """Q1: share of the steered on-axis shift that healing must keep: more than half of it."""
 
 FALLS = 0.1
-"""Q0: how much lower survival must be at the highest dose than at the lowest [share]. A filter that
-drops less than one completion in ten more gives the dose walk no signal."""
+"""Q0: fall of survival from the lowest dose to the highest [share]. A filter that drops less than
+one completion in ten more gives the dose walk no signal."""
 
 RISES = 0.1
 """Q0: rank correlation of dose and base perplexity over the ladder. Below 0.1 an effect is less

@@ -8,6 +8,7 @@ and is ignored; any other modification is refused.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,13 +29,24 @@ def write_error(path: Path, error: OSError) -> ShlError:
     return ShlError(f"{path} cannot be written ({error.strerror or error}).")
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file atomically.
+def read_bytes(path: Path, *, missing: bytes | None = None) -> bytes:
+    """The content of a file, or `missing` if that is given and there is no such file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if missing is not None and isinstance(error, FileNotFoundError):
+            return missing
+        raise ShlError(f"{path} cannot be read ({error.strerror}).") from error
 
-    Raises:
-        ShlError: the disk is full, or the folder is read-only or missing.
-    """
+
+def write(path: Path, text: str) -> None:
+    """Write a text file as `write_whole` does."""
     write_whole(path, text.encode())
+
+
+def finite(value: float | None) -> float | None:
+    """None in place of infinity and NaN, which JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _checksum(previous: str, body: str) -> str:
@@ -47,8 +59,7 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 def _parse(data: bytes, path: Path) -> list[tuple[Line, str, int]]:
     """Each complete line, its checksum, and the offset of its end."""
-    parsed = []
-    previous, end = "", 0
+    parsed, previous, end = [], "", 0
     for number, raw in enumerate(data.split(b"\n")[:-1], 1):
         end += len(raw) + 1
         try:
@@ -68,25 +79,12 @@ def _parse(data: bytes, path: Path) -> list[tuple[Line, str, int]]:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Read the lines of a journal, none if there is no such file.
-
-    Raises:
-        ShlError: the file cannot be read, or was modified.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise ShlError(f"{path} cannot be read ({error.strerror}).") from error
-    return [line for line, *_ in _parse(data, path)]
+    """Read the lines of a journal, none if there is no such file; raises as `Journal`."""
+    return [line for line, *_ in _parse(read_bytes(path, missing=b""), path)]
 
 
 class Journal:
-    """An append-only file of JSON lines.
-
-    Args:
-        keep: number of existing lines to keep, None for all; later ones are truncated.
+    """An append-only file of JSON lines; existing ones beyond the first `keep` are cut off.
 
     Raises:
         ShlError: the file cannot be read or written, or was modified.
@@ -94,27 +92,25 @@ class Journal:
 
     def __init__(self, path: Path, keep: int | None = None) -> None:
         self.path = path
-        try:
-            data = path.read_bytes() if path.exists() else b""
-            parsed = _parse(data, path)
-            require(
-                keep is None or len(parsed) >= keep,
-                f"{path} has {len(parsed)} lines, {keep} were written.",
-            )
-            parsed = parsed[:keep]
-            self.lines = [line for line, *_ in parsed]
-            self._previous = parsed[-1][1] if parsed else ""
-            self._size = parsed[-1][2] if parsed else 0
-            if self._size < len(data):
+        data = read_bytes(path, missing=b"")
+        parsed = _parse(data, path)
+        require(
+            keep is None or len(parsed) >= keep,
+            f"{path} has {len(parsed)} lines, it must have at least {keep}.",
+        )
+        parsed = parsed[:keep]
+        self.lines = [line for line, *_ in parsed]
+        _, self._previous, self._size = parsed[-1] if parsed else ({}, "", 0)
+        if self._size < len(data):
+            try:
                 os.truncate(path, self._size)
-        except OSError as error:
-            raise write_error(path, error) from error
+            except OSError as error:
+                raise write_error(path, error) from error
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append lines in one piece; they are on the disk when this returns.
 
-        Raises:
-            ShlError: the disk is full, or the folder is read-only or missing; what was there stays.
+        If they cannot be written, this raises `ShlError` and the file is unchanged.
         """
         if not lines:
             return
@@ -126,13 +122,13 @@ class Journal:
             parsed.append(json.loads(body + "}"))
         data = text.encode()
         try:
-            # Only the first line may create the file: one that was deleted stays deleted.
+            # Only the first line may create the file: a deleted journal must not start anew.
             flags = os.O_WRONLY | os.O_APPEND | (0 if self._size else os.O_CREAT)
             descriptor = os.open(self.path, flags, 0o644)
             try:
-                written = 0
-                while written < len(data):
-                    written += os.write(descriptor, data[written:])
+                rest = data
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
                 os.fsync(descriptor)
             except OSError:
                 with contextlib.suppress(OSError):
@@ -155,7 +151,7 @@ def lock(folder: Path) -> FileLock:
     path = folder / ".lock"
     acquired = FileLock(path)
     try:
-        path.touch()  # FileLock takes a folder that is missing for one that is in use.
+        path.touch()  # FileLock reports a missing folder as a held lock.
         acquired.acquire(blocking=False)
         path.write_text(f"{os.getpid()}\n")
     except Timeout as error:

@@ -12,10 +12,8 @@ from shl.config import LoopConfig
 
 BASELINES = ("base", "prompted+", "prompted-")
 ROUND = ("vector", "probe", "batch", "steered", "healing", "healed")
-SECONDS = {"vector": 1.5, "steered": 3.0, "healing": 12.0}
-"""Rough duration of a stage on a CPU, for the time left; 5 for those that are not listed."""
-READING_SECONDS = 20.0
-"""Rough duration of an instrument's reading of a stage."""
+SECONDS = {"vector": 1.5, "steered": 3.0, "healing": 12.0, "reading": 20.0}
+"""Rough duration of a stage on a CPU, or of an instrument's reading of it; 5 if not listed."""
 ACTIVITIES = {
     "vector": "extracting the vector",
     "probe": "probing doses",
@@ -28,25 +26,21 @@ ACTIVITIES = {
 class StageProgress:
     """Shows how far a run is, from the names of its finished stages.
 
-    Without a terminal it prints lines such as "round 0: dose probe done, 5 of 21 stages, 1.2 min
-    elapsed, about 6 min left". Stages loaded from the record count as done and are not printed.
+    Without a terminal it prints a line per computed stage, such as "round 0: dose probe done, 5 of
+    21 stages, 1.2 min elapsed, about 6 min left".
     """
 
     def __init__(
         self, config: LoopConfig, console: Console, instruments: Iterable[str] = ()
     ) -> None:
+        names = [name for name in ROUND if config.dose.walk or name != "probe"]
         stages = [(-1, name) for name in BASELINES]
-        stages += [
-            (index, name)
-            for index in range(config.rounds)
-            for name in ROUND
-            if config.dose.walk or name != "probe"
-        ]
+        stages += [(index, name) for index in range(config.rounds) for name in names]
         plan = {}
         for index, name in stages:
             plan[index, name] = SECONDS.get(name, 5.0)
             if index < 0 or name in ("steered", "healed"):
-                plan |= {(index, f"{i}:{name}"): READING_SECONDS for i in instruments}
+                plan |= {(index, f"{i}:{name}"): SECONDS["reading"] for i in instruments}
         self.plan = list(plan)
         self.ends = dict(zip(plan, accumulate(plan.values()), strict=True))
         self.total = sum(plan.values())
@@ -63,7 +57,7 @@ class StageProgress:
             console=console,
             disable=not console.is_interactive,
         )
-        self.task = self.bar.add_task(_label(*self.plan[0]), total=self.total)
+        self.task = self.bar.add_task(label(*self.plan[0]), total=self.total)
 
     def finished(self, name: str, index: int, batch: int | None = None, *, loaded: bool) -> None:
         """Count a stage of the record; of several batches the first one counts."""
@@ -72,7 +66,7 @@ class StageProgress:
         self.done = max(self.done, end)
         number = self.plan.index((index, name)) + 1
         following = self.plan[min(number, len(self.plan) - 1)]
-        self.bar.update(self.task, completed=self.done, description=_label(*following))
+        self.bar.update(self.task, completed=self.done, description=label(*following))
         if loaded or self.console.is_interactive:
             return
         elapsed = time.monotonic() - self.began
@@ -80,7 +74,7 @@ class StageProgress:
         what = {"probe": "dose probe", "batch": f"batch {batch}"}.get(name, name)
         say(
             self.console,
-            f"{_where(index)}{what} done, {number} of {len(self.plan)} stages, "
+            f"{label(index)}{what} done, {number} of {len(self.plan)} stages, "
             f"{elapsed / 60:.1f} min elapsed, about {left / 60:.0f} min left",
         )
 
@@ -90,13 +84,11 @@ class StageProgress:
         self.bar.update(
             self.task,
             completed=self.ends[index, "healing"] - SECONDS["healing"] * (1 - share),
-            description=f"{_label(index, 'healing')} {step + 1}/{total}, D {d:.2f}",
+            description=f"{label(index, 'healing')} {step + 1}/{total}, D {d:.2f}",
         )
 
 
-def _where(index: int) -> str:
-    return f"round {index}: " if index >= 0 else ""
-
-
-def _label(index: int, name: str) -> str:
-    return _where(index) + ACTIVITIES.get(name, f"measuring {name}")
+def label(index: int, name: str = "") -> str:
+    """The round, if there is one, and what is done in a stage."""
+    activity = ACTIVITIES.get(name, f"measuring {name}") if name else ""
+    return (f"round {index}: " if index >= 0 else "") + activity

@@ -6,42 +6,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from experiments.record.journal import Line, read_lines
+from experiments.record.journal import Line, read_bytes, read_lines
 from experiments.record.schema import check_lines, name_of, settings_in
-from shl.config import FOUNDATIONS
-from shl.measure.evaluation import on_axis as axis_shift
 from shl.method.axes import Axis, axis_from
 from shl.utils.errors import ShlError, require
 
 FILES = ("config.json", "axis.json", "versions.json")
-"""What is run; none of it changes while a run continues."""
+"""The files that determine the result; they do not change while a run continues."""
 INFORMATIONAL = ("commit", "cores")
-"""Keys of versions.json that may differ when a run continues: a commit may change texts alone, and
-the code has a digest of its own."""
+"""Keys of versions.json that may differ when a run continues; the code has its own digest."""
 
 Event = Mapping[str, Any]
 
 
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ShlError(f"{path} cannot be read ({error.strerror}).") from error
+    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ShlError: the file cannot be read or holds something else.
-    """
+    """Read a JSON object; raises `ShlError` if the file cannot be read or holds something else."""
+    data = read_bytes(path)
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ShlError(f"{path} cannot be read ({error.strerror}).") from error
+        value = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise ShlError(f"{path} is not JSON ({error}).") from error
     require(isinstance(value, dict), f"{path} holds {type(value).__name__}, it must be an object.")
@@ -71,7 +58,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def require_unmodified(folder: Path, start: Line) -> None:
-    """Raise unless the files that say what is run are those that the run began with."""
+    """Raise unless the files in `FILES` are those that the run began with."""
     for name in FILES:
         found = digest(folder / name)
         require(
@@ -101,8 +88,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Line], list[Line]]:
 
 def is_finished(folder: Path) -> bool:
     """Whether a folder holds a run with all of its rounds."""
-    lines = read_lines(folder / "events.jsonl")
-    return bool(lines) and lines[-1].get("event") == "end"
+    return any(line.get("event") == "end" for line in read_lines(folder / "events.jsonl")[-1:])
 
 
 def axis_of(folder: Path) -> Axis:
@@ -111,14 +97,7 @@ def axis_of(folder: Path) -> Axis:
 
 
 class RecordReader:
-    """The record of a run to which no process writes.
-
-    Raises:
-        ShlError: the folder holds no run, or something in it is modified or malformed.
-    """
-
-    events: list[Line]
-    texts: list[Line]
+    """The record of a run to which no process writes; raises as `read`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -126,10 +105,9 @@ class RecordReader:
 
     def find(self, name: str, index: int, batch: int | None = None) -> Line | None:
         """The event of a name (see `name_of`) in a round, None if it is not in the record."""
-        for event in self.events:
-            if (name_of(event), event["round"], event.get("batch")) == (name, index, batch):
-                return event
-        return None
+        key = (name, index, batch)
+        found = (e for e in self.events if (name_of(e), e["round"], e.get("batch")) == key)
+        return next(found, None)
 
     def texts_of(self, event: Line) -> list[Line]:
         """The completions that were written with an event."""
@@ -146,13 +124,16 @@ def stages(events: Sequence[Event], name: str) -> list[Event]:
     return [e for e in events if e["event"] == "stage" and e["stage"] == name]
 
 
+def samples(texts: Sequence[Event], stage: Event) -> list[Event]:
+    """The judged texts of a stage; a steered one's are those generated at its dose."""
+    name, index, dose = stage["stage"], stage["round"], stage.get("dose")
+    if name != "steered":
+        return [t for t in texts if (t["stage"], t["round"]) == (name, index)]
+    made = [t for t in texts if t["stage"] in ("probe", "batch") and t["round"] == index]
+    return [t for t in made if dose is not None and abs(t["dose"] - dose) < 1e-9]
+
+
 def of_round(events: Sequence[Event], name: str) -> list[Event]:
     """The last event of one name per round."""
     last = {e["round"]: e for e in events if e["event"] == name}
     return [last[k] for k in sorted(last)]
-
-
-def on_axis(stage: Event, base: Event, axis: Axis) -> float:
-    """Mean shift of the axis's foundations in the expected direction, nats."""
-    shift = np.array([stage["nats"][f] - base["nats"][f] for f in FOUNDATIONS])
-    return float(axis_shift(shift, axis.expected))

@@ -1,12 +1,13 @@
 """Load the stages of a record back into what `shl.love` produced, bit for bit."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from transformer_lens import HookedTransformer
 
 from experiments.record.journal import Line
-from experiments.record.reader import RecordReader
+from experiments.record.reader import Event, RecordReader, samples
 from shl.config import LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.vector import SteeringVector
@@ -41,13 +42,7 @@ class Resume(Observer):
         evaluation = reading(line["style"], scores(line), scores(base))
         if name != "steered":
             return Stage(name, evaluation, self._verdicts(self.record.texts_of(line)))
-        texts = [
-            text
-            for event in self.record.events
-            if event["round"] == index and event["event"] in ("probe", "batch")
-            for text in self.record.texts_of(event)
-            if abs(text["dose"] - line["dose"]) < 1e-9
-        ]
+        texts = samples(self.record.texts, line)
         return Stage(name, evaluation, self._verdicts(texts), line["kappa"], line["dose"])
 
     def load_reading(self, index: int, instrument: str, stage: str) -> InstrumentReading | None:
@@ -57,9 +52,8 @@ class Resume(Observer):
 
     def load_vector(self, index: int) -> SteeringVector | None:
         """Return the vector of a round."""
-        if self.find("vector", index) is None:
-            return None
-        return SteeringVector.load(self.record.path_of(index, "vector"))
+        found = self.find("vector", index) is not None
+        return SteeringVector.load(self.record.path_of(index, "vector")) if found else None
 
     def load_probe(self, index: int) -> Judged | None:
         """Return the judged rows of the dose ladder."""
@@ -94,18 +88,17 @@ class Resume(Observer):
         walk = Walk(self.config.dose, kappas, counts, kappas.index(line["kappa"]))
         return Judged(self._verdicts(self.record.texts_of(line)), walk)
 
-    def _verdicts(self, texts: Sequence[Line]) -> tuple[Verdict, ...]:
+    def _verdicts(self, texts: Sequence[Event]) -> tuple[Verdict, ...]:
         return tuple(
             Verdict(
                 self._completion(t),
                 tuple(t["reasons"]),
-                float("inf") if t["perplexity"] is None else t["perplexity"],
-                float("inf") if t["tail_perplexity"] is None else t["tail_perplexity"],
+                *(math.inf if t[k] is None else t[k] for k in ("perplexity", "tail_perplexity")),
             )
             for t in texts
         )
 
-    def _completion(self, t: Line) -> Completion:
+    def _completion(self, t: Event) -> Completion:
         prompt = Prompt(t["prompt"], t["persona"])
         ids = tuple(encode(self.model, prompt))
         require(
@@ -116,11 +109,11 @@ class Resume(Observer):
         return Completion(prompt, t["text"], tuple(t["tokens"]), ids, t["dose"], t["ended"])
 
 
-def scores(line: Line) -> np.ndarray:
+def scores(line: Event) -> np.ndarray:
     """Raw scores of a stage's line, `[item, paraphrase, option]`, float64 as they were."""
     sizes = {len(option) for item in line["log_probs"] for option in item}
     require(
         len(sizes) == 1 and len({len(item) for item in line["log_probs"]}) == 1,
-        f"the scores of {line['stage']} in round {line['round']} are no table.",
+        f"the scores of {line['stage']} in round {line['round']} differ in length.",
     )
     return np.array(line["log_probs"], dtype=np.float64)

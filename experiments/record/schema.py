@@ -1,18 +1,13 @@
 """The schema of a record: the shape of every line, and the order in which events may follow."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+import pydantic
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from shl.config import FOUNDATIONS, LoopConfig
 from shl.measure.tinymfv import TinymfvConfig
@@ -21,6 +16,8 @@ from shl.utils.errors import ShlError, require
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
+Round = Annotated[int, Field(ge=-1, lt=10_000)]
+StageName = Literal["base", "prompted+", "prompted-", "steered", "healed"]
 
 
 def _every_foundation(values: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +43,7 @@ class Event(Strict):
     """
 
     event: str
-    round: Annotated[int, Field(ge=-1, lt=10_000)]
+    round: Round
     seconds: Number
     texts: Count
 
@@ -63,7 +60,7 @@ class StageEvent(Event):
     """A measured model."""
 
     event: Literal["stage"]
-    stage: Literal["base", "prompted+", "prompted-", "steered", "healed"]
+    stage: StageName
     style: Literal["completion", "digits"]
     nats: PerFoundation
     coherence: Number
@@ -84,7 +81,7 @@ class StageEvent(Event):
 
 
 class Table(Strict):
-    """The summary of an instrument; its keys are those of the instrument."""
+    """The summary of an instrument, under its own keys."""
 
     numbers: dict[str, Number | None]
     per_foundation: dict[str, dict[str, Number | None]]
@@ -98,7 +95,7 @@ class ReadingEvent(Event):
 
     event: Literal["reading"]
     instrument: str
-    stage: Literal["base", "prompted+", "prompted-", "steered", "healed"]
+    stage: StageName
     package: str
     version: str
     template: Literal["own", "minimal"]
@@ -198,14 +195,10 @@ class HealingEvent(Event):
     norms: dict[str, Number]
 
 
-class RoundEvent(Event):
+class RoundEvent(Event, Rung):
     """Summary of a finished round."""
 
     event: Literal["round"]
-    kappa: Number
-    dose: Number
-    kept: Count
-    generated: Count
     at_floor: bool
     cosine_to_first: Annotated[dict[str, Number], Field(min_length=1)]
 
@@ -221,7 +214,7 @@ class Curve(Strict):
     pieces: list[str]
     kl: Annotated[list[Number], Field(min_length=1)]
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _one_piece_per_number(self) -> Self:
         if len(self.pieces) != len(self.kl):
             raise ValueError(f"{len(self.pieces)} pieces for {len(self.kl)} numbers")
@@ -262,7 +255,7 @@ class Settings(Strict):
 class Text(Strict):
     """One line of texts.jsonl: a judged completion."""
 
-    round: Annotated[int, Field(ge=-1, lt=10_000)]
+    round: Round
     stage: Literal["base", "prompted+", "prompted-", "probe", "batch", "healed"]
     prompt: str
     persona: str | None
@@ -275,63 +268,38 @@ class Text(Strict):
     tail_perplexity: Number | None
 
 
-_EVENT: TypeAdapter[Any] = TypeAdapter(
-    Annotated[
-        StartEvent
-        | StageEvent
-        | ReadingEvent
-        | ValidityEvent
-        | VectorEvent
-        | WalkEvent
-        | HealingEvent
-        | RoundEvent
-        | TokenKlEvent
-        | StarvedEvent
-        | EndEvent,
-        Field(discriminator="event"),
-    ]
+_ANY_EVENT: TypeAdapter[Any] = TypeAdapter(
+    Annotated[reduce(or_, Event.__subclasses__()), Field(discriminator="event")]  # type: ignore[arg-type]
 )
-_TEXT: TypeAdapter[Any] = TypeAdapter(Text)
-_SETTINGS: TypeAdapter[Any] = TypeAdapter(Settings)
 
 
-def _malformed(what: str, error: ValidationError) -> ShlError:
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(map(str, first["loc"]))
-    reason = " ".join(str(first["msg"]).split()).rstrip(".")
-    return ShlError(f"{what} is malformed: {place}: {reason}.")
+def _validated(validate: Callable[[Any], Any], value: Any, what: str) -> Any:
+    try:
+        return validate(value)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        reason = " ".join(str(first["msg"]).split()).rstrip(".")
+        raise ShlError(f"{what} is malformed: {place}: {reason}.") from error
 
 
 def settings_in(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Validate the contents of config.json; a missing setting gets its default.
-
-    Raises:
-        ShlError: the first setting that is unknown or out of range.
-    """
-    try:
-        return _SETTINGS.validate_json(json.dumps(config)).model_dump(mode="json")
-    except ValidationError as error:
-        raise _malformed(where, error) from error
+    """Validate the contents of config.json; a missing setting gets its default."""
+    settings = _validated(Settings.model_validate_json, json.dumps(config), where)
+    return settings.model_dump(mode="json")
 
 
 def check_lines(events: list[dict[str, Any]], texts: list[dict[str, Any]], where: str) -> None:
-    """Validate every line of a record and the order of its events.
-
-    Raises:
-        ShlError: the first malformed line, and what is wrong with it.
-    """
-    for name, lines, shape in (("event", events, _EVENT), ("text", texts, _TEXT)):
-        for number, line in enumerate(lines, 1):
-            try:
-                shape.validate_python(line)
-            except ValidationError as error:
-                raise _malformed(f"{name} {number} of {where}", error) from error
+    """Validate every line of a record and the order of its events."""
+    for number, event in enumerate(events, 1):
+        _validated(_ANY_EVENT.validate_python, event, f"event {number} of {where}")
+    for number, text in enumerate(texts, 1):
+        _validated(Text.model_validate, text, f"text {number} of {where}")
     _check_order(events, len(texts), where)
 
 
 def name_of(event: Mapping[str, Any]) -> str:
-    """The name of an event within its round: its kind, or the name of the measured stage, or
-    INSTRUMENT:STAGE.
+    """The name of an event within its round: EVENT, STAGE, INSTRUMENT:STAGE or validity:INSTRUMENT.
 
     Example:
         >>> name_of({"event": "stage", "stage": "healed"}), name_of({"event": "probe"})
@@ -370,7 +338,7 @@ AFTER: dict[str | None, tuple[str, ...]] = {
 
 def _check_order(events: Sequence[Mapping[str, Any]], texts: int, where: str) -> None:
     last, index, count = None, -1, 0
-    names: set[str] = set()  # of the readings or validities since the last event of another kind
+    names: set[str] = set()  # of the readings or validity checks since the last other event
     for number, event in enumerate(events, 1):
         name, kind = name_of(event), event["event"]
         index += kind == "vector"

@@ -26,17 +26,13 @@ PACKAGES = ("torch", "transformer-lens", "transformers", "numpy", "einops", "saf
 ROOT = Path(__file__).parent.parent.parent
 
 
-def versions(device: str, others: Mapping[str, str] | None = None) -> dict[str, Any]:
+def versions(device: str, others: Mapping[str, str]) -> dict[str, Any]:
     """Python, packages, code, commit, device and threads; `others` are more packages."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False)
     return {
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES} | dict(others or {}),
+        "packages": {name: version(name) for name in PACKAGES} | dict(others),
         "code": code_digest(),
         "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
         "device": device,
@@ -65,8 +61,7 @@ class RunConfig:
     model: str = "gemma-3-270m"
     """Embedded model (gemma-3-270m, smollm2-135m-instruct), hub name, or local folder."""
     out: Path | None = None
-    """Run folder, a new one or one to continue; default runs/AXIS-MODEL-seedSEED-DIGEST, where the
-    digest covers settings, axis, code and packages."""
+    """Run folder, a new one or one to continue; default runs/AXIS-MODEL-seedSEED-DIGEST."""
     device: str | None = None
     """Device of the model, such as cpu or cuda; default CUDA if there is any, else the CPU."""
     eval: Literal["vignettes", "tinymfv"] = "vignettes"
@@ -79,11 +74,7 @@ class RunConfig:
 
 
 def device_of(name: str | None) -> str:
-    """The device of a run, by default CUDA if there is any, else the CPU.
-
-    Raises:
-        ShlError: torch does not know it, or it is CUDA and there is none.
-    """
+    """The device of a run, by default CUDA if there is any, else the CPU."""
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     name = name or ("cuda" if available else "cpu")
     try:
@@ -99,7 +90,7 @@ def device_of(name: str | None) -> str:
 
 
 def settings_of(config: RunConfig, axis: Axis) -> dict[str, dict[str, Any]]:
-    """What is run, as the contents of the files of a run folder."""
+    """The contents of the files in `reader.FILES`."""
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     settings.pop("out")
     packages: dict[str, str] = {}
@@ -111,24 +102,14 @@ def settings_of(config: RunConfig, axis: Axis) -> dict[str, dict[str, Any]]:
     settings["device"] = device_of(config.device)
     return {
         "config.json": settings,
-        "axis.json": {
-            "name": axis.name,
-            "description": axis.description,
-            "positive": axis.positive,
-            "negative": axis.negative,
-            "contexts": axis.contexts,
-            "prompts": axis.prompts,
-            "expected": dict(axis.expected),
-        },
+        "axis.json": vars(axis) | {"expected": dict(axis.expected)},
         "versions.json": versions(settings["device"], packages),
     }
 
 
 def folder_of(config: RunConfig, settings: Mapping[str, Mapping[str, Any]]) -> Path:
-    """The run's folder: the same for the same run, another for any other."""
-    if config.out is not None:
-        return config.out
-    return Path("runs") / name_for(settings, f"seed{config.loop.seed}")
+    """The folder of a run: `config.out`, or one in runs/ whose name is its digest."""
+    return config.out or Path("runs") / name_for(settings, f"seed{config.loop.seed}")
 
 
 def name_for(settings: Mapping[str, Mapping[str, Any]], kind: str) -> str:
@@ -140,5 +121,5 @@ def name_for(settings: Mapping[str, Mapping[str, Any]], kind: str) -> str:
     digest = hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:8]
     model = settings["config.json"]["model"].rstrip("/").split("/")[-1]
     # The name in an axis file may be anything, even a path.
-    names = "-".join(re.sub(r"[^\w.-]+", "_", x) for x in (settings["axis.json"]["name"], model))
-    return f"{names}-{kind}-{digest}"
+    axis, model = (re.sub(r"[^\w.-]+", "_", x) for x in (settings["axis.json"]["name"], model))
+    return f"{axis}-{model}-{kind}-{digest}"

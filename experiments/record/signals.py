@@ -3,8 +3,8 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -24,21 +24,14 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self._previous: dict[int, Any] = {}
         self._delaying = False
         self._received: int | None = None
 
-    def __enter__(self) -> "Stop":
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -3,7 +3,8 @@
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,53 +14,49 @@ import tyro
 
 from experiments.record.command import command
 from experiments.record.journal import Journal, is_locked
-from experiments.record.progress import BASELINES, ROUND
+from experiments.record.progress import BASELINES, ROUND, label
 from experiments.record.reader import Event, read
 from experiments.record.schema import name_of
+from experiments.record.signals import Stopped
 from shl.method.heal import Training
+from shl.method.loop import StarvedError
 from shl.utils.errors import require
 
 
-def peak_bytes() -> dict[str, int]:
-    """Peak memory of this process so far: resident, and on the GPU."""
-    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if torch.cuda.is_available():
-        peak["gpu"] = torch.cuda.max_memory_allocated()
-    return peak
+@contextmanager
+def usage(folder: Path, events: int) -> Iterator[dict[str, int]]:
+    """Write when this process began, and how the block ended (end, starved, error or the signal's
+    name), to processes.jsonl; a killed process leaves only the first line.
 
-
-class Usage:
-    """Two lines of processes.jsonl: when this process began, and how it ended.
-
-    A process that was killed leaves only the first.
+    Yields the peak memory in bytes, resident and on the GPU, which is filled in after the block.
     """
+    journal = Journal(folder / "processes.jsonl")
+    peak: dict[str, int] = {}
 
-    def __init__(self, folder: Path, events: int) -> None:
-        self._journal = Journal(folder / "processes.jsonl")
-        self._write({"process": os.getpid(), "event": "begin", "events": events})
-        self.peak: dict[str, int] = {}
-
-    def _write(self, line: dict[str, Any]) -> None:
+    def write(event: str, **more: Any) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._journal.append([{"time": now, **line}])
+        journal.append([{"time": now, "process": os.getpid(), "event": event, **more}])
 
-    def close(self, ended: str) -> None:
-        """Write how the process ended: end, starved, error, or the signal's name."""
-        self.peak = peak_bytes()
-        self._write({"process": os.getpid(), "event": ended, "peak_bytes": self.peak})
-
-    def sentence(self) -> str:
-        """Peak memory in gigabytes."""
-        parts = [f"{value / 1e9:.2f} GB {name}" for name, value in self.peak.items()]
-        return f"peak memory {', '.join(parts)}"
+    write("begin", events=events)
+    ended = "error"
+    try:
+        yield peak
+        ended = "end"
+    except StarvedError:
+        ended = "starved"
+        raise
+    except Stopped as stopped:
+        ended = str(stopped)
+        raise
+    finally:
+        peak["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if torch.cuda.is_available():
+            peak["gpu"] = torch.cuda.max_memory_allocated()
+        write(ended, peak_bytes=peak)
 
 
 def status(folder: Path) -> str:
-    """Settings, finished stages, what remains, and whether a process is running it.
-
-    Raises:
-        ShlError: the folder is no run folder, or was modified.
-    """
+    """Settings, finished stages, what remains, and whether a process is running it."""
     config, events, texts = read(folder)
     rounds, seed = config["loop"]["rounds"], config["loop"]["seed"]
     last, name = events[-1], name_of(events[-1])
@@ -75,29 +72,26 @@ def status(folder: Path) -> str:
         lines.append(f"ended      {last['sentence']}")
     elif name != "end":
         lines.append(f"remains    {remaining(name, last['round'], rounds)}")
-    locked = is_locked(folder)
-    if locked is None:
-        lines.append(f"process    unknown, no permission to open {folder / '.lock'}")
-    elif locked:
-        lines.append("process    running")
-    else:
-        again = "" if name in ("end", "starved") else "; the same command continues the run"
-        lines.append(f"process    none{again}")
-    return "\n".join(lines)
+    again = "" if name in ("end", "starved") else "; the same command continues the run"
+    process = {
+        None: f"unknown, no permission to open {folder / '.lock'}",
+        True: "running",
+        False: f"none{again}",
+    }
+    return "\n".join([*lines, f"process    {process[is_locked(folder)]}"])
 
 
 def _finished(events: Sequence[Event]) -> str:
     rounds: dict[int, list[str]] = {}
     for event in events:
-        rounds.setdefault(event["round"], []).append(name_of(dict(event)))
+        rounds.setdefault(event["round"], []).append(name_of(event))
     parts = []
     for index, names in rounds.items():
+        stages = [n for n in names if n not in ("start", "end") and "validity:" not in n]
         if index >= 0 and "round" in names:
             parts.append(f"round {index}")
-        else:
-            where = f"round {index}: " if index >= 0 else ""
-            stages = [n for n in names if n not in ("start", "end") and "validity:" not in n]
-            parts += [where + ", ".join(stages)] if stages else []
+        elif stages:
+            parts.append(label(index) + ", ".join(stages))
     return "; ".join(parts) or "nothing"
 
 
@@ -111,24 +105,10 @@ def remaining(last: str, index: int, rounds: int) -> str:
     name = last.rsplit(":", 1)[-1]  # a reading counts as its stage
     order = BASELINES if index < 0 else ROUND
     begin = order.index(name) + 1 if name in order else 0 if name == "start" else len(order)
-    where = f"round {index}: " if index >= 0 else ""
-    parts = [where + ", ".join(order[begin:])] if begin < len(order) else []
-    more = rounds - index - 1
-    if more:
-        kind = "more round" if index >= 0 else "round"
-        parts.append(f"{more} {kind}{'s' if more > 1 else ''}")
+    parts = [label(index) + ", ".join(order[begin:])] if begin < len(order) else []
+    if more := rounds - index - 1:
+        parts.append(f"{more}{' more' * (index >= 0)} round{'s' * (more > 1)}")
     return "; ".join(parts) or "the final summary"
-
-
-def newest(runs: Path = Path("runs")) -> Path:
-    """The run folder that was written to last.
-
-    Raises:
-        ShlError: there is none.
-    """
-    found = [path.parent for path in runs.glob("*/events.jsonl")]
-    require(bool(found), f"there is no run folder in {runs.resolve()}.")
-    return max(found, key=lambda folder: (folder / "events.jsonl").stat().st_mtime)
 
 
 @dataclass(frozen=True)
@@ -140,8 +120,12 @@ class RunFolder:
 
     @property
     def folder(self) -> Path:
-        """The folder that is meant."""
-        return self.run or newest()
+        """The given folder, or the one in runs/ that was written to last."""
+        if self.run:
+            return self.run
+        found = list(Path("runs").glob("*/events.jsonl"))
+        require(bool(found), f"there is no run folder in {Path('runs').resolve()}.")
+        return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
 def main() -> None:

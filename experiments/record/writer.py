@@ -1,22 +1,21 @@
 """Write a run folder: each finished stage is on the disk before the next begins."""
 
-import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from transformer_lens import HookedTransformer
 
-from experiments.record.journal import Journal, Line, lock, read_lines, write, write_error
+from experiments.record.journal import Journal, Line, finite, lock, read_lines, write, write_error
 from experiments.record.progress import StageProgress
 from experiments.record.reader import (
     FILES,
     RecordReader,
     digest,
+    of_round,
     require_same_run,
     require_unmodified,
 )
@@ -45,14 +44,11 @@ SAVE_EVERY = 20.0
 class RecordWriter(RecordReader):
     """Appends to a run folder, after what it holds; one process at a time.
 
-    Args:
-        settings: contents of the files in `FILES`; a folder that holds a run must have the same.
-        weights: hash of the model's weights; a run continues only with those it began with.
-        stop: delays signals during writes.
+    `settings` are the contents of the files in `FILES` and `weights` the hash of the model, both as
+    in the folder's run; `stop` delays signals during writes.
 
     Raises:
-        ShlError: another process uses the folder, it holds something else or another run, it was
-            modified, or it cannot be written.
+        ShlError: the folder is in use, modified, not writable, or holds something else.
     """
 
     def __init__(
@@ -85,14 +81,12 @@ class RecordWriter(RecordReader):
         self._events = Journal(folder / "events.jsonl")
         self.events = self._events.lines
         check_lines(self.events, read_lines(folder / "texts.jsonl"), str(folder))
-        self._texts = Journal(
-            folder / "texts.jsonl", keep=self.events[-1]["texts"] if self.events else 0
-        )
+        last: Line = self.events[-1] if self.events else {"texts": 0, "seconds": 0.0}
+        self._texts = Journal(folder / "texts.jsonl", keep=last["texts"])
         self.texts = self._texts.lines
         for path in folder.glob("**/.*.tmp"):
             path.unlink(missing_ok=True)
-        self._seconds_before = self.events[-1]["seconds"] if self.events else 0.0
-        self._began = time.monotonic()
+        self._began = time.monotonic() - last["seconds"]
         if not self.events:
             for name in FILES:
                 write(folder / name, json.dumps(settings[name], indent=2) + "\n")
@@ -106,9 +100,8 @@ class RecordWriter(RecordReader):
             before == weights,
             f"the run in {folder} began with weights {before[:12]}, these are {weights[:12]}.",
         )
-        for event in self.events:
-            if event["event"] == "healing":
-                self.path_of(event["round"], "training").unlink(missing_ok=True)
+        for event in of_round(self.events, "healing"):
+            self.path_of(event["round"], "training").unlink(missing_ok=True)
 
     def close(self) -> None:
         """Release the lock."""
@@ -120,7 +113,7 @@ class RecordWriter(RecordReader):
         """Write the line that finishes a stage, after its texts."""
         with self._delayed():
             self._texts.append(texts)
-            seconds = round(self._seconds_before + time.monotonic() - self._began, 2)
+            seconds = round(time.monotonic() - self._began, 2)
             line = {"event": name, "round": index, "seconds": seconds, "texts": len(self.texts)}
             self._events.append([{**line, **values}])
         return self.events[-1]
@@ -129,10 +122,8 @@ class RecordWriter(RecordReader):
         """Write a tensor file of a round."""
         path = self.path_of(index, name)
         with self._delayed():
-            try:
+            with suppress(OSError):  # `save` raises if there is no folder
                 path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise write_error(path, error) from error
             tensors.save(path)
 
     def copy(self, event: Line, other: RecordReader) -> Line:
@@ -145,15 +136,12 @@ class RecordWriter(RecordReader):
 
 
 SharedStages = Callable[[str, int], Iterable[RecordReader]]
-"""Called with an event's name and round; other runs in which that stage has the same result."""
+"""From an event's name and round to the other runs in which that stage has the same result."""
 
 
 class Recorder(Resume):
-    """The observer of a run: supplies what its record holds, and writes what is computed.
-
-    Args:
-        shared: other runs from which a stage is copied instead of being computed.
-    """
+    """The observer of a run: supplies what its record or a `shared` run holds, and writes what is
+    computed."""
 
     record: RecordWriter
 
@@ -167,35 +155,24 @@ class Recorder(Resume):
     ) -> None:
         super().__init__(record, model, config)
         self.progress, self.shared = progress, shared
-        self._base: Evaluation | None = None
         self._saved = time.monotonic()
 
     def find(self, name: str, index: int, batch: int | None = None) -> Line | None:
         """The event of a finished stage, copied from another run if need be, or None."""
         line = self.record.find(name, index, batch)
         if line is None:
-            for other in self.shared(name, index):
-                if (theirs := other.find(name, index, batch)) is not None:
-                    line = self.record.copy(theirs, other)
-                    break
+            found = ((run.find(name, index, batch), run) for run in self.shared(name, index))
+            line = next((self.record.copy(e, run) for e, run in found if e is not None), None)
         if line is not None:
             self.progress.finished(name, index, batch, loaded=True)
         return line
 
-    def load_stage(self, index: int, name: str) -> Stage | None:
-        """Return a measured stage."""
-        stage = super().load_stage(index, name)
-        if stage is not None and name == "base":
-            self._base = stage.evaluation
-        return stage
-
     def save_stage(self, index: int, stage: Stage) -> None:
         """Write a measured stage and its samples; those of a steered one are written already."""
-        if stage.name == "base":
-            self._base = stage.evaluation
-        assert self._base is not None
+        base = stage if stage.name == "base" else self.load_stage(-1, "base")
+        assert base is not None
         numbers = stage_numbers(stage, self.config.eval)
-        numbers |= shift_numbers(stage.evaluation, self._base, self.config.eval)
+        numbers |= shift_numbers(stage.evaluation, base.evaluation, self.config.eval)
         if stage.name == "steered":
             self._finish("stage", index, numbers | {"kappa": stage.kappa, "dose": stage.dose})
         else:
@@ -203,12 +180,10 @@ class Recorder(Resume):
 
     def save_reading(self, index: int, reading: InstrumentReading) -> None:
         """Write what an instrument read of a stage, with its shift from base."""
-        first = self.record.find(f"{reading.instrument}:base", -1)
-        nats = reading.values["nats"]
-        base = nats if first is None else first["nats"]
+        base = self.record.find(f"{reading.instrument}:base", -1) or reading.values
+        shift = {key: nats - base["nats"][key] for key, nats in reading.values["nats"].items()}
         values = {"instrument": reading.instrument, "stage": reading.stage, **reading.values}
-        values["shift"] = {key: value - base[key] for key, value in nats.items()}
-        self._finish("reading", index, values)
+        self._finish("reading", index, values | {"shift": shift})
 
     def save_vector(self, index: int, vector: SteeringVector) -> None:
         """Write the vector of a round."""
@@ -272,7 +247,7 @@ def stage_numbers(stage: Stage, config: EvalConfig) -> dict[str, Any]:
         "accuracy": e.accuracy,
         "noise": list(e.noise),
         "survival": stage.survival,
-        "perplexity": _finite(stage.perplexity),
+        "perplexity": finite(stage.perplexity),
         "samples": len(stage.samples),
         "labels": list(e.labels),
         "log_probs": e.log_probs.tolist(),
@@ -281,11 +256,10 @@ def stage_numbers(stage: Stage, config: EvalConfig) -> dict[str, Any]:
 
 def shift_numbers(evaluation: Evaluation, base: Evaluation, config: EvalConfig) -> dict[str, Any]:
     """A stage's shifts from base in nats, with intervals paired by vignette."""
+    intervals = {name: evaluation.shift_interval(base, name, config) for name in FOUNDATIONS}
     return {
         "shift": evaluation.shift(base),
-        "shift_interval": {
-            name: evaluation.shift_interval(base, name, config) for name in FOUNDATIONS
-        },
+        "shift_interval": intervals,
         "centred_shift": evaluation.centred_shift(base),
     }
 
@@ -305,17 +279,13 @@ def walk_numbers(walk: Walk) -> dict[str, Any]:
 
 def healing_numbers(healing: Healed) -> dict[str, Any]:
     """Training as JSON: means per epoch, every step, and whether the barrier held."""
-    names = [
-        f.name for f in dataclasses.fields(healing.steps[0]) if f.name not in ("epoch", "step")
-    ]
+    names = [name for name in vars(healing.steps[0]) if name not in ("epoch", "step")]
+    epochs = range(healing.config.epochs)
     return {
         "barrier": healing.barrier,
         "moved": healing.moved,
         "tau": healing.config.tau,
-        "epochs": [
-            {name: healing.epoch_mean(name, epoch) for name in names}
-            for epoch in range(healing.config.epochs)
-        ],
+        "epochs": [{n: healing.epoch_mean(n, epoch) for n in names} for epoch in epochs],
         "steps": [vars(step) for step in healing.steps],
         "norms": healing.adapter.norms(),
     }
@@ -334,16 +304,11 @@ def text_lines(stage: str, index: int, verdicts: Iterable[Verdict]) -> list[Line
             "ended": v.completion.ended,
             "tokens": list(v.completion.tokens),
             "reasons": list(v.reasons),
-            "perplexity": _finite(v.perplexity),
-            "tail_perplexity": _finite(v.tail_perplexity),
+            "perplexity": finite(v.perplexity),
+            "tail_perplexity": finite(v.tail_perplexity),
         }
         for v in verdicts
     ]
-
-
-def _finite(value: float) -> float | None:
-    """None for infinity (an empty completion's perplexity), which JSON cannot hold."""
-    return value if math.isfinite(value) else None
 
 
 def token_curves(
@@ -352,11 +317,10 @@ def token_curves(
     """Per-token KL to base of one kept, one dropped and one healed completion, each under the
     hooks with which it was generated: the median of its group by tail perplexity."""
     verdicts = (*finished.probes, *finished.dreams)
+    dropped = [v for v in verdicts if "incoherent" in v.reasons and len(v.completion.tokens) > 20]
     groups = {
         "kept": [v for v in verdicts if v.kept],
-        "dropped": [
-            v for v in verdicts if "incoherent" in v.reasons and len(v.completion.tokens) > 20
-        ],
+        "dropped": dropped,
         "healed": [v for v in finished.healed.samples if v.completion.tokens],
     }
     curves = []

@@ -284,7 +284,7 @@ class Study:
             return Stage("steered", evaluation, samples, walk.kappa, walk.dose)
 
         with vector.steering(self.model, walk.dose):
-            return self._measured(index, "steered", compute, persona=None)
+            return self._measured(index, "steered", compute, self.persona)
 
     def heal(self, index: int, kept: Sequence[Completion]) -> Healed:
         """Train the round's adapter on the kept completions, or continue its training."""

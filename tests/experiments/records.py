@@ -1,9 +1,16 @@
-"""Events and texts of runs whose shifts, masses and survival are known by arithmetic."""
+"""Events and texts of runs whose shifts, masses and survival are known by arithmetic, and runs of a
+tiny model."""
+
+from contextlib import contextmanager
 
 import numpy as np
+import pytest
+from helpers import lenient
 
+from experiments import run as program
 from shl.config import FOUNDATIONS
 from shl.measure.vignettes import vignettes
+from shl.models.tiny import tiny_gemma
 
 SIGN = np.where(np.arange(84) // 7 % 2, 1.0, -1.0)
 """+1 or -1 by vignette, six and six of each foundation."""
@@ -30,6 +37,16 @@ def scores(shift=None, *, mass=1.0, wobble=0.0, mass_wobble=0.0, hit=0.4):
     assert (p > 0).all()
     factor = mass * (1 + mass_wobble * SIGN[:, None])
     return np.log(p * 0.5 * factor)[:, None].tolist()
+
+
+@contextmanager
+def tiny_runs():
+    """The program loads a tiny model, its filter keeps everything, and there are 8 vignettes."""
+    model = tiny_gemma()
+    with pytest.MonkeyPatch.context() as patch:
+        lenient(patch)
+        patch.setattr(program, "load_model", lambda name, device=None: model)
+        yield patch
 
 
 def stage(name, index, log_probs, **more):

@@ -45,7 +45,7 @@ def figure(answer, what, index=None):
     return found
 
 
-def test_a_run_that_works_is_a_yes_throughout_with_the_figures_of_the_arithmetic():
+def test_working_run_is_yes_throughout_with_figures_by_hand():
     found = ask(run())
     for key in (*KEYS, "readable", "barrier", "worked"):
         assert found[key].verdict == "yes", found[key].sentence
@@ -74,79 +74,74 @@ their mean. Weights p (12 of 0.4, 72 of 0.1) are worth 12^2 / 2.64 = 55 equal vi
 known to 0.5 / sqrt(55) = 0.07, and its interval reaches 0.13 to both sides."""
 CASES = {
     # survival falls by nothing, and by more than the 0.1 that is asked for, but not surely
-    "Q0 no": (run(ladder=((0.3, 1, 8.0), (1.5, 8, 40.0))), "Q0", "no"),
-    "Q0 falls?": (run(ladder=((0.3, 8, 8.0), (1.5, 6, 40.0))), "Q0", "undecided"),
-    "Q0 perplexity falls": (run(ladder=((0.3, 8, 40.0), (1.5, 1, 8.0))), "Q0", "no"),
-    "Q0 off-trait": (run(steered=scores(on(-0.5), mass=0.5)), "Q0", "no"),
-    "Q0 negative alpha": (run(ladder=tuple((-d, k, x) for d, k, x in GOOD_PROBES)), "Q0", "yes"),
+    "Q0 no": (run(ladder=((0.3, 1, 8.0), (1.5, 8, 40.0))), "no"),
+    "Q0 falls?": (run(ladder=((0.3, 8, 8.0), (1.5, 6, 40.0))), "undecided"),
+    "Q0 perplexity falls": (run(ladder=((0.3, 8, 40.0), (1.5, 1, 8.0))), "no"),
+    "Q0 off-trait": (run(steered=scores(on(-0.5), mass=0.5)), "no"),
+    "Q0 negative alpha": (run(ladder=tuple((-d, k, x) for d, k, x in GOOD_PROBES)), "yes"),
     # 0.2 of 0.5 are kept; less than half of it
-    "Q1 keeps little": (run(healed=(on(0.2), on(0.4))), "Q1", "no"),
-    "Q1 not coherent": (run(mass=0.9), "Q1", "no"),
-    "Q1 nothing to heal": (run(steered=scores(on(0.5))), "Q1", "undecided"),
-    "Q1 wrong way": (run(steered=scores(on(-0.5), mass=0.5)), "Q1", "no"),
+    "Q1 keeps little": (run(healed=(on(0.2), on(0.4))), "no"),
+    "Q1 not coherent": (run(mass=0.9), "no"),
+    "Q1 nothing to heal": (run(steered=scores(on(0.5))), "undecided"),
+    "Q1 wrong way": (run(steered=scores(on(-0.5), mass=0.5)), "no"),
     # 0.26 less 0.25, known to 0.13
-    "Q1 keeps half?": (run(healed=(scores(on(0.26), wobble=0.55), on(0.4))), "Q1", "undecided"),
-    "Q2 mass": (run(mass=0.9), "Q2", "no"),
+    "Q1 keeps half?": (run(healed=(scores(on(0.26), wobble=0.55), on(0.4))), "undecided"),
+    "Q2 mass": (run(mass=0.9), "no"),
     # masses of 1.3 and 0.7 by turns: the standard error of their mean is 0.3 / sqrt(84) = 0.03
-    "Q2 mass?": (run(mass_wobble=0.3), "Q2", "undecided"),
-    "Q2 survival": (run(kept=120, base_kept=160), "Q2", "no"),  # 0.75 of base's
+    "Q2 mass?": (run(mass_wobble=0.3), "undecided"),
+    "Q2 survival": (run(kept=120, base_kept=160), "no"),  # 0.75 of base's
     # 12 of 16 less 16 of 16 is -0.25; Newcombe's limits -0.50 and -0.02 lie to both sides of -0.20
-    "Q2 survival?": (run(kept=12, base_kept=16, total=16), "Q2", "undecided"),
+    "Q2 survival?": (run(kept=12, base_kept=16, total=16), "undecided"),
     # 8 of 16: Wilson 0.28 to 0.72, so -0.5 + sqrt(0.22^2 + 0.194^2) = -0.207 is below -0.20
-    "Q2 half survives": (run(kept=8, base_kept=16, total=16), "Q2", "no"),
+    "Q2 half survives": (run(kept=8, base_kept=16, total=16), "no"),
     # 4 of 4: Wilson's 4 / (4 + 3.84) = 0.51 does not rule out a collapse below 2/3
-    "Q2 few samples": (run(kept=4, total=4), "Q2", "undecided"),
-    "Q2 base without survivors": (run(base_kept=0), "Q2", "undecided"),
-    "Q3 collapse?": (run(kept=4, total=4), "Q3", "undecided"),
-    "Q3 one collapsed round": (run(healed=(scores(on(0.3), mass=0.6), on(0.4))), "Q3", "no"),
-    "Q3 falls back": (run(healed=(on(0.4), on(0.3))), "Q3", "no"),
-    "Q3 grows?": (run(healed=(on(0.3), WIDE)), "Q3", "undecided"),
-    "Q3 turns": (run(cosines=({"6": 1.0}, {"6": -0.1, "7": -0.2})), "Q3", "no"),
-    "Q3 turns in part": (run(cosines=({"6": 1.0}, {"6": 0.5, "7": -0.2})), "Q3", "undecided"),
-    "Q3 one round": (run(healed=(on(0.3),)), "Q3", "undecided"),
+    "Q2 few samples": (run(kept=4, total=4), "undecided"),
+    "Q2 base without survivors": (run(base_kept=0), "undecided"),
+    "Q3 collapse?": (run(kept=4, total=4), "undecided"),
+    "Q3 one collapsed round": (run(healed=(scores(on(0.3), mass=0.6), on(0.4))), "no"),
+    "Q3 falls back": (run(healed=(on(0.4), on(0.3))), "no"),
+    "Q3 grows?": (run(healed=(on(0.3), WIDE)), "undecided"),
+    "Q3 turns": (run(cosines=({"6": 1.0}, {"6": -0.1, "7": -0.2})), "no"),
+    "Q3 turns in part": (run(cosines=({"6": 1.0}, {"6": 0.5, "7": -0.2})), "undecided"),
+    "Q3 one round": (run(healed=(on(0.3),)), "undecided"),
     # 0.5 by prompting, 0.4 by healing; a mass of 0.85 is out of comparison with one of 1
-    "prompting is better": (run(plus=on(0.5)), "prompting", "no"),
-    "prompting unmatched": (run(mass=0.85), "prompting", "no"),
-    "prompting unmatched?": (run(kept=12, base_kept=16, total=16), "prompting", "undecided"),
-    "prompting alike?": (run(healed=(scores(on(0.1), wobble=0.55),)), "prompting", "undecided"),
+    "prompting is better": (run(plus=on(0.5)), "no"),
+    "prompting unmatched": (run(mass=0.85), "no"),
+    "prompting unmatched?": (run(kept=12, base_kept=16, total=16), "undecided"),
+    "prompting alike?": (run(healed=(scores(on(0.1), wobble=0.55),)), "undecided"),
     # prompted -0.1 and -0.7: half the contrast is 0.3, healed only 0.2 and 0.25
     "prompting half contrast": (
         run(plus=on(-0.1), minus=on(-0.7), healed=(on(0.2), on(0.25))),
-        "prompting",
         "no",
     ),
     # prompted -0.3 and -0.1, half the contrast -0.1: no shift at all is the rival of -0.05
-    "prompting no shift": (
-        run(plus=on(-0.3), minus=on(-0.1), healed=(on(-0.05),)),
-        "prompting",
-        "no",
-    ),
+    "prompting no shift": (run(plus=on(-0.3), minus=on(-0.1), healed=(on(-0.05),)), "no"),
     # the prompted mass of 2 counts as base's 1
-    "prompting primed": (run(plus=scores(on(0.1), mass=2.0)), "prompting", "yes"),
+    "prompting primed": (run(plus=scores(on(0.1), mass=2.0)), "yes"),
     # off-axis: liberty by -0.6 against 0.4
-    "selective no": (run(healed=(on(0.3) | {"liberty": -0.6},)), "selective", "no"),
+    "selective no": (run(healed=(on(0.3) | {"liberty": -0.6},)), "no"),
     # liberty by -0.42 + log cosh 0.5 = -0.3, against 0.3
-    "selective?": (
-        run(healed=(scores(on(0.3) | {"liberty": -0.42}, wobble=0.5),)),
-        "selective",
-        "undecided",
-    ),
-    "barrier off": (run(barrier="off"), "barrier", "no"),
-    "barrier never": (run(barrier="never fired"), "barrier", "no"),
-    "worked no": (run(mass=0.9), "worked", "no"),
-    "worked?": (run(kept=4, total=4), "worked", "undecided"),
+    "selective?": (run(healed=(scores(on(0.3) | {"liberty": -0.42}, wobble=0.5),)), "undecided"),
+    "barrier off": (run(barrier="off"), "no"),
+    "barrier never": (run(barrier="never fired"), "no"),
+    "worked no": (run(mass=0.9), "no"),
+    "worked?": (run(kept=4, total=4), "undecided"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_verdict(name):
-    record, key, expected = CASES[name]
-    found = ask(record)[key]
+    record, expected = CASES[name]
+    found = ask(record)[key_of(name)]
     assert found.verdict == expected, found.sentence
 
 
+def key_of(name):
+    return name.rstrip("?").split()[0]
+
+
 def test_each_verdict_is_reached_for_every_claim():
-    reached = {(key, expected) for _, key, expected in CASES.values()}
+    reached = {(key_of(name), expected) for name, (_, expected) in CASES.items()}
     assert {(key, v) for key in KEYS for v in ("no", "undecided")} <= reached
 
 
@@ -196,7 +191,7 @@ def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
     [{"mass": 0.6}, {"kept": 80, "base_kept": 160}],  # 0.6 and 0.5 of base, below 2/3
     ids=["mass", "survival"],
 )
-def test_a_collapsed_run_is_a_no_however_far_its_trait_moved(how):
+def test_collapsed_run_is_no_whatever_its_shift(how):
     found = ask(run(healed=(on(0.4), on(0.6)), **how))
     assert found["Q2"].figures["collapsed"] == "yes"
     assert "Collapsed (below 0.67 of base's)" in found["Q2"].sentence
@@ -208,7 +203,7 @@ def test_a_collapsed_run_is_a_no_however_far_its_trait_moved(how):
     assert found["Q3"].sentence.startswith("No. No collapse: ")
 
 
-def test_only_a_round_that_is_coherent_enough_can_beat_prompting():
+def test_only_a_coherent_round_can_beat_prompting():
     # Round 0 is ahead at 0.8 of the mass, round 1 is behind at all of it.
     record = run(healed=(scores(on(0.4), mass=0.8), on(0.05)))
     found = ask(record)["prompting"]
@@ -227,7 +222,7 @@ def test_only_a_round_that_is_coherent_enough_can_beat_prompting():
     assert found.verdict == "no"
 
 
-def test_the_more_rounds_may_win_the_wider_is_the_interval_of_each():
+def test_interval_widens_with_the_number_of_rounds_compared():
     # 1 - 0.05 / 4 against 1 - 0.05: 2.50 standard errors against 1.96.
     config = EvalConfig(bootstrap=500)
     spans = []
@@ -245,7 +240,7 @@ def validity(valid, instrument="vignettes"):
     return answers | {"valid": valid, "reason": "the stems disagree."}
 
 
-def test_where_the_probe_is_not_valid_nothing_that_rests_on_it_is_yes_or_no():
+def test_answers_from_invalid_vignettes_are_undecided():
     events, found = run(healed=(on(0.2), on(0.1)))  # Q1 and Q3 would be a no
     answers = ask(([validity(False), *events], found))
     for key in ("Q0", "Q1", "Q3", "prompting", "selective", "worked"):
@@ -264,7 +259,7 @@ def test_where_the_probe_is_not_valid_nothing_that_rests_on_it_is_yes_or_no():
         assert verdicts(([event, *events], found))["worked"] == "yes"
 
 
-def test_a_probe_at_chance_is_in_doubt_without_a_validity_check():
+def test_vignettes_at_chance_make_answers_undecided():
     # The intended option gets 0.05, the others more: none is named. Readings must then be open.
     found = ask(run(base=scores(hit=0.05)))
     assert found["readable"].verdict == "no"
@@ -281,7 +276,7 @@ def test_a_probe_at_chance_is_in_doubt_without_a_validity_check():
     assert "Not readable (at most twice chance): care." in found["readable"].sentence
 
 
-def test_every_unfinished_run_is_answered_as_far_as_it_goes():
+def test_unfinished_run_is_answered_as_far_as_it_goes():
     events, found = run()
     for count in range(len(events) + 1):
         answers = ask((events[:count], found))
@@ -297,7 +292,7 @@ def test_every_unfinished_run_is_answered_as_far_as_it_goes():
     assert verdicts((events[:4], found))["Q0"] == "yes"
 
 
-def test_a_walk_that_was_off_and_texts_without_perplexity():
+def test_missing_dose_walk_and_missing_perplexities():
     found = ask(run(ladder=()))["Q0"]
     assert found.verdict == "undecided"
     assert "the walk was off" in found.sentence
@@ -352,7 +347,7 @@ def test_the_barriers_tokens_are_named_with_their_kl():
     assert answers.figures["texts"] == []
 
 
-def test_lowest_dose_still_adapters_and_an_early_end():
+def test_lowest_dose_unmoved_adapters_and_an_early_end():
     events, found = run(end=False)
     events = [e if e["event"] != "healing" else healing(e["round"], moved=False) for e in events]
     events.append({"event": "starved", "round": 2, "sentence": "round 2: 3 completions survived."})
@@ -386,7 +381,7 @@ def test_masses_are_paired_by_vignette():
     assert (mass["low"], mass["high"]) == pytest.approx((1.0, 1.0))
 
 
-def test_what_cannot_be_read_is_one_sentence():
+def test_malformed_scores_and_settings_are_rejected():
     events, found = run()
     for changed in (events[0]["log_probs"][:5], [[[1.0] * 7]] * 84, [[[0.0] * 6]] * 84):
         with pytest.raises(ShlError):
@@ -397,7 +392,7 @@ def test_what_cannot_be_read_is_one_sentence():
         answer_all(events, found, AXIS, EvalConfig(bootstrap=2**70))
 
 
-def test_a_record_of_other_vignettes_is_answered_by_its_own_labels():
+def test_labels_come_from_the_record():
     # Only the 72 that are not of care: base names all of them, and there are none of care.
     events, found = run()
     left = [i for i, label in enumerate(events[0]["labels"]) if label != "care"]

@@ -11,6 +11,7 @@ import pytest
 import tyro
 from helpers import kl_by_hand, lenient, log_p_by_hand, one_sentence
 from matplotlib import pyplot as plt
+from records import tiny_runs
 from rich.console import Console
 
 from experiments import run as program
@@ -58,47 +59,32 @@ def call(monkeypatch, tmp_path):
 def folder(tmp_path_factory):
     """One finished run."""
     out = tmp_path_factory.mktemp("runs") / "one"
-    with pytest.MonkeyPatch.context() as patch:
-        lenient(patch)
-        patch.setattr(program, "load_model", lambda name, device=None: tiny_gemma())
+    with tiny_runs() as patch:
         patch.setattr(sys, "argv", ["run", "--model", "tiny", *SMALL, "--out", str(out)])
         program.main()
     return out
 
 
-def test_a_run_leaves_every_file_and_every_line_of_it_is_json(folder):
+def test_files_and_events_of_a_finished_run(folder):
     config, events, texts = read(folder)
     assert config["loop"]["heal"]["tau"] == 0.01
     assert config["loop"]["seed"] == 42
     lines = (folder / "events.jsonl").read_text("utf-8").split("\n")
-    told = [json.loads(line) for line in lines if line]
-    assert [{k: v for k, v in line.items() if k != "check"} for line in told] == events
+    parsed = [json.loads(line) for line in lines if line]
+    assert [{k: v for k, v in line.items() if k != "check"} for line in parsed] == events
+    before = ["start", "stage", "stage", "stage", "validity"]
     one = ["vector", "probe", "batch", "stage", "healing", "stage", "round", "token_kl"]
-    assert [e["event"] for e in events] == [
-        *("start", "stage", "stage", "stage", "validity"),
-        *one,
-        *one,
-        "end",
-    ]
+    assert [e["event"] for e in events] == [*before, *one, *one, "end"]
     # 3 baselines of 3 samples; per round 4 probes, 4 dreams and 3 samples.
     assert len(texts) == 3 * 3 + 2 * (4 + 4 + 3)
-    assert {t["stage"] for t in texts} == {
-        *("base", "prompted+", "prompted-", "probe", "batch", "healed")
-    }
+    stages = {"base", "prompted+", "prompted-", "probe", "batch", "healed"}
+    assert {t["stage"] for t in texts} == stages
     assert all(t["reasons"] == [] and t["text"] for t in texts)
     versions = json.loads((folder / "versions.json").read_text("utf-8"))
     assert {"torch", "transformer-lens"} <= set(versions["packages"])
 
 
-def test_vectors_and_adapters_can_be_loaded_again(folder):
-    model = tiny_gemma()
-    for index in (0, 1):
-        place = folder / "rounds" / str(index)
-        assert Adapter.load(place / "adapter.safetensors", model).round == index
-        assert SteeringVector.load(place / "vector.safetensors").contexts == 3
-
-
-def test_token_kl_is_that_of_the_student_that_wrote_the_text(folder):
+def test_token_kl_matches_full_logits_of_the_generating_model(folder):
     """KL(student || base) per token from full float64 logits, of every round's completions."""
     _, events, texts = read(folder)
     model = tiny_gemma()
@@ -107,6 +93,7 @@ def test_token_kl_is_that_of_the_student_that_wrote_the_text(folder):
         place = folder / "rounds" / str(index)
         adapters.append(Adapter.load(place / "adapter.safetensors", model))
         vector = SteeringVector.load(place / "vector.safetensors")
+        assert (adapters[-1].round, vector.contexts) == (index, 3)
         (event,) = [e for e in events if e["event"] == "token_kl" and e["round"] == index]
         # Nothing is dropped in this run, so there is no dropped completion.
         assert [curve["verdict"] for curve in event["curves"]] == ["kept", "healed"]
@@ -134,7 +121,7 @@ def test_token_kl_is_that_of_the_student_that_wrote_the_text(folder):
             assert curve["kl"] == pytest.approx(expected.tolist(), abs=2e-5)
 
 
-def test_the_table_has_a_row_per_stage_with_the_events_own_numbers(folder):
+def test_table_has_a_row_per_stage_with_the_numbers_of_its_event(folder):
     _, events, _ = read(folder)
     table = rows(events)
     names = ["base", "prompted+", "prompted-", "steered 0", "healed 0", "steered 1", "healed 1"]
@@ -151,7 +138,7 @@ def test_the_table_has_a_row_per_stage_with_the_events_own_numbers(folder):
     ]
 
 
-def test_pictures_open_and_are_not_blank(folder):
+def test_plots_are_not_blank(folder):
     names = {"trajectory.png", "plane.png", "kl_tokens.png"}
     assert {path.name for path in folder.glob("*.png")} == names
     for path in folder.glob("*.png"):
@@ -164,28 +151,20 @@ def test_pictures_open_and_are_not_blank(folder):
         assert picture[..., :3].std() > 0.02
 
 
-def test_a_report_can_be_made_again_from_the_record(folder, capsys):
+def test_report_is_reproduced_from_the_record(folder, capsys):
     before = json.loads((folder / "answers.json").read_text("utf-8"))
     (folder / "answers.json").unlink()
     report(folder, Console(width=200))
     assert json.loads((folder / "answers.json").read_text("utf-8")) == before
     out = capsys.readouterr().out
     assert "prompted+" in out
-    assert all(f"{key}: {told['question']}" in out for key, told in before.items())
-    assert all(told["verdict"] in ("yes", "no", "undecided", "info") for told in before.values())
+    assert all(f"{key}: {answer['question']}" in out for key, answer in before.items())
+    assert {answer["verdict"] for answer in before.values()} <= {"yes", "no", "undecided", "info"}
     assert [q[:2] for q in before][:4] == ["Q0", "Q1", "Q2", "Q3"]
 
 
-def test_a_torn_last_line_counts_as_never_written(folder, tmp_path):
-    whole = read(folder)
-    torn = shutil.copytree(folder, tmp_path / "torn")
-    with (torn / "events.jsonl").open("a") as stream:
-        stream.write('{"event": "sta')
-    assert read(torn) == whole
-
-
 @pytest.mark.parametrize("name", ["config.json", "axis.json", "versions.json"])
-def test_what_was_run_cannot_be_changed_afterwards(name, folder, tmp_path):
+def test_modified_settings_are_rejected(name, folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     with (copy / name).open("a") as stream:
         stream.write(" ")
@@ -226,7 +205,7 @@ def test_bad_input_ends_in_one_sentence_and_status_two(
         assert err.startswith("error: ")
 
 
-def test_starving_is_bad_input_too(call, monkeypatch, capsys, tmp_path):
+def test_starved_run_ends_with_status_two(call, monkeypatch, capsys, tmp_path):
     lenient(monkeypatch, reasons=lambda text: ["soup"])
     with pytest.raises(SystemExit) as stop:
         call("--out", "run")
@@ -235,36 +214,30 @@ def test_starving_is_bad_input_too(call, monkeypatch, capsys, tmp_path):
     # What was computed before is on disk.
     events = read(tmp_path / "run")[1]
     assert [e["event"] for e in events[-9:]] == ["vector", "probe", *["batch"] * 6, "starved"]
-    assert (
-        "completions survived"
-        in json.loads((tmp_path / "run/answers.json").read_text())["ended"]["sentence"]
-    )
-    # The same command says the same again, without a second line on it.
+    answers = json.loads((tmp_path / "run/answers.json").read_text())
+    assert "completions survived" in answers["ended"]["sentence"]
+    # The same command ends in the same way, without a second event.
     with pytest.raises(SystemExit):
         call("--out", "run")
     assert read(tmp_path / "run")[1] == events
 
 
-def test_defaults_are_the_librarys_and_help_works():
+def test_defaults_and_help_of_the_command_line():
     assert tyro.cli(RunConfig, args=[]) == RunConfig()
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.run", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-m", "experiments.run", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--heal.tau" in done.stdout
     assert "--axis" in done.stdout
 
 
-def test_without_a_terminal_each_finished_stage_is_a_line(call, monkeypatch, capsys, tmp_path):
+def test_without_a_terminal_each_finished_stage_prints_a_line(call, monkeypatch, capsys, tmp_path):
     lenient(monkeypatch)
     call("--out", "run", "--rounds", "1")
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if " stages, " in line]
     # 3 baselines and 6 stages of one round.
-    done = ("base", "prompted+", "prompted-", *(f"round 0: {name}" for name in (
-        "vector", "dose probe", "batch 0", "steered", "healing", "healed")))  # fmt: skip
+    names = ("vector", "dose probe", "batch 0", "steered", "healing", "healed")
+    done = ["base", "prompted+", "prompted-", *(f"round 0: {name}" for name in names)]
     for number, (name, line) in enumerate(zip(done, lines, strict=True), 1):
         time = r"\d+\.\d min elapsed, about \d+ min left"
         assert re.fullmatch(rf"{re.escape(name)} done, {number} of 9 stages, {time}", line)
@@ -276,7 +249,7 @@ def test_without_a_terminal_each_finished_stage_is_a_line(call, monkeypatch, cap
     assert [line.split(" done")[0] for line in lines] == ["round 0: healed"]
 
 
-def test_the_time_left_is_that_of_the_stages_that_were_computed(monkeypatch):
+def test_time_left_is_estimated_from_computed_stages(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     console = Console(file=io.StringIO(), width=200)
@@ -290,7 +263,7 @@ def test_the_time_left_is_that_of_the_stages_that_were_computed(monkeypatch):
     assert said == "prompted- done, 3 of 9 stages, 5.0 min elapsed, about 32 min left\n"
 
 
-def test_a_terminal_gets_one_bar_and_no_lines():
+def test_terminal_shows_a_bar_without_lines():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     shown = progress.StageProgress(LoopConfig(rounds=1), console)
     with shown.bar:

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import lenient, one_sentence, random_adapter, save, small_loop, tiny_llama_hf
+from helpers import one_sentence, random_adapter, save, small_loop, tiny_llama_hf
+from records import tiny_runs
 from rich.console import Console
 
-from experiments import run as program
 from experiments.questions.answers import answer_all
 from experiments.record.journal import Journal, read_lines
 from experiments.record.progress import StageProgress
@@ -29,8 +29,8 @@ from experiments.record.reader import FILES, axis_of, read
 from experiments.record.settings import RunConfig, settings_of
 from experiments.record.status import status
 from experiments.record.writer import Recorder, RecordWriter
+from experiments.report import page
 from experiments.report.diary import diary
-from experiments.report.page import write_page
 from experiments.report.report import report
 from experiments.report.tables import rows
 from experiments.run import nothing_shared, study
@@ -76,11 +76,8 @@ def model():
 def run_folder(tmp_path_factory):
     """A finished run of one round."""
     folder = tmp_path_factory.mktemp("hostile") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        lenient(patch)
-        patch.setattr(program, "load_model", lambda name, device=None: tiny_gemma())
-        study(replace(CONFIG, out=folder), Console(quiet=True))
-        yield folder
+    with tiny_runs():
+        yield study(replace(CONFIG, out=folder), Console(quiet=True))
 
 
 def damaged(data, rng):
@@ -125,7 +122,7 @@ def refused_or(path, data, cases, load, right):
     return refused
 
 
-def test_axis_files(tmp_path):
+def test_damaged_axis_files(tmp_path):
     path = tmp_path / "axis.toml"
     data = (ROOT / "shl/data/axes/care_auth.toml").read_bytes()
 
@@ -144,7 +141,7 @@ def tensors_equal(one, two):
     return set(one) == set(two) and all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_adapters(model, tmp_path):
+def test_damaged_adapters(model, tmp_path):
     path, adapter = tmp_path / "a.safetensors", random_adapter(model, ("q", "down"), (0, 2))
     adapter.save(path)
 
@@ -157,7 +154,7 @@ def test_adapters(model, tmp_path):
     assert refused_or(path, path.read_bytes(), 300, lambda: Adapter.load(path, model), right) > 290
 
 
-def test_vectors(model, tmp_path):
+def test_damaged_vectors(model, tmp_path):
     path, vector = tmp_path / "v.safetensors", extract_vector(model, AXIS, [1, 2], contexts=2)
     vector.save(path)
 
@@ -169,7 +166,7 @@ def test_vectors(model, tmp_path):
     assert refused_or(path, path.read_bytes(), 300, lambda: load(path), right) > 290
 
 
-def test_training_states(model, tmp_path):
+def test_damaged_training_states(model, tmp_path):
     path, states = tmp_path / "t.safetensors", []
     texts = generate(model, ["Hi?"], max_new_tokens=4, min_new_tokens=2)
     heal = small_loop().heal
@@ -189,7 +186,7 @@ def test_training_states(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["events.jsonl", "texts.jsonl", *FILES])
-def test_run_folders(name, run_folder, tmp_path):
+def test_damaged_run_folders(name, run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     whole = read(folder)
 
@@ -207,7 +204,7 @@ def test_run_folders(name, run_folder, tmp_path):
     assert refused_or(path, path.read_bytes(), 160, lambda: read(folder), right) > 100
 
 
-def test_a_texts_file_that_lost_lines_is_refused(run_folder, tmp_path):
+def test_texts_file_with_missing_lines_is_rejected(run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     path = folder / "texts.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
@@ -256,10 +253,11 @@ def sealed(path, lines):
 
 
 @pytest.mark.parametrize("name", ["events.jsonl", "texts.jsonl"])
-def test_sealed_but_hostile_records(name, run_folder, tmp_path, model):
+def test_hostile_records_with_valid_checksums(name, run_folder, tmp_path, model):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     rng, passed = random.Random(name), 0
-    original = read_lines(folder / name)
+    original, settings = read_lines(folder / name), settings_of(CONFIG, AXIS)
+    weights = weights_hash(model)
     quiet = Console(quiet=True)
     for _ in range(350):
         sealed(folder / name, changed(original, rng))
@@ -272,16 +270,16 @@ def test_sealed_but_hostile_records(name, run_folder, tmp_path, model):
             status(folder)
             if passed % 25 == 0:
                 report(folder, quiet)
-            known(folder, model)
+            resume(folder, model, settings, weights)
             passed += 1
         except ShlError as error:
             sentence(error)
     assert 20 < passed < 330
 
 
-def known(folder, model):
-    """Everything that a next process would take from the record."""
-    with closing(RecordWriter(folder, settings_of(CONFIG, AXIS), weights_hash(model))) as record:
+def resume(folder, model, settings, weights):
+    """Load everything that a next process would take from the record."""
+    with closing(RecordWriter(folder, settings, weights)) as record:
         quiet = StageProgress(CONFIG.loop, Console(quiet=True))
         recorder = Recorder(record, model, CONFIG.loop, quiet, nothing_shared)
         for name in ("base", "prompted+", "prompted-"):
@@ -295,7 +293,18 @@ def known(folder, model):
 
 
 @pytest.mark.parametrize("name", ["config.json", "axis.json"])
-def test_hostile_settings_with_a_seal(name, run_folder, tmp_path):
+def test_hostile_settings_with_valid_checksums(name, run_folder, tmp_path, monkeypatch):
+    drawn, draw = {}, page.charts
+
+    def charts(folder, config, axis, events, texts):
+        """The charts, drawn once for each value of what they show beside events and texts."""
+        loop, limit = config["loop"], config["loop"]["filter"]["max_tail_perplexity"]
+        shown = (loop["eval"]["confidence"], loop["heal"]["tau"], loop["dose"]["target_survival"])
+        key = repr((axis.expected, limit, *shown))
+        drawn[key] = drawn.get(key) or draw(folder, config, axis, events, texts)
+        return drawn[key]
+
+    monkeypatch.setattr(page, "charts", charts)
     folder = shutil.copytree(run_folder, tmp_path / "run")
     rng, events = random.Random(name), read_lines(folder / "events.jsonl")
     original = json.loads((folder / name).read_text())
@@ -308,12 +317,12 @@ def test_hostile_settings_with_a_seal(name, run_folder, tmp_path):
             answer_all(events, texts, axis_of(folder), EvalConfig(**config["loop"]["eval"]))
             diary(texts)
             status(folder)
-            write_page(folder)
+            page.write_page(folder)
         except ShlError as error:
             sentence(error)
 
 
-def test_a_record_reaches_nothing_outside_its_folder(run_folder, tmp_path):
+def test_record_cannot_name_files_outside_its_folder(run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     secret = tmp_path / "secret.toml"
     secret.write_text("name = 'secret'")
@@ -344,7 +353,7 @@ HUGGING_FACE = ("config.json", "tokenizer_config.json", "tokenizer.json", "model
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
 @pytest.mark.filterwarnings("ignore")
-def test_local_model_folders(name, tmp_path):
+def test_damaged_model_folders(name, tmp_path):
     folder = save(tmp_path / "hf", tiny_llama_hf())
     path = folder / name
     data = path.read_bytes()
@@ -366,7 +375,7 @@ def test_local_model_folders(name, tmp_path):
     refused_or(path, data, cases, load, lambda found, _: found.cfg.d_vocab >= 1)
 
 
-def test_a_model_folder_runs_no_code(tmp_path):
+def test_model_folder_cannot_run_code(tmp_path):
     folder = save(tmp_path / "hf", tiny_llama_hf())
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
     config = json.loads((folder / "config.json").read_text())
@@ -382,7 +391,7 @@ def test_a_model_folder_runs_no_code(tmp_path):
         assert not (tmp_path / "ran").exists()
 
 
-def test_the_weights_package(tmp_path, monkeypatch):
+def test_damaged_weights_package(tmp_path, monkeypatch):
     good = random.Random(1).randbytes(5000)
     package = tmp_path / "site" / "shl_fake"
     package.mkdir(parents=True)

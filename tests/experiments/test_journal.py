@@ -8,12 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import one_sentence
 from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.record.journal import Journal, lock, read_lines, write
-from experiments.record.writer import RecordWriter
+from experiments.record.reader import FILES
+from experiments.record.writer import RecordWriter, text_lines
+from shl.method.filters import Verdict
+from shl.models.generate import Completion
+from shl.models.tokens import Prompt
 from shl.utils.errors import ShlError
 from shl.utils.files import write_safetensors
 
@@ -44,7 +49,7 @@ def full_disk():
         signal.signal(signal.SIGXFSZ, ignored)
 
 
-def test_lines_come_back_and_more_can_follow(path):
+def test_lines_are_read_back_and_appended(path):
     assert read_lines(path) == LINES
     journal = Journal(path)
     journal.append([{"d": 4}, {"e": 5}])
@@ -53,7 +58,7 @@ def test_lines_come_back_and_more_can_follow(path):
 
 
 @given(cut=st.integers(0, 200))
-def test_cut_anywhere_it_keeps_its_whole_lines(cut, tmp_path_factory):
+def test_truncated_file_keeps_its_complete_lines(cut, tmp_path_factory):
     path = tmp_path_factory.mktemp("cut") / "lines.jsonl"
     Journal(path).append(LINES)
     data = path.read_bytes()
@@ -66,8 +71,17 @@ def test_cut_anywhere_it_keeps_its_whole_lines(cut, tmp_path_factory):
     assert path.read_bytes() == data
 
 
+@pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85", "\n", "\0"])
+def test_text_with_a_line_separator_is_read_back(tmp_path, char):
+    record = RecordWriter(tmp_path / "run", {name: {} for name in FILES})
+    c = Completion(Prompt("?"), f"one{char}two", (5,), (2,))
+    record.event("probe", 0, {}, text_lines("probe", 0, [Verdict(c, (), 2.0, 2.0)]))
+    record.close()
+    assert read_lines(tmp_path / "run" / "texts.jsonl")[0]["text"] == c.text
+
+
 @given(data=st.data())
-def test_no_changed_byte_passes(data, tmp_path_factory):
+def test_any_changed_byte_is_detected(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("flip") / "lines.jsonl"
     Journal(path).append(LINES)
     raw = bytearray(path.read_bytes())
@@ -80,7 +94,7 @@ def test_no_changed_byte_passes(data, tmp_path_factory):
     assert "of " in one_sentence(error)
 
 
-def test_lines_cannot_be_left_out_or_swapped(path):
+def test_missing_or_swapped_lines_are_detected(path):
     first, second, third, _ = path.read_bytes().split(b"\n")
     for lines in ([second, third], [first, third], [second, first, third]):
         path.write_bytes(b"\n".join([*lines, b""]))
@@ -88,15 +102,15 @@ def test_lines_cannot_be_left_out_or_swapped(path):
             read_lines(path)
 
 
-def test_lines_after_those_to_keep_are_cut_off(path):
+def test_lines_beyond_keep_are_truncated(path):
     journal = Journal(path, keep=1)
     assert journal.lines == read_lines(path) == LINES[:1]
-    with pytest.raises(ShlError, match="has 1 lines, 2 were written"):
+    with pytest.raises(ShlError, match="has 1 lines, it must have at least 2"):
         Journal(path, keep=2)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
-def test_numbers_that_json_does_not_know_are_refused(number, path):
+def test_non_finite_numbers_are_rejected(number, path):
     with pytest.raises(ValueError, match="JSON"):
         Journal(path).append([{"x": float(number)}])
     path.write_text(f'{{"x": {number}, "check": "0123456789abcdef"}}\n')
@@ -104,7 +118,7 @@ def test_numbers_that_json_does_not_know_are_refused(number, path):
         read_lines(path)
 
 
-def test_a_full_disk_stops_with_a_sentence_and_leaves_what_was_there(path):
+def test_append_on_a_full_disk_leaves_the_journal_unchanged(path):
     journal = Journal(path)
     with pytest.raises(ShlError) as error, full_disk():
         journal.append([{"text": "x" * 5000}])
@@ -114,9 +128,7 @@ def test_a_full_disk_stops_with_a_sentence_and_leaves_what_was_there(path):
     assert read_lines(path) == [*LINES, {"small": 1}]
 
 
-def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
-    import torch
-
+def test_write_on_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "table.md"
     write(path, "old")
     with pytest.raises(ShlError, match="cannot be written"), full_disk():
@@ -131,20 +143,23 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["table.md", "v.safetensors"]
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence():
-    # No user, root included, may make files there.
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: RecordWriter(Path("/proc/runs/one"), {}),
+        lambda: Journal(Path("/proc/lines.jsonl")).append(LINES),
+        lambda: write(Path("/proc/table.md"), "x"),
+        lambda: lock(Path("/proc")),
+    ],
+)
+def test_unwritable_folder_is_rejected(use):
+    # No user, root included, may make files in /proc.
     with pytest.raises(ShlError) as error:
-        RecordWriter(Path("/proc/runs/one"), {})
+        use()
     assert "cannot be written" in one_sentence(error)
-    with pytest.raises(ShlError, match="cannot be written"):
-        Journal(Path("/proc/lines.jsonl")).append(LINES)
-    with pytest.raises(ShlError, match="cannot be written"):
-        write(Path("/proc/table.md"), "x")
-    with pytest.raises(ShlError, match="cannot be written"):
-        lock(Path("/proc"))
 
 
-def test_a_folder_that_vanished_is_not_made_again(path):
+def test_deleted_folder_is_not_created_again(path):
     journal = Journal(path)
     shutil.rmtree(path.parent)
     with pytest.raises(ShlError) as error:
@@ -153,7 +168,7 @@ def test_a_folder_that_vanished_is_not_made_again(path):
     assert not path.parent.exists()
 
 
-def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+def test_folder_with_other_files_is_rejected(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ShlError, match="holds something else"):
         RecordWriter(tmp_path, {})

@@ -12,12 +12,13 @@ from dataclasses import replace
 
 import pytest
 import tyro
-from helpers import lenient, one_sentence, small_loop
+from helpers import one_sentence, small_loop
+from records import tiny_runs
 from rich.console import Console
 
 from experiments import run as program
 from experiments.checks.crash import differences
-from experiments.record import journal, writer
+from experiments.record import journal, settings, writer
 from experiments.record.journal import Journal, lock
 from experiments.record.schema import name_of
 from experiments.record.settings import RunConfig, folder_of, settings_of
@@ -36,20 +37,17 @@ CHANGES = ("os.rename", "os.remove", "os.truncate", "os.mkdir")
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
     """The tiny model on 8 vignettes; training is saved after every step."""
-    with pytest.MonkeyPatch.context() as patch:
-        lenient(patch)
-        patch.setattr(program, "load_model", lambda name, device=None: tiny_gemma())
+    digest = settings.code_digest()
+    with tiny_runs() as patch:
+        patch.setattr(settings, "code_digest", lambda: digest)
         patch.setattr(writer, "SAVE_EVERY", 0.0)
         yield
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """An uninterrupted run, with its report."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    go(folder)
-    report(folder, quiet())
-    return folder
+    """An uninterrupted run."""
+    return go(tmp_path_factory.mktemp("alone") / "run")
 
 
 def quiet():
@@ -126,9 +124,25 @@ def chain(folder, kill):
     raise AssertionError("the run does not get anywhere")
 
 
-def finished_alike(folder, alone):
-    report(folder, quiet())
-    assert differences(alone, folder) == []
+def die_after(folder, method, *names):
+    """For `chain`: die after a call of a method of the record, with a last argument in `names`."""
+
+    def kill(n, log):
+        def work():
+            log_computed(log)
+            original = getattr(RecordWriter, method)
+
+            def last_call(self, *args, **kwargs):
+                original(self, *args, **kwargs)
+                if not names or args[-1] in names:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            setattr(RecordWriter, method, last_call)
+            go(folder)
+
+        return ended(fork(work))
+
+    return kill
 
 
 def unfinish(folder, count):
@@ -139,7 +153,7 @@ def unfinish(folder, count):
     events.write_text("\n".join([*lines[:count], lines[count][:30]]), "utf-8")
 
 
-def test_killed_between_any_two_writes_and_in_the_middle_of_them(tmp_path):
+def test_run_killed_before_or_within_any_write_resumes(tmp_path):
     config = replace(CONFIG, loop=small_loop(rounds=1))
     folder, alone, rng = tmp_path / "run", tmp_path / "alone", random.Random(0)
     go(alone, config)
@@ -183,33 +197,19 @@ def test_killed_between_any_two_writes_and_in_the_middle_of_them(tmp_path):
         return ended(fork(work))
 
     assert chain(folder, kill) >= 20
-    finished_alike(folder, alone)
+    report(folder, quiet())
+    assert differences(alone, folder) == []
 
 
-def test_killed_at_every_stage_boundary(alone, tmp_path):
+def test_run_killed_after_every_event_resumes(alone, tmp_path):
     folder = tmp_path / "run"
-
-    def kill(n, log):
-        def work():
-            log_computed(log)
-            event = RecordWriter.event
-
-            def last_event(self, *args, **kwargs):
-                event(self, *args, **kwargs)
-                os.kill(os.getpid(), signal.SIGKILL)
-
-            RecordWriter.event = last_event
-            go(folder)
-
-        return ended(fork(work))
-
     # Every event but the start's is a process of its own.
-    assert chain(folder, kill) == len(Journal(alone / "events.jsonl").lines)
-    finished_alike(folder, alone)
+    assert chain(folder, die_after(folder, "event")) == len(Journal(alone / "events.jsonl").lines)
+    assert differences(alone, folder) == []
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_at_random_moments(seed, alone, tmp_path):
+def test_run_killed_at_random_moments_resumes(seed, alone, tmp_path):
     folder, rng = tmp_path / "run", random.Random(seed)
 
     def kill(n, log):
@@ -220,38 +220,21 @@ def test_killed_at_random_moments(seed, alone, tmp_path):
         return ended(pid)
 
     assert chain(folder, kill) == 7
-    finished_alike(folder, alone)
+    assert differences(alone, folder) == []
 
 
-def test_training_goes_on_from_its_last_saved_step(alone, tmp_path):
-    folder, logs = tmp_path / "run", []
-
-    def kill(n, log):
-        logs.append(log)
-
-        def work():
-            log_computed(log)
-            save = RecordWriter.save
-
-            def saved(self, tensors, index, name):
-                save(self, tensors, index, name)
-                if name == "training":
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            RecordWriter.save = saved
-            go(folder)
-
-        return ended(fork(work))
-
+def test_training_resumes_from_its_last_saved_step(alone, tmp_path):
+    folder = tmp_path / "run"
     # 2 rounds of 4 steps, a process for each.
-    assert chain(folder, kill) == 8
-    steps = [line for log in logs for line in log.read_text().splitlines() if "step" in line]
+    assert chain(folder, die_after(folder, "save", "training")) == 8
+    logs = [folder.with_suffix(f".{n}").read_text().splitlines() for n in range(9)]
+    steps = [line for log in logs for line in log if "step" in line]
     assert steps == [f"step {index} {step}" for index in (0, 1) for step in range(4)]
-    finished_alike(folder, alone)
+    assert differences(alone, folder) == []
     assert not list(folder.glob("rounds/*/training.safetensors"))
 
 
-def test_a_finished_run_is_not_run_again(alone, tmp_path):
+def test_finished_run_is_not_repeated(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run")
     log = tmp_path / "log"
     assert ended(fork(lambda: (log_computed(log), go(folder)))) == 0
@@ -259,7 +242,7 @@ def test_a_finished_run_is_not_run_again(alone, tmp_path):
     assert differences(alone, folder) == []
 
 
-def test_a_second_process_is_refused_and_a_dead_ones_lock_is_not_in_the_way(alone, tmp_path):
+def test_lock_rejects_a_second_process_until_the_first_is_dead(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run")
     unfinish(folder, 6)
     ready, release = os.pipe()
@@ -282,7 +265,7 @@ def test_a_second_process_is_refused_and_a_dead_ones_lock_is_not_in_the_way(alon
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_soon_with_the_record_complete(number, alone, tmp_path):
+def test_signal_stops_the_run_with_a_complete_record(number, alone, tmp_path):
     folder = tmp_path / "run"
 
     def main():
@@ -307,10 +290,10 @@ def test_a_signal_ends_it_soon_with_the_record_complete(number, alone, tmp_path)
     assert f"stopped; {folder} holds" in " ".join(said.split())
     assert "remains" in status(folder)
     go(folder)
-    finished_alike(folder, alone)
+    assert differences(alone, folder) == []
 
 
-def test_a_folder_of_another_run_is_refused(alone, tmp_path):
+def test_folder_of_another_run_is_rejected(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run")
     other = replace(CONFIG, loop=replace(CONFIG.loop, seed=7))
     with pytest.raises(ShlError) as error:
@@ -318,14 +301,14 @@ def test_a_folder_of_another_run_is_refused(alone, tmp_path):
     assert "has loop.seed 42, this run has 7" in one_sentence(error)
 
 
-def test_each_run_has_a_folder_of_its_own_and_none_outside_runs():
+def test_default_folder_is_unique_and_inside_runs():
     other = replace(CONFIG, loop=replace(CONFIG.loop, seed=7))
     axis = replace(load_axis("love"), name="../../etc/[x]")
 
     def folder(config, commit="one", threads=1):
-        settings = settings_of(config, axis)
-        told = settings["versions.json"] | {"commit": commit, "threads": threads}
-        return folder_of(config, settings | {"versions.json": told})
+        files = settings_of(config, axis)
+        files["versions.json"] |= {"commit": commit, "threads": threads}
+        return folder_of(config, files)
 
     assert folder(CONFIG) == folder(CONFIG) == folder(CONFIG, commit="only the README changed")
     assert len({folder(CONFIG), folder(other), folder(CONFIG, threads=2)}) == 3
@@ -335,7 +318,7 @@ def test_each_run_has_a_folder_of_its_own_and_none_outside_runs():
     assert folder_of(replace(CONFIG, out="here"), {}) == "here"
 
 
-def test_other_weights_do_not_go_on_with_a_run(tmp_path, monkeypatch):
+def test_resuming_with_other_weights_is_rejected(tmp_path, monkeypatch):
     folder = tmp_path / "run"
 
     def stop(self, *args, **kwargs):
@@ -351,7 +334,7 @@ def test_other_weights_do_not_go_on_with_a_run(tmp_path, monkeypatch):
     assert "began with weights" in one_sentence(error)
 
 
-def test_status_prints_what_is_done_and_what_remains(alone, tmp_path):
+def test_status_prints_finished_and_remaining_stages(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run")
     assert "finished   base, prompted+, prompted-; round 0; round 1" in status(folder)
     # start, three baselines, the probe's validity, vector, probe
@@ -361,7 +344,7 @@ def test_status_prints_what_is_done_and_what_remains(alone, tmp_path):
     assert "remains    round 0: batch, steered, healing, healed; 1 more round" in printed
 
 
-def test_status_without_permission_to_the_lock_says_so(alone, tmp_path, monkeypatch):
+def test_status_without_permission_to_open_the_lock(alone, tmp_path, monkeypatch):
     folder = shutil.copytree(alone, tmp_path / "run")
     (folder / ".lock").touch()
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import fields, replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import random_adapter
 
 from shl.config import HealConfig
 from shl.hooks.adapter import fresh_adapter, singular_value_penalty
+from shl.kl import reverse_kl_and_nll
 from shl.method.heal import heal, train_adapter
 from shl.models.generate import generate
 
@@ -185,3 +187,18 @@ def test_the_penalty_and_its_gradient_by_hand(gemma):
     for truth, ours in zip(*grads, strict=True):
         assert (truth - ours).abs().max() <= 1e-2 * truth.abs().max()
     assert float(singular_value_penalty(fresh_adapter(gemma, SMALL)).detach()) == 0.0
+
+
+def test_the_kl_gradient_is_formed_on_demand_while_few_completions_fire(gemma, texts, monkeypatch):
+    used, kernel = [], import_module("shl.method.barrier")
+
+    def recorded(*args, lazy, **more):
+        used.append(lazy)
+        return reverse_kl_and_nll(*args, lazy=lazy, **more)
+
+    monkeypatch.setattr(kernel, "reverse_kl_and_nll", recorded)
+    train(gemma, texts, replace(SMALL, tau=100.0))
+    assert used == [False] + [True] * 7
+    used.clear()
+    train(gemma, texts, replace(SMALL, tau=0.0, epochs=1))
+    assert used == [False, True, False, False]  # D is 0, and not above tau, before the first update

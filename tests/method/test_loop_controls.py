@@ -19,10 +19,10 @@ ONE = small_loop(rounds=1)
 UNSTEERED = DoseConfig(alpha=0.0, walk=False, min_train=6, batch_size=6)
 
 
-def first(config, model=None, axis=AXIS):
+def first(config, model=None, axis=AXIS, **more):
     with pytest.MonkeyPatch.context() as patch:
         lenient(patch)
-        return next(love(model or tiny_gemma(), axis, config))
+        return next(love(model or tiny_gemma(), axis, config, **more))
 
 
 def test_completions_at_dose_0_are_unsteered():
@@ -42,7 +42,11 @@ def test_completions_at_dose_0_are_unsteered():
 def test_prompted_completions_are_trained_on_without_the_persona():
     model = tiny_gemma()
     greedy = replace(ONE.generate, temperature=0.0)
-    done = first(replace(ONE, dose=UNSTEERED, generate=greedy, prompted=True), model)
+    personas = []
+    instruments = {"persona": lambda _, persona: {"read": personas.append(persona)}}
+    config = replace(ONE, dose=UNSTEERED, generate=greedy, prompted=True)
+    done = first(config, model, instruments=instruments)
+    assert personas == [AXIS.positive, None]  # the steered and the healed stage
     prompted = [Prompt(c.prompt.text, AXIS.positive) for c in done.kept]
     again = generate(model, prompted, **vars(greedy))
     assert [c.tokens for c in done.kept] == [c.tokens for c in again]
