@@ -31,6 +31,7 @@ from experiments.report.report import report
 from shl.hooks.adapter import Adapter
 from shl.hooks.fingerprint import weights_hash
 from shl.hooks.vector import SteeringVector
+from shl.measure.continuations import item_instruments
 from shl.measure.tinymfv import Tinymfv
 from shl.method.axes import Axis, load_axis
 from shl.method.loop import StarvedError, baselines, love
@@ -58,7 +59,9 @@ def run(
         Stopped: a signal; the record is complete up to the last stage.
     """
     loop = config.loop
-    instruments = {"tinymfv": Tinymfv(config.tinymfv)} if config.eval == "tinymfv" else {}
+    instruments = item_instruments(axis.cloze, loop.eval.conflicts)
+    if config.eval == "tinymfv":
+        instruments["tinymfv"] = Tinymfv(config.tinymfv)
     progress = StageProgress(loop, console, instruments)
     recorder = Recorder(record, model, loop, progress, shared)
     adapters: list[Adapter] = []

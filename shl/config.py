@@ -253,6 +253,9 @@ class HealConfig(_Settings):
     """With the soft target: where the teacher's KL to the reference is above this, its hidden
     state is moved towards the unsteered student's, by the factor sqrt(clip / KL); None for no
     limit [nats]."""
+    unsteered: Annotated[int, Range(0)] = 0
+    """With the soft target: answers of the student without steering that the loop adds to the kept
+    completions, so that texts of its own register are learnt from too [count]."""
     divergence: Literal["kl_rev", "kl_fwd", "none"] = "kl_rev"
     """kl_rev = KL(student || reference), kl_fwd = KL(reference || student), none = plain NLL."""
     aggregate: str = "rmse"
@@ -290,7 +293,7 @@ class HealConfig(_Settings):
         require(len(set(self.sites)) == len(self.sites), f"sites {self.sites} names one twice.")
         if self.rows is not None:
             Range(1, self.batch_size).check("rows", self.rows)
-        for name, default in (("positions", "completion"), ("clip", None)):
+        for name, default in (("positions", "completion"), ("clip", None), ("unsteered", 0)):
             require(
                 self.target == "soft" or getattr(self, name) == default,
                 f"{name} is {getattr(self, name)!r}, which needs target 'soft'.",
@@ -346,6 +349,8 @@ class EvalConfig(_Settings):
     """Bootstrap resamples of the vignettes per interval [count]."""
     confidence: Annotated[float, Range(0.5, 0.999)] = 0.95
     """Coverage of the intervals [share]."""
+    conflicts: Annotated[int, Range(2, 40)] = 16
+    """Crossed conflicts on which the use of context is read at each stage [count]."""
     samples: Count = 16
     """Unsteered answers to the axis's prompts, sampled at each stage [count]."""
     batch_size: Count = 16
@@ -383,3 +388,11 @@ class LoopConfig(_Settings):
     """Training."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Measurement."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not self.prompted or self.heal.target == "sampled",
+            "prompted is True and heal.target is 'soft', whose teacher is the steered student; set "
+            "one of them only.",
+        )

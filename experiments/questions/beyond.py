@@ -2,16 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
+
 from experiments.questions.estimates import Estimate, Outcome, all_of, number
 from experiments.questions.measurements import (
     Finding,
     Measurements,
-    Profiles,
-    mass_of,
     missing,
     question,
 )
-from experiments.questions.thresholds import CHANCE, MATCHED, SELECTIVE
+from experiments.questions.thresholds import CHANCE, MATCHED, SELECTIVE, SEPARATES
 from shl.config import FOUNDATIONS
 
 
@@ -27,20 +27,20 @@ def prompting(m: Measurements) -> Finding:
     if plus is None or minus is None:
         return Finding([missing("prompted stages")])
 
-    def lead(s: Profiles) -> float:
+    def lead(s: np.ndarray) -> float:
         return float(s[2] - max(0.0, s[0], (s[0] - s[1]) / 2))
 
-    def matched(p: Profiles) -> float:
-        return mass_of(p, 2) / min(1.0, mass_of(p, 1))
+    def matched(r: np.ndarray) -> float:
+        return float(r[1] / min(1.0, r[0]))
 
     groups: list[list[Estimate]] = []
     shift, count = "on-axis shift less prompting's", len(m.healed)
-    mass = "valid-answer mass over the prompted persona's or base's, the smaller"
+    mass = "COHERENCE over the prompted persona's or base's, the smaller"
     survival = "survival less the prompted persona's"
     for h in m.healed:
         group = [
             m.shift(shift, [plus, minus, h], lead, comparisons=count),
-            m.vignettes(mass, [plus, h], matched, MATCHED),
+            m.ratio(mass, [plus, h], MATCHED, matched),
             m.survival(survival, h, plus, MATCHED),
         ]
         groups.append([replace(e, round=h["round"]) for e in group])
@@ -67,6 +67,10 @@ def prompting(m: Measurements) -> Finding:
 @question("selective", "on the axis?", "SELECTIVE", "COLLAPSED")
 def selective(m: Measurements) -> Finding:
     """Is the last healed stage's shift on the axis larger than the largest one off it?"""
+    if m.reads_cloze:
+        return Finding(
+            [], ["not applicable: a cloze reads the trait, no other foundation"], {}, "info"
+        )
     last = m.healed[-1]
     shift = m.evaluation(last).shift(m.evaluation(m.base))
     (on,) = m.shifts([last])
@@ -85,11 +89,18 @@ def selective(m: Measurements) -> Finding:
     return Finding([margin, *m.intact], [note], figures)
 
 
-@question("readable", "can we read it?", "CHANCE", healed=False)
+@question("readable", "can we read it?", "CHANCE", "SEPARATES", healed=False)
 def readable(m: Measurements) -> Finding:
-    """Does base choose the vignettes' foundations above chance, those of the axis among them?"""
+    """Is the axis's cloze valid on this model, or else: does base choose the vignettes' foundations
+    above chance, those of the axis among them?"""
     if m.first("base") is None:
         return Finding([missing("base", "base was not measured")])
+    context = f"coherence is read by {'the use of context' if m.uses_context else 'the vignettes'}"
+    if m.reads_cloze:
+        note = (
+            f"the personas differ as expected in at least {SEPARATES:.0%} of the cloze's openings"
+        )
+        return Finding([], [note, context], {"context": m.uses_context}, "yes")
     base = m.evaluation(m.base)
     estimates = [m.accuracy]
     for name in m.axis.expected:
@@ -101,4 +112,4 @@ def readable(m: Measurements) -> Finding:
     noise = ", ".join(base.noise)
     note = f"not readable (at most twice chance): {noise}" if noise else ""
     figures = {"noise": list(base.noise), "invalid": m.invalid}
-    return Finding(estimates, [note, m.invalid], figures, "no" if m.invalid else None)
+    return Finding(estimates, [note, m.invalid, context], figures, "no" if m.invalid else None)

@@ -9,7 +9,6 @@ from experiments.questions.estimates import EXACT, Estimate, all_of, number
 from experiments.questions.measurements import (
     Finding,
     Measurements,
-    mass_of,
     median_perplexity,
     missing,
     question,
@@ -46,8 +45,8 @@ def heals(m: Measurements) -> Finding:
 
 def _broken(m: Measurements, steered: Event) -> Estimate:
     """That the steered stage is less coherent than base: otherwise there is nothing to heal."""
-    what = f"steered valid-answer mass short of {COHERENT:g} x base's"
-    mass = m.vignettes(what, [steered], lambda p: COHERENT - mass_of(p), 0.0)
+    what = f"steered COHERENCE short of {COHERENT:g} x base's"
+    mass = m.ratio(what, [steered], 0.0, lambda r: COHERENT - float(r[0]))
     e = m.survival("steered survival short of base's", steered, m.base, COHERENT)
     if e.limits:
         value, low, high = e.limits

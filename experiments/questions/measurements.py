@@ -20,8 +20,15 @@ from experiments.questions.estimates import (
     sentence,
     wilson,
 )
-from experiments.questions.thresholds import CHANCE, COHERENT, COLLAPSED, MOVES, survival_margin
-from experiments.record.reader import Event, samples, stages
+from experiments.questions.thresholds import (
+    CHANCE,
+    COHERENT,
+    COLLAPSED,
+    MOVES,
+    SEPARATES,
+    survival_margin,
+)
+from experiments.record.reader import Event, items_of, samples, stages
 from experiments.record.resume import scores
 from experiments.record.schema import name_of
 from shl.config import FOUNDATIONS, EvalConfig
@@ -87,14 +94,83 @@ class Measurements:
         """A statistic of the profiles of base and the stages `found`, bootstrapped over vignettes;
         with several `comparisons` its interval is widened by Bonferroni."""
         items = self._items(found)
+
+        def of(x: np.ndarray) -> float:
+            return statistic(nats_of(x))
+
+        return self._bootstrap(what, items, of, threshold, "vignettes", comparisons, **more)
+
+    def _bootstrap(
+        self,
+        what: str,
+        items: np.ndarray,
+        statistic: Callable[[np.ndarray], float],
+        threshold: float,
+        over: str,
+        comparisons: int = 1,
+        **more: Any,
+    ) -> Estimate:
         interval = bootstrap(
             items,
-            lambda x: statistic(nats_of(x)),
+            statistic,
             resamples=self.config.bootstrap,
             confidence=1 - (1 - self.config.confidence) / comparisons,
         )
-        limits = (statistic(nats_of(items)), *interval)
-        return Estimate(what, limits, threshold, "bootstrap over vignettes, paired", **more)
+        method = f"bootstrap over {over}, paired"
+        return Estimate(what, (statistic(items), *interval), threshold, method, **more)
+
+    def read(self, instrument: str, found: Sequence[Event]) -> np.ndarray | None:
+        """`[item, stage]`: readings of stages by an instrument of `shl.measure.continuations`, None
+        if one of them is not on record."""
+        lines = [items_of(self.events, instrument, stage) for stage in found]
+        values = [line["items"] for line in lines if line is not None]
+        return np.array(values).T if len(values) == len(found) else None
+
+    @cached_property
+    def uses_context(self) -> bool:
+        """Whether the conflicts are valid on this model, as a measure of coherence: base follows
+        the text before it in `SEPARATES` of the items or more, and beyond doubt on average."""
+        items = self.read("context", [self.base]) if self.first("base") else None
+        return items is not None and self._valid("base", items[:, 0])
+
+    @cached_property
+    def reads_cloze(self) -> bool:
+        """Whether the axis's cloze is valid on this model: the personas differ in the expected
+        direction in `SEPARATES` of the openings or more, and beyond doubt on average."""
+        personas = [self.first("prompted+"), self.first("prompted-")]
+        found = [stage for stage in personas if stage is not None]
+        items = self.read("cloze", found) if len(found) == 2 else None
+        return items is not None and self._valid("personas", items[:, 0] - items[:, 1])
+
+    def _valid(self, what: str, items: np.ndarray) -> bool:
+        mean = self._bootstrap(what, items[:, None], lambda x: float(x.mean()), 0.0, "items")
+        return float((items > 0).mean()) >= SEPARATES and mean.outcome == "yes"
+
+    def ratio(
+        self,
+        what: str,
+        found: Sequence[Event],
+        threshold: float,
+        statistic: Callable[[np.ndarray], float] = lambda r: float(r[0]),
+        **more: Any,
+    ) -> Estimate:
+        """A statistic of the coherence of the stages `found` over base's, one number per stage: the
+        use of context where that is valid on this model, else the valid-answer mass.
+
+        In `what`, COHERENCE stands for the name of that measure.
+        """
+        items = self.read("context", [self.base, *found]) if self.uses_context else None
+        if items is None:
+            what = what.replace("COHERENCE", "valid-answer mass")
+            return self.vignettes(what, found, lambda p: statistic(masses(p)), threshold, **more)
+        return self._bootstrap(
+            what.replace("COHERENCE", "use of context"),
+            items,
+            lambda x: statistic(x[:, 1:].mean(0) / x[:, 0].mean()),
+            threshold,
+            "conflicts",
+            **more,
+        )
 
     def shift(
         self,
@@ -107,8 +183,18 @@ class Measurements:
         unit: str = " nats",
         **more: Any,
     ) -> Estimate:
-        """A statistic of the on-axis shifts of the stages `found`, one number per stage; with
-        `off`, the largest absolute off-axis shifts follow."""
+        """A statistic of the on-axis shifts of the stages `found`, one number per stage: of the
+        axis's cloze where that is valid on this model, else of the vignettes; with `off`, the
+        largest absolute off-axis shifts of the vignettes follow."""
+        read = self.read("cloze", [self.base, *found]) if self.reads_cloze and not off else None
+        if read is not None:
+            shifts = read[:, 1:] - read[:, :1]
+            more |= {"unit": unit, "trait": True}
+
+            def of_mean(x: np.ndarray) -> float:
+                return float(statistic(x.mean(0)))
+
+            return self._bootstrap(what, shifts, of_mean, threshold, "openings", **more)
         doubt, expected = bool(self.doubt), self.axis.expected
         others = [name not in expected for name in FOUNDATIONS]
 
@@ -122,6 +208,9 @@ class Measurements:
 
     def shifts(self, found: Sequence[Event]) -> list[float]:
         """The on-axis shifts of stages, nats."""
+        read = self.read("cloze", [self.base, *found]) if self.reads_cloze else None
+        if read is not None:
+            return [float(x) for x in (read[:, 1:] - read[:, :1]).mean(0)]
         p = nats_of(self._items(found))[:, :7]
         return [float(x) for x in on_axis(p[1:] - p[0], self.axis.expected)]
 
@@ -152,7 +241,9 @@ class Measurements:
 
     @cached_property
     def doubt(self) -> str:
-        """That the vignettes do not measure the trait on this model, or nothing."""
+        """That no instrument measures the trait on this model, or nothing."""
+        if self.reads_cloze:
+            return ""
         if self.invalid:
             return "the vignettes are not valid on this model"
         if self.accuracy.outcome == "yes":
@@ -197,9 +288,9 @@ class Measurements:
         return Estimate(what, limits, 0.0 if scaled else -margin, SHARES, round, note)
 
     def coherence(self, h: Event, **more: Any) -> tuple[Estimate, Estimate]:
-        """Valid-answer mass and survival of a stage against base's."""
+        """Use of context (or valid-answer mass) and survival of a stage against base's."""
         return (
-            self.vignettes("valid-answer mass over base's", [h], mass_of, COHERENT, **more),
+            self.ratio("COHERENCE over base's", [h], COHERENT, **more),
             self.survival("survival less base's", h, self.base, COHERENT, **more),
         )
 
@@ -207,11 +298,12 @@ class Measurements:
     def intact(self) -> tuple[Estimate, ...]:
         """That no healed stage has collapsed, without which nothing counts as a success."""
         found = []
-        mass = "no collapse: mass over base's"
+        measure = "use of context" if self.uses_context else "mass"
+        mass = f"no collapse: {measure} over base's"
         survival = f"no collapse: survival less {number(COLLAPSED)} x base's"
         for h in self.healed:
             k, base = h["round"], self.base
-            found.append(self.vignettes(mass, [h], mass_of, COLLAPSED, round=k))
+            found.append(self.ratio(mass, [h], COLLAPSED, round=k))
             found.append(self.survival(survival, h, base, COLLAPSED, scaled=True, round=k))
         return tuple(replace(e, quiet=True) for e in found)
 
@@ -256,11 +348,11 @@ def question(
     return decorate
 
 
-def mass_of(p: Profiles, stage: int = 1) -> float:
-    """Valid-answer mass of a stage relative to base, geometric mean over paraphrases."""
+def masses(p: Profiles) -> np.ndarray:
+    """Valid-answer mass of each stage relative to base, geometric mean over paraphrases."""
     # A base that gives valid answers no mass at all would overflow.
     with np.errstate(over="ignore"):
-        return float(np.exp((p[stage, 7:] - p[0, 7:]).mean()))
+        return np.asarray(np.exp((p[1:, 7:] - p[0, 7:]).mean(1)))
 
 
 def missing(what: str, why: str = NO_ROUND, index: int | None = None) -> Estimate:

@@ -36,6 +36,10 @@ SELECTIVE = 1.0
 """Selectivity: the on-axis shift over the largest off-axis shift. At 1 or below, a foundation off
 the axis moved as far as those on it."""
 
+SEPARATES = 0.9
+"""Validity of the conflicts, of a cloze: share of the items in which base follows the text before
+it, in which the personas differ in the expected direction. One in ten may be badly written."""
+
 CHANCE = 1 / 7
 """Readability: share of the vignettes whose foundation one of seven options names by chance."""
 

@@ -12,7 +12,14 @@ from shl.config import LoopConfig
 
 BASELINES = ("base", "prompted+", "prompted-")
 ROUND = ("vector", "probe", "batch", "steered", "healing", "healed")
-SECONDS = {"vector": 1.5, "steered": 3.0, "healing": 12.0, "reading": 20.0}
+SECONDS = {
+    "vector": 1.5,
+    "steered": 3.0,
+    "healing": 12.0,
+    "reading": 20.0,
+    "context": 6.0,
+    "cloze": 2.0,
+}
 """Rough duration of a stage on a CPU, or of an instrument's reading of it; 5 if not listed."""
 ACTIVITIES = {
     "vector": "extracting the vector",
@@ -40,7 +47,9 @@ class StageProgress:
         for index, name in stages:
             plan[index, name] = SECONDS.get(name, 5.0)
             if index < 0 or name in ("steered", "healed"):
-                plan |= {(index, f"{i}:{name}"): SECONDS["reading"] for i in instruments}
+                plan |= {
+                    (index, f"{i}:{name}"): SECONDS.get(i, SECONDS["reading"]) for i in instruments
+                }
         self.plan = list(plan)
         self.ends = dict(zip(plan, accumulate(plan.values()), strict=True))
         self.total = sum(plan.values())

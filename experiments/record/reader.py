@@ -133,6 +133,12 @@ def samples(texts: Sequence[Event], stage: Event) -> list[Event]:
     return [t for t in made if dose is not None and abs(t["dose"] - dose) < 1e-9]
 
 
+def items_of(events: Sequence[Event], instrument: str, stage: Event) -> Event | None:
+    """The reading of a stage by an instrument of `shl.measure.continuations`, if on record."""
+    key = (f"{instrument}:{stage['stage']}", stage["round"])
+    return next((e for e in events if (name_of(e), e["round"]) == key), None)
+
+
 def of_round(events: Sequence[Event], name: str) -> list[Event]:
     """The last event of one name per round."""
     last = {e["round"]: e for e in events if e["event"] == name}

@@ -107,6 +107,21 @@ class ReadingEvent(Event):
     table: Table
 
 
+class ItemsEvent(Event):
+    """A stage, read by `shl.measure.continuations`.
+
+    `items` holds the reading of each item; `value` and its interval are the statistic of that
+    instrument beside base, paired by item.
+    """
+
+    event: Literal["items"]
+    instrument: Literal["context", "cloze"]
+    stage: StageName
+    items: Annotated[list[Number], Field(min_length=2)]
+    value: Number
+    interval: Pair
+
+
 class OneFoundation(Strict):
     """Validity of an instrument on one foundation of the axis."""
 
@@ -308,7 +323,7 @@ def name_of(event: Mapping[str, Any]) -> str:
         'validity:vignettes'
     """
     kind = str(event["event"])
-    if kind == "reading":
+    if kind in ("reading", "items"):
         return f"{event['instrument']}:{event['stage']}"
     if kind == "validity":
         return f"validity:{event['instrument']}"
@@ -342,7 +357,7 @@ def _check_order(events: Sequence[Mapping[str, Any]], texts: int, where: str) ->
     for number, event in enumerate(events, 1):
         name, kind = name_of(event), event["event"]
         index += kind == "vector"
-        if kind == "reading":
+        if kind in ("reading", "items"):
             allowed = event["stage"] == last
         else:
             last, before = (kind if kind == "validity" else name), last

@@ -102,7 +102,8 @@ def settings_of(config: RunConfig, axis: Axis) -> dict[str, dict[str, Any]]:
     settings["device"] = device_of(config.device)
     return {
         "config.json": settings,
-        "axis.json": vars(axis) | {"expected": dict(axis.expected)},
+        "axis.json": vars(axis)
+        | {"expected": dict(axis.expected), "cloze": axis.cloze and vars(axis.cloze)},
         "versions.json": versions(settings["device"], packages),
     }
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformer_lens import HookedTransformer
 
 from experiments.record.journal import Journal, Line, finite, lock, read_lines, write, write_error
@@ -26,7 +27,9 @@ from shl.config import FOUNDATIONS, EvalConfig, LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.bake import baked
 from shl.hooks.vector import SteeringVector
+from shl.measure.continuations import STATISTICS
 from shl.measure.evaluation import Evaluation
+from shl.measure.stats import bootstrap
 from shl.method.dose import Walk
 from shl.method.filters import Verdict
 from shl.method.heal import Healed, HealStep, Training
@@ -179,11 +182,25 @@ class Recorder(Resume):
             self._finish("stage", index, numbers, text_lines(stage.name, index, stage.samples))
 
     def save_reading(self, index: int, reading: InstrumentReading) -> None:
-        """Write what an instrument read of a stage, with its shift from base."""
+        """Write what an instrument read of a stage, and how that differs from base."""
+        if "items" in reading.values:
+            self._save_items(index, reading)
+            return
         base = self.record.find(f"{reading.instrument}:base", -1) or reading.values
         shift = {key: nats - base["nats"][key] for key, nats in reading.values["nats"].items()}
         values = {"instrument": reading.instrument, "stage": reading.stage, **reading.values}
         self._finish("reading", index, values | {"shift": shift})
+
+    def _save_items(self, index: int, reading: InstrumentReading) -> None:
+        name, own = reading.instrument, reading.values["items"]
+        base = self.record.find(f"{name}:base", -1) or reading.values
+        pairs, of = np.stack([base["items"], own], 1), STATISTICS[name]
+        settings = self.config.eval
+        interval = bootstrap(
+            pairs, of, resamples=settings.bootstrap, confidence=settings.confidence
+        )
+        values = {"instrument": name, "stage": reading.stage, "items": own}
+        self._finish("items", index, values | {"value": of(pairs), "interval": list(interval)})
 
     def save_vector(self, index: int, vector: SteeringVector) -> None:
         """Write the vector of a round."""

@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.questions.estimates import wilson
+from experiments.questions.measurements import Measurements
 from experiments.questions.thresholds import COHERENT, survival_margin
-from experiments.record.reader import Event, of_round, stages
+from experiments.record.reader import Event, items_of, of_round, stages
 from experiments.report import figures as fig
 from experiments.report.escape import clean
 from experiments.report.tables import ladders
 from shl.analysis.plots import FONT, drawable
-from shl.config import FOUNDATIONS
+from shl.config import FOUNDATIONS, EvalConfig
 from shl.hooks.vector import SteeringVector
 from shl.method.axes import Axis
 from shl.utils.errors import require
@@ -54,10 +55,10 @@ STEP_CHARTS: dict[str, dict[str, tuple[str, fig.Look]]] = {
 }
 """Panels of `barrier`: title, and the keys of a training step that are drawn with their labels."""
 CAPTIONS = {
-    "trajectory": "Shift from base of the axis's foundations, {level} intervals paired by "
-    "vignette; coherence, the probability on valid answers over base's; survival, the share of "
-    f"free samples that pass the filter, {{level}} Wilson intervals. Q2 needs {COHERENT:g} of "
-    "base's coherence in every healed stage, and survival within a margin of base's.",
+    "trajectory": "Shift from base of the axis's cloze, or of its foundations where no cloze is "
+    "valid on this model, {level} intervals paired by item; coherence over base's; survival, the "
+    "share of free samples that pass the filter, {level} Wilson intervals. Q2 needs "
+    f"{COHERENT:g} of base's coherence in every healed stage, and survival within a margin.",
     "plane": "Care against authority, log of their mean probability over the vignettes; numbers "
     "are rounds, arrows follow the run.",
     "token_kl": "Distribution of the per-token KL to base over the completions below, all rounds; "
@@ -91,7 +92,11 @@ def _survival(e: Event, confidence: float) -> tuple[float, Interval]:
 
 @fig.styled
 def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) -> Figure:
-    """Shift of the axis's foundations, coherence and survival per round, with reference lines."""
+    """Trait, coherence and survival per round, with reference lines.
+
+    The trait is the cloze's shift where that is valid on this model, else the shift of the axis's
+    foundations; coherence is the use of context where that is valid, else the valid-answer mass.
+    """
     measured = [*stages(events, "steered"), *stages(events, "healed")]
     require(bool(measured), "no steered or healed stage has been measured.")
     base = stages(events, "base")[0]
@@ -100,12 +105,26 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
     def shift(name: str, e: Event) -> tuple[float, Interval]:
         return e["shift"][name], e["shift_interval"][name]
 
+    def read(instrument: str, e: Event) -> tuple[float, Interval]:
+        found = items_of(events, instrument, e)
+        require(found is not None, f"{e['stage']} of round {e['round']} lacks {instrument}.")
+        assert found is not None
+        return found["value"], found["interval"]
+
+    def mass(e: Event) -> tuple[float, Interval]:
+        return e["coherence"], e["coherence_interval"]
+
+    m = Measurements(events, (), axis, EvalConfig(confidence=confidence))
     panels: list[tuple[str, Callable[[Event], tuple[float, Interval]], float | None]] = [
         (f"{name} shift [nats], {way[sign]} is on-trait", partial(shift, name), None)
         for name, sign in axis.expected.items()
     ]
+    if m.reads_cloze:
+        panels = [("cloze shift [nats], up is on-trait", partial(read, "cloze"), None)]
     panels += [
-        ("coherence [mass / base]", lambda e: (e["coherence"], e["coherence_interval"]), COHERENT),
+        ("coherence [use of context / base]", partial(read, "context"), COHERENT)
+        if m.uses_context
+        else ("coherence [mass / base]", mass, COHERENT),
         (
             "survival [share of texts]",
             lambda e: _survival(e, confidence),
@@ -116,9 +135,7 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
     for panel, (title, measure, threshold) in zip(axes, panels, strict=True):
         panel.set(title=title, xlabel="round")
         if title.startswith("coherence"):
-            fig.log_axis(
-                panel, "y", [v for e in measured for v in (e["coherence"], *measure(e)[1])]
-            )
+            fig.log_axis(panel, "y", [v for e in measured for v in (measure(e)[0], *measure(e)[1])])
         for name, aside in (("steered", -0.04), ("healed", 0.04)):
             found = stages(events, name)
             values = [measure(e) for e in found]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import median_low
 
-from experiments.record.reader import Event, stages
+from experiments.record.reader import Event, items_of, stages
 
 
 def rows(events: Sequence[Event]) -> list[dict[str, str]]:
@@ -20,6 +20,7 @@ def rows(events: Sequence[Event]) -> list[dict[str, str]]:
             "stage": e["stage"] if index < 0 else f"{e['stage']} {index}",
             _column("care_nats", "care", events): f"{e['nats']['care']:.2f}",
             _column("auth_nats", "authority", events): f"{e['nats']['authority']:.2f}",
+            **_items(events, e),
             "coherence": f"{e['coherence']:.2f}",
             "survival": f"{e['survival']:.2f}",
             "base ppl": "-" if e["perplexity"] is None else f"{e['perplexity']:.1f}",
@@ -34,6 +35,12 @@ def rows(events: Sequence[Event]) -> list[dict[str, str]]:
             row["lam"] = f"{last['lam']:.1f}"
         table.append(row)
     return table
+
+
+def _items(events: Sequence[Event], stage: Event) -> dict[str, str]:
+    found = {"S / base": ("context", ".2f"), "cloze": ("cloze", "+.2f")}
+    read = {key: (items_of(events, name, stage), form) for key, (name, form) in found.items()}
+    return {key: format(e["value"], form) for key, (e, form) in read.items() if e is not None}
 
 
 def _column(name: str, foundation: str, events: Sequence[Event]) -> str:

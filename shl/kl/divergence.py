@@ -191,7 +191,7 @@ class Divergence(torch.autograd.Function):
             target_w, offset = targets.mean_w, targets.offset
         else:
             target_w = unembed.T[targets].float()
-            offset = 0.0 if bias is None else bias[targets].float()
+            offset = student.new_zeros(()) if bias is None else bias[targets].float()
         nll = at_student.lse - (student * target_w).sum(1) - offset
         ctx.lazy = lazy and reverse and delta is not None
         ctx.save_for_backward(grad_kl, at_student.mean_w, target_w, student, delta, unembed, bias)

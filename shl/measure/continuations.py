@@ -7,9 +7,10 @@ once, in both sentence orders, so that what a model likes about a wording cancel
 """
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,11 @@ from shl.kl import log_probs_at
 from shl.models.generate import prefill, run
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import Prompt, encode, encode_text, is_chat, length_batches
-from shl.utils.errors import in_batches
+from shl.utils.errors import in_batches, require
 from shl.utils.files import DATA
+
+Instrument = Callable[[HookedTransformer, str | None], Mapping[str, Any]]
+"""Called with the model, its hooks on, and the persona in the prompt or None."""
 
 CELLS = (
     ("order", 0, None),
@@ -98,11 +102,23 @@ def option_scores(
 
 @dataclass(frozen=True)
 class Cloze:
-    """Openings, and words of the positive and of the negative pole that may continue them."""
+    """Openings, and words of the positive and of the negative pole that may continue them.
+
+    Raises:
+        ShlError: a list is empty, or a text is empty or repeated.
+    """
 
     openings: tuple[str, ...]
     positive: tuple[str, ...]
     negative: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.openings) > 0, "a cloze has no openings, it needs at least one.")
+        for name in ("positive", "negative"):
+            require(len(getattr(self, name)) > 0, f"a cloze has no {name} words.")
+        for texts in (self.openings, (*self.positive, *self.negative)):
+            wrong = [text for text in texts if not text.strip() or texts.count(text) > 1]
+            require(not wrong, f"a cloze has {wrong[:1]}, which is empty or repeated.")
 
 
 def read_cloze(
@@ -217,6 +233,39 @@ def read_conflict(
     odds = np.full((len(items), len(CELLS)), np.nan)
     odds[:, : len(cells)] = (scores[:, 0] - scores[:, 1]).reshape(len(items), -1)
     return Conflict(odds)
+
+
+def context_use(x: np.ndarray) -> float:
+    """Coherence from `[item, 2]`, S of base and of a stage: the mean S over base's."""
+    return float(x[:, 1].mean() / x[:, 0].mean())
+
+
+def cloze_shift(x: np.ndarray) -> float:
+    """Trait from `[item, 2]`, log-odds of base and of a stage: the mean difference, nats."""
+    return float((x[:, 1] - x[:, 0]).mean())
+
+
+STATISTICS: Mapping[str, Callable[[np.ndarray], float]] = {
+    "context": context_use,
+    "cloze": cloze_shift,
+}
+"""What a stage's items come to beside base's, by instrument."""
+
+
+def item_instruments(cloze: Cloze | None, conflicts: int) -> dict[str, Instrument]:
+    """The instruments of this module for `shl.love`: `context` is S of the first `conflicts`
+    items, `cloze` is there for an axis that has one."""
+
+    def context(model: HookedTransformer, persona: str | None) -> dict[str, list[float]]:
+        items = conflict_items()[:conflicts]
+        return {"items": read_conflict(model, items, persona=persona, trait=False).context.tolist()}
+
+    def words(model: HookedTransformer, persona: str | None) -> dict[str, list[float]]:
+        assert cloze is not None
+        return {"items": read_cloze(model, cloze, persona=persona).tolist()}
+
+    found: dict[str, Instrument] = {"context": context}
+    return found if cloze is None else found | {"cloze": words}
 
 
 def _answer(model: HookedTransformer, question: str, begun: str, persona: str | None) -> list[int]:

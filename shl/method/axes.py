@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from shl.config import FOUNDATIONS
+from shl.measure.continuations import Cloze
 from shl.utils.errors import ShlError, require
 from shl.utils.files import DATA
 
@@ -18,7 +19,7 @@ class Axis:
 
     The vector is extracted on `contexts`, diverse everyday questions; completions answer `prompts`.
     `expected` holds the sign (+1, -1) of the positive persona's effect on each foundation that it
-    should change.
+    should change. `cloze`, if given, is an instrument of the trait.
 
     Raises:
         ShlError: equal personas, empty contexts or prompts, or an expected sign that is neither
@@ -37,6 +38,7 @@ class Axis:
     contexts: tuple[str, ...]
     prompts: tuple[str, ...]
     expected: Mapping[str, int]
+    cloze: Cloze | None = None
 
     def __post_init__(self) -> None:
         where = f"axis {self.name!r}"
@@ -78,7 +80,8 @@ def axis_names() -> tuple[str, ...]:
 def load_axis(name: str | Path) -> Axis:
     """Read a built-in axis by name, or a TOML file by path.
 
-    The file has the keys name, description, positive, negative, contexts, prompts and expected;
+    The file has the keys name, description, positive, negative, contexts, prompts, expected and
+    optionally cloze (a table with openings, positive and negative words);
     `contexts = "everyday"` takes the built-in questions.
 
     Raises:
@@ -116,7 +119,7 @@ def axis_from(table: Mapping[str, Any], where: str) -> Axis:
         'bold'
     """
     keys = [field.name for field in fields(Axis)]
-    missing = [key for key in keys if key not in table]
+    missing = [key for key in keys if key not in table and key != "cloze"]
     unknown = [key for key in table if key not in keys]
     require(not missing, f"axis file {where} lacks {', '.join(missing)}.")
     require(not unknown, f"axis file {where} has unknown {', '.join(unknown)}; allowed: {keys}.")
@@ -125,17 +128,30 @@ def axis_from(table: Mapping[str, Any], where: str) -> Axis:
     require(isinstance(table["expected"], Mapping), f"expected in {where} must be a table.")
     texts = {key: table[key] for key in ("contexts", "prompts")}
     if isinstance(texts["contexts"], str):
-        lists = tomllib.loads((DATA / "contexts.toml").read_text("utf-8"))
+        built_in = tomllib.loads((DATA / "contexts.toml").read_text("utf-8"))
+        name = texts["contexts"]
         require(
-            texts["contexts"] in lists,
-            f"contexts in {where} names {texts['contexts']!r}, the lists are {', '.join(lists)}.",
+            name in built_in,
+            f"contexts in {where} names {name!r}, the lists are {', '.join(built_in)}.",
         )
-        texts["contexts"] = lists[texts["contexts"]]
-    for key, value in texts.items():
+        texts["contexts"] = built_in[name]
+    lists = {key: _texts(value, f"{key} in {where}") for key, value in texts.items()}
+    cloze = None
+    if table.get("cloze") is not None:
+        keys = [field.name for field in fields(Cloze)]
+        given = table["cloze"]
         require(
-            isinstance(value, list | tuple) and all(isinstance(text, str) for text in value),
-            f"{key} in {where} must be a list of texts.",
+            isinstance(given, Mapping) and set(given) == set(keys),
+            f"cloze in {where} must be a table with {', '.join(keys)}.",
         )
-        texts[key] = tuple(value)
+        cloze = Cloze(*(_texts(given[key], f"cloze.{key} in {where}") for key in keys))
     expected = MappingProxyType(dict(table["expected"]))
-    return Axis(**{**table, **texts, "expected": expected})
+    return Axis(**{**table, **lists, "expected": expected, "cloze": cloze})
+
+
+def _texts(value: Any, what: str) -> tuple[str, ...]:
+    require(
+        isinstance(value, list | tuple) and all(isinstance(text, str) for text in value),
+        f"{what} must be a list of texts.",
+    )
+    return tuple(value)

@@ -21,13 +21,14 @@ from shl.config import LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.bake import baked
 from shl.hooks.vector import SteeringVector
+from shl.measure.continuations import Instrument
 from shl.measure.vignettes import evaluate, remember_base
 from shl.method.axes import Axis
 from shl.method.dose import Walk, after_batch, ladder, settle, start
 from shl.method.extract import extract_vector, random_like
 from shl.method.filters import Verdict, judge
 from shl.method.heal import Healed, train_adapter
-from shl.method.stages import Instrument, InstrumentReading, Judged, Observer, Stage
+from shl.method.stages import InstrumentReading, Judged, Observer, Stage
 from shl.models.generate import Completion, generate, without_persona
 from shl.models.nan_checks import named
 from shl.models.tokens import Prompt
@@ -169,7 +170,7 @@ class Study:
             survivors = _survivors(walk, (*probes, *dreams))
             kept = tuple(without_persona(model, completion) for completion in survivors)
             steered = self.measure_steered(index, vector, walk, (*probes, *dreams))
-            healing = self.heal(index, kept)
+            healing = self.heal(index, kept, vector, walk)
         with baked(model, (*before, healing.adapter)):
             healed = self.measure(index, "healed")
         kappa, dose = walk.kappa, walk.dose
@@ -286,19 +287,32 @@ class Study:
         with vector.steering(self.model, walk.dose):
             return self._measured(index, "steered", compute, self.persona)
 
-    def heal(self, index: int, kept: Sequence[Completion]) -> Healed:
-        """Train the round's adapter on the kept completions, or continue its training."""
-        healed = self.observer.load_healed(index)
+    def heal(
+        self, index: int, kept: Sequence[Completion], vector: SteeringVector, walk: Walk
+    ) -> Healed:
+        """Train the round's adapter on the kept completions, or continue its training.
+
+        With the soft target the teacher is the steered student, and `heal.unsteered` answers of the
+        student without steering are added to the texts.
+        """
+        healed, settings = self.observer.load_healed(index), self.config.heal
         if healed is None:
             with named(f"round {index}, healing"):
+                teacher, own = None, []
+                if settings.target == "soft":
+                    teacher = partial(vector.steering, self.model, walk.dose)
+                    seed = seed_for(self.config.seed, "unsteered", index)
+                    prompts = _prompts(self.axis, None, settings.unsteered)
+                    own = generate(self.model, prompts, **vars(self.config.generate), seed=seed)
                 healed = train_adapter(
                     self.model,
-                    kept,
-                    self.config.heal,
+                    (*kept, *own),
+                    settings,
                     index=index,
                     rounds=self.config.rounds,
                     seed=seed_for(self.config.seed, "heal", index),
                     axis=self.axis.name,
+                    teacher=teacher,
                     resume=self.observer.load_training(index),
                     on_step=partial(self.observer.on_step, index),
                 )

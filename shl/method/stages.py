@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformer_lens import HookedTransformer
 
 from shl.hooks.vector import SteeringVector
 from shl.measure.evaluation import Evaluation
@@ -62,10 +61,6 @@ class Judged:
 
     verdicts: tuple[Verdict, ...]
     walk: Walk
-
-
-Instrument = Callable[[HookedTransformer, str | None], Mapping[str, Any]]
-"""Called with the model, its hooks on, and the persona in the prompt or None."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pytest
 from helpers import one_sentence
 
 from shl.config import FOUNDATIONS
+from shl.measure.continuations import Cloze
 from shl.method.axes import Axis, axis_names, load_axis
 from shl.utils.errors import ShlError
 
@@ -122,3 +123,27 @@ def test_built_in_axes_follow_the_rules_of_the_method(name):
 def test_expected_signs_of_the_built_in_axes():
     assert dict(load_axis("care_auth").expected) == {"care": 1, "authority": -1}
     assert load_axis("love").expected["care"] == 1
+
+
+CLOZE = '{ openings = ["We are"], positive = ["calm"], negative = ["late"] }'
+
+
+def test_a_cloze_is_read(tmp_path):
+    assert load_axis(write(tmp_path)).cloze is None
+    assert load_axis(write(tmp_path, cloze=CLOZE)).cloze == Cloze(("We are",), ("calm",), ("late",))
+
+
+@pytest.mark.parametrize(
+    ("cloze", "message"),
+    [
+        ('"calm"', "must be a table with openings, positive, negative"),
+        ('{ openings = ["We are"], positive = ["calm"] }', "must be a table with"),
+        (CLOZE.replace('["calm"]', '"calm"'), "cloze.positive in .* must be a list of texts"),
+        (CLOZE.replace('["late"]', "[]"), "has no negative words"),
+        (CLOZE.replace('["We are"]', "[]"), "has no openings"),
+        (CLOZE.replace("late", "calm"), "empty or repeated"),
+        (CLOZE.replace("We are", " "), "empty or repeated"),
+    ],
+)
+def test_wrong_clozes_are_rejected(tmp_path, cloze, message):
+    assert re.search(message, error_of(write(tmp_path, cloze=cloze)))

@@ -1,6 +1,7 @@
 """Controls of the loop: no steering, prompting, a random vector, no opposite persona."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from helpers import lenient, small_loop
 from shl.config import DoseConfig, VectorConfig
 from shl.method.axes import load_axis
 from shl.method.extract import extract_vector
+from shl.method.heal import train_adapter
 from shl.method.loop import love
 from shl.models.generate import generate, without_persona
 from shl.models.tiny import tiny_gemma
 from shl.models.tokens import Prompt, encode
+from shl.utils.errors import ShlError
 
 AXIS = load_axis("care_auth")
 ONE = small_loop(rounds=1)
@@ -100,3 +103,27 @@ def test_the_random_vector_replaces_the_axis_in_every_round(monkeypatch):
     assert [(dose, n) for dose, _, n in seen] == [(0.3, 8)] * 2
     assert len({seed for _, seed, _ in seen}) == 1
     assert [r.vector.rule for r in rounds] == ["random", "random"]
+
+
+def test_the_soft_target_teaches_the_steered_student_at_the_walked_dose(monkeypatch):
+    calls = []
+    heal = import_module("shl.method.loop")
+
+    def recorded(model, texts, config, *, teacher, **more):
+        with teacher() as steering:
+            calls.append((len(texts), steering.dose, [c.dose for c in texts]))
+        return train_adapter(model, texts, config, teacher=teacher, **more)
+
+    monkeypatch.setattr(heal, "train_adapter", recorded)
+    soft = replace(ONE.heal, target="soft", positions="all", unsteered=5)
+    done = first(replace(ONE, heal=soft))
+    [(count, dose, doses)] = calls
+    assert count == len(done.kept) + 5
+    assert dose == done.dose
+    assert doses[-5:] == [0.0] * 5
+    assert done.healing.steps[-1].nll < done.healing.steps[0].nll
+
+
+def test_prompting_and_the_soft_target_exclude_each_other():
+    with pytest.raises(ShlError, match="set one of them only"):
+        replace(ONE, prompted=True, heal=replace(ONE.heal, target="soft"))
