@@ -1,36 +1,119 @@
-"""Validity of the vignettes on a model, before anything is measured with them: `make probe`."""
+"""Validity of the instruments on a model, before anything is measured with them: `make probe`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from transformer_lens import HookedTransformer
 
 from experiments.record.command import command, say, wide_console
 from shl.config import FOUNDATIONS
+from shl.hooks.vector import SteeringVector
+from shl.measure.continuations import read_cloze, read_conflict
 from shl.measure.evaluation import Evaluation, nats_of
 from shl.measure.validity import validity
 from shl.measure.vignettes import evaluate
-from shl.method.axes import load_axis
+from shl.method.axes import Axis, load_axis
+from shl.method.extract import extract_vector, random_like
+from shl.method.loop import MATCHED_ON
 from shl.models.load import load_model
+
+
+Reading = Callable[[HookedTransformer], np.ndarray]
+"""A reading of a model as it stands, one number per item."""
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Evaluate the vignettes on base and under both personas, and test their validity."""
+    """Test the vignettes, the use of context, and the axis's cloze against random vectors."""
 
     axis: str = "care_auth"
     """Axis whose personas are used, or the path of a TOML file."""
     model: str = "gemma-3-270m"
     """Embedded model, hub name, or local folder."""
+    nulls: int = 20
+    """Random vectors whose KL per token at `dose` is that of the axis's vector [count]."""
+    dose: float = 0.5
+    """Dose at which vectors are compared [multiples of the vector]."""
 
 
 def probe(config: ProbeConfig) -> None:
-    """Evaluate base and both personas, and print the result."""
+    """Measure base, both personas and vectors, and print the results."""
     axis = load_axis(config.axis)
     model = load_model(config.model)
     base, plus, minus = (evaluate(model, persona=p) for p in (None, axis.positive, axis.negative))
-    show(wide_console(), config, base, plus, minus)
+    console = wide_console()
+    show(console, config, base, plus, minus)
+    show_items(console, config, model, axis)
+
+
+def odd_and_even(
+    model: HookedTransformer, read: Reading, vector: SteeringVector, dose: float
+) -> tuple[float, float]:
+    """Half the difference and half the sum of a reading's mean at +dose and -dose, from base's: the
+    first is the trait, the second what any push does.
+
+    Example:
+        >>> import torch
+        >>> from shl.models.tiny import tiny_gemma
+        >>> v = SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1)
+        >>> odd_and_even(tiny_gemma(), lambda model: np.ones(3), v, 1.0)
+        (0.0, 0.0)
+    """
+    at_zero = float(read(model).mean())
+    with vector.steering(model, dose):
+        up = float(read(model).mean()) - at_zero
+    with vector.steering(model, -dose):
+        down = float(read(model).mean()) - at_zero
+    return (up - down) / 2, (up + down) / 2
+
+
+def show_items(console: Console, config: ProbeConfig, model: HookedTransformer, axis: Axis) -> None:
+    """Print the use of context on base and, if the axis has a cloze, what personas, doses of the
+    vector and random vectors of the same KL do to both."""
+    conflict = read_conflict(model)
+    right = float(((conflict.order > 0) & (conflict.need > 0)).mean())
+    console.print(
+        f"use of context: S {conflict.context.mean():.2f} nats over {len(conflict.order)} "
+        f"conflicts, base follows order and need alone in {right:.0%}; need over order T "
+        f"{conflict.trait.mean():+.2f}"
+    )
+    if axis.cloze is None:
+        say(console, f"axis {axis.name} has no cloze")
+        return
+    read = partial(read_cloze, cloze=axis.cloze)
+    base, plus, minus = (read(model, persona=p) for p in (None, axis.positive, axis.negative))
+    same = float((plus > minus).mean())
+    console.print(
+        f"cloze: personas {(plus - base).mean():+.2f} and {(minus - base).mean():+.2f} nats from "
+        f"base, {(plus - minus).mean():+.2f} apart, with the expected sign in {same:.0%} of "
+        f"{len(base)} openings"
+    )
+    vector = extract_vector(model, axis)
+    table = _table("doses of the vector", "dose", "cloze [nats]", "S / base")
+    for dose in (-1.0, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0, 1.5):
+        with vector.steering(model, dose):
+            shift, use = (read(model) - base).mean(), read_conflict(model, trait=False).context
+        table.add_row(f"{dose:+g}", f"{shift:+.2f}", f"{use.mean() / conflict.context.mean():.2f}")
+    console.print(table)
+    odd, even = odd_and_even(model, read, vector, config.dose)
+    found = []
+    for seed in range(config.nulls):
+        prompts = axis.prompts[:MATCHED_ON]
+        null = random_like(model, vector, prompts, dose=config.dose, seed=seed)
+        found.append(odd_and_even(model, read, null, config.dose)[0])
+        say(console, f"random vector {seed}: {found[-1]:+.2f}")
+    if found:
+        limit = float(np.quantile(np.abs(found), 0.95))
+        console.print(
+            f"at dose {config.dose:g} the vector moves the cloze by {odd:+.2f} nats (odd part; "
+            f"even part {even:+.2f}); {config.nulls} random vectors of the same KL by "
+            f"{min(found):+.2f} to {max(found):+.2f}, 95 % of them by at most {limit:.2f}: "
+            f"{'beyond' if odd > limit else 'not beyond'} chance"
+        )
 
 
 def _table(title: str, *columns: str) -> Table:
