@@ -21,7 +21,6 @@ from shl.method.extract import extract_vector, random_like
 from shl.method.loop import MATCHED_ON
 from shl.models.load import load_model
 
-
 Reading = Callable[[HookedTransformer], np.ndarray]
 """A reading of a model as it stands, one number per item."""
 
