@@ -1,16 +1,23 @@
 """Answers that rest on the cloze and on the use of context, on constructed records."""
 
 from dataclasses import replace
+from io import StringIO
 
 import numpy as np
 import pytest
+import torch
 from records import run, scores
+from rich.console import Console
 
+from experiments.checks.validity import ProbeConfig, odd_and_even, show_items
 from experiments.questions.answers import answer_all
 from experiments.report.tables import rows
 from shl.config import EvalConfig
+from shl.hooks.handle import handles_on
+from shl.hooks.vector import SteeringVector
 from shl.measure.continuations import Cloze, cloze_shift, context_use
 from shl.method.axes import load_axis
+from shl.models.tiny import tiny_gemma
 
 AXIS = load_axis("care_auth")
 CONFIG = EvalConfig(bootstrap=200)
@@ -119,3 +126,26 @@ def test_love_brings_a_cloze_and_care_auth_none():
     assert len(cloze.positive) == len(cloze.negative)
     assert AXIS.cloze is None
     assert replace(AXIS, cloze=cloze).cloze is cloze
+
+
+def test_odd_and_even_parts_by_hand():
+    """A reading of 3 d + d^2 + 7 at dose d has an odd part of 3 d and an even part of d^2."""
+    model = tiny_gemma()
+    vector = SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1)
+
+    def read(model):
+        dose = sum(handle.dose for handle in handles_on(model))
+        return np.array([3 * dose + dose**2 + 7])
+
+    assert odd_and_even(model, read, vector, 2.0) == pytest.approx((6.0, 4.0))
+
+
+def test_probe_prints_doses_and_random_vectors():
+    console = Console(width=200, record=True, file=StringIO())
+    axis = replace(load_axis("love"), contexts=("Tea?", "Rain?"), prompts=("Hello?",))
+    show_items(console, ProbeConfig(nulls=2, dose=4.0), tiny_gemma(), axis)
+    text = console.export_text()
+    for part in ("over 40 conflicts", "of 24 openings", "random vector 1:", "beyond chance"):
+        assert part in text
+    show_items(console, ProbeConfig(), tiny_gemma(), load_axis("care_auth"))
+    assert "has no cloze" in console.export_text()
