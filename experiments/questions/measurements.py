@@ -20,7 +20,7 @@ from experiments.questions.estimates import (
     sentence,
     wilson,
 )
-from experiments.questions.thresholds import CHANCE, COHERENT, COLLAPSED, MOVES, survival_margin
+from experiments.questions.thresholds import CHANCE, COHERENT, COLLAPSED, survival_margin
 from experiments.record.reader import Event, samples, stages
 from experiments.record.resume import scores
 from experiments.record.schema import name_of
@@ -101,7 +101,7 @@ class Measurements:
         what: str,
         found: Sequence[Event],
         statistic: Callable[[np.ndarray], float],
-        threshold: float = MOVES,
+        threshold: float = 0.0,
         *,
         off: bool = False,
         unit: str = " nats",
