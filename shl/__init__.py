@@ -42,7 +42,7 @@ for _alias, _name in (("tiny", "shl.models.tiny"), ("lens", "shl.analysis.logit_
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`shl.pictures`, which takes matplotlib and is imported when it is asked for."""
+    """`shl.pictures`, which needs matplotlib and is imported on first access."""
     if name == "pictures":
         return import_module("shl.analysis.plots")
     raise AttributeError(f"module 'shl' has no attribute {name!r}")

@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def interleave(
 def machine() -> dict[str, Any]:
     """The machine and the versions of the packages."""
     cpu = re.search(r"^model name\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    installed = {name: find_spec(name.replace("-", "_")) is not None for name in PEERS}
+    installed = {found.metadata["Name"]: found.version for found in distributions()}
     return {
         "cpu": cpu[1].strip() if cpu else platform.machine(),
         "cores": os.cpu_count(),
@@ -125,7 +124,7 @@ def machine() -> dict[str, Any]:
         "bf16_instructions": torch.cpu._is_avx512_bf16_supported(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "load": os.getloadavg()[0],
-        "versions": {name: version(name) if installed[name] else "not installed" for name in PEERS},
+        "versions": {name: installed.get(name, "not installed") for name in PEERS},
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 

@@ -23,11 +23,11 @@ DIAGNOSTICS = (readable, barrier, dose, moved, ended, agreement)
 def answer_all(
     events: Sequence[Event], texts: Sequence[Event], axis: Axis, config: EvalConfig
 ) -> tuple[Answer, ...]:
-    """Every question in order, the overall answer last; an unfinished run is answered as far as it
-    goes. `config` gives the resamples and the confidence of the intervals.
+    """Every question in order, the overall answer last; questions without data are undecided.
+    `config` gives the resamples and the confidence of the intervals.
 
     Raises:
-        ShlError: more resamples than can be held, or scores that do not belong together.
+        ShlError: more resamples than can be held, or scores of different shapes.
     """
     m = Measurements(events, texts, axis, config)
     claims = [question(m) for question in CLAIMS]

@@ -30,7 +30,7 @@ def heals(m: Measurements) -> Finding:
     estimates = [
         *(replace(e, what=f"healed {e.what}") for e in m.coherence(healed)),
         m.shift(kept, [steered, healed], lambda s: s[1] - KEEPS * s[0]),
-        m.shift("steered on-axis shift", [steered], lambda s: s[0]),
+        m.shift("steered on-axis shift", [steered], lambda s: s[0], MOVES),
         _broken(m, steered),
     ]
     shares = [_kept(m, s, h) for s, h in zip(m.steered, m.healed, strict=False)]
@@ -57,7 +57,7 @@ def _broken(m: Measurements, steered: Event) -> Estimate:
 def _kept(m: Measurements, steered: Event, healed: Event) -> Estimate:
     """Share of the steered shift that healing keeps, where the steered stage has a shift."""
     more: dict[str, Any] = {"round": healed["round"], "unit": ""}
-    before = m.shift("share kept", [steered], lambda s: s[0], **more)
+    before = m.shift("share kept", [steered], lambda s: s[0], MOVES, **more)
     if before.limits is None or before.limits[1] <= 0:
         note = "unknown, the interval of the steered shift includes 0"
         return replace(before, limits=None, note=note)
@@ -93,12 +93,13 @@ def direction(m: Measurements) -> Finding:
     estimates, what = [], "on-axis shift gained"
     for k, h in enumerate(m.healed):
         pair, index = m.healed[max(0, k - 1) : k + 1], h["round"]
-        estimates.append(m.shift(what, pair, lambda s: np.diff([0.0, *s])[-1], round=index))
+        gained = m.shift(what, pair, lambda s: np.diff([0.0, *s])[-1], MOVES, round=index)
+        estimates.append(gained)
     if len(m.healed) > 1:
         x = np.arange(len(m.healed) + 1.0)
         slope = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
         what, unit = "trend of the on-axis shift", " nats per round"
-        estimates.append(m.shift(what, m.healed, lambda s: slope @ [0, *s], unit=unit))
+        estimates.append(m.shift(what, m.healed, lambda s: slope @ [0, *s], MOVES, unit=unit))
     what = "cosine of the vector to the first"
     later = [e for e in of_round(m.events, "round") if e["round"] > 0]
     for e in later:

@@ -24,7 +24,6 @@ from experiments.questions.thresholds import (
     CHANCE,
     COHERENT,
     COLLAPSED,
-    MOVES,
     SEPARATES,
     survival_margin,
 )
@@ -177,7 +176,7 @@ class Measurements:
         what: str,
         found: Sequence[Event],
         statistic: Callable[[np.ndarray], float],
-        threshold: float = MOVES,
+        threshold: float = 0.0,
         *,
         off: bool = False,
         unit: str = " nats",

@@ -4,8 +4,8 @@ import math
 from statistics import NormalDist
 
 COHERENT = 0.97
-"""Q1, Q2: share of base's valid-answer mass that a coherent student keeps, "within a whisker of
-base". Earlier work on a larger model held 0.997 over eight rounds. Survival of free samples may
+"""Q1, Q2: share of base's valid-answer mass that a coherent student keeps, nearly all of
+it. Earlier work on a larger model held 0.997 over eight rounds. Survival of free samples may
 fall by as much, or by what the number of samples resolves (`survival_margin`)."""
 
 COLLAPSED = 2 / 3

@@ -107,7 +107,8 @@ def remaining(last: str, index: int, rounds: int) -> str:
     begin = order.index(name) + 1 if name in order else 0 if name == "start" else len(order)
     parts = [label(index) + ", ".join(order[begin:])] if begin < len(order) else []
     if more := rounds - index - 1:
-        parts.append(f"{more}{' more' * (index >= 0)} round{'s' * (more > 1)}")
+        which = f"{more} more" if index >= 0 else f"{more}"
+        parts.append(f"{which} round{'s' if more > 1 else ''}")
     return "; ".join(parts) or "the final summary"
 
 

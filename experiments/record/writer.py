@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from experiments.record.reader import (
     require_same_run,
     require_unmodified,
 )
-from experiments.record.resume import Resume
+from experiments.record.resume import Resume, scores
 from experiments.record.schema import check_lines, name_of
 from experiments.record.signals import Stop
 from shl.config import FOUNDATIONS, EvalConfig, LoopConfig
@@ -30,6 +30,7 @@ from shl.hooks.vector import SteeringVector
 from shl.measure.continuations import STATISTICS
 from shl.measure.evaluation import Evaluation
 from shl.measure.stats import bootstrap
+from shl.measure.vignettes import reading
 from shl.method.dose import Walk
 from shl.method.filters import Verdict
 from shl.method.heal import Healed, HealStep, Training
@@ -125,8 +126,10 @@ class RecordWriter(RecordReader):
         """Write a tensor file of a round."""
         path = self.path_of(index, name)
         with self._delayed():
-            with suppress(OSError):  # `save` raises if there is no folder
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise write_error(path, error) from error
             tensors.save(path)
 
     def copy(self, event: Line, other: RecordReader) -> Line:
@@ -172,10 +175,11 @@ class Recorder(Resume):
 
     def save_stage(self, index: int, stage: Stage) -> None:
         """Write a measured stage and its samples; those of a steered one are written already."""
-        base = stage if stage.name == "base" else self.load_stage(-1, "base")
-        assert base is not None
+        line, base = self.record.find("base", -1), stage.evaluation
+        if line is not None:
+            base = reading(line["style"], scores(line), scores(line))
         numbers = stage_numbers(stage, self.config.eval)
-        numbers |= shift_numbers(stage.evaluation, base.evaluation, self.config.eval)
+        numbers |= shift_numbers(stage.evaluation, base, self.config.eval)
         if stage.name == "steered":
             self._finish("stage", index, numbers | {"kappa": stage.kappa, "dose": stage.dose})
         else:

@@ -51,7 +51,7 @@ class Spectrum:
 
         Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality" (EUSIPCO).
         """
-        shares = self.values / self.values.sum()
+        shares = self.values[self.values > 0] / self.values.sum()
         return float(torch.exp(-(shares * shares.log()).sum())) if len(shares) else 0.0
 
 

@@ -205,6 +205,14 @@ class Adapter(Stored):
         """
         meta, tensors = read_safetensors(path, cls.FORMAT, cls.SCHEMA)
         sites = read_sites(path, meta["sites"], tensors)
+        for site, row in zip(sites, meta["sites"], strict=True):
+            for factor, shape in (("A", (row[4], site.d_in)), ("B", (site.d_out, row[4]))):
+                found = tuple(tensors[f"{site.name}.{factor}"].shape)
+                require(
+                    found == shape,
+                    f"{factor} of {site.name} in {path} has shape {found}, by the site table it "
+                    f"must be {shape}.",
+                )
         down, up = ({s.name: tensors[f"{s.name}.{factor}"] for s in sites} for factor in "AB")
         keys = ("scale", "model", "round", "weights", "dtype", "axis")
         adapter = cls(sites, down, up, *(meta[key] for key in keys))

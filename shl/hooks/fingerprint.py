@@ -93,7 +93,7 @@ class Stored:
         write_safetensors(path, self.FORMAT, tensors, metadata)
 
     def check_made_for(self, model: HookedTransformer, what: object, *, any_weights: bool) -> None:
-        """Raise unless it was made on `model`'s name, weights and dtype.
+        """Raise unless it was made on a model of the same name, weights and dtype as `model`.
 
         Args:
             what: the path of the file, for the message.

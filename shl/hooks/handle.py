@@ -1,7 +1,7 @@
 """Handles: sets of hooks on one model that are removed together.
 
 Every hook of this package is a torch hook owned by a `Handle`. TransformerLens keeps a separate
-list of hooks, which `model.reset_hooks()` and `model.hooks(...)` change.
+list of hooks; `model.reset_hooks()` and `model.hooks(...)` change that list only.
 
 Code that runs the model on some of the caller's rows declares them with `running`, so that per-row
 values (a dose, a mask, the length of the prompt) are applied to the right rows.

@@ -21,8 +21,9 @@ class Recorder(Handle):
     each. Clones are ordinary tensors that can be used in autograd.
 
     Args:
-        mask, positions: the tokens to store, as in `shl.hooks.positions.Scope`. They are stored as
-            `[tok, ...]`, and `where[name]` has the row and absolute position of each, `[tok, 2]`.
+        mask, positions: the tokens to store, as in `shl.hooks.positions.Scope`. With either, they
+            are stored as `[tok, ...]`, and `where[name]` has the row and absolute position of each,
+            `[tok, 2]`; without, tensors are stored whole.
 
     Raises:
         ShlError: the model does not have a name, or a name is outside the blocks while `mask` or

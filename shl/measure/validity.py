@@ -84,7 +84,7 @@ def permutation_p(
     """Probability that shuffled labels reach the observed informedness (one-sided)."""
     rng = np.random.default_rng(0)
     shuffled = rng.permuted(np.tile(labels, (draws, 1)), axis=1)
-    # Ties count, whatever the order of summation.
+    # The tolerance counts ties that differ by rounding.
     reached = _informedness(chosen, shuffled, k) >= informedness(chosen, labels, k) - 1e-12
     return float((reached.sum() + 1) / (draws + 1))
 
@@ -158,8 +158,10 @@ def validity(
     for name, sign in expected.items():
         k = FOUNDATIONS.index(name)
         pairs = np.stack([up[:, :, k], down[:, :, k]], -1).swapaxes(0, 1)
-        *agreement[name], total = map(contrast, pairs)
-        *intervals[name], (low, high) = (interval(x, contrast, config) for x in pairs)
+        contrasts = [contrast(x) for x in pairs]
+        bounds = [interval(x, contrast, config) for x in pairs]
+        agreement[name], total = contrasts[:-1], contrasts[-1]
+        intervals[name], (low, high) = bounds[:-1], bounds[-1]
         # Every paraphrase must have the expected sign, and the interval over all must exclude 0.
         agrees = all(sign * c > 0 for c in (*agreement[name], total, low, high))
         j_k, p_k = informedness(chosen, intended, k), permutation_p(chosen, intended, k)

@@ -75,7 +75,7 @@ class Barrier:
         self._references: list[Reference] = []
         self._soft: list[SoftTargets] = []
         if config.divergence != "none" or config.clip is not None:
-            # base pauses every hook of ours, the previous student only the new adapter.
+            # 'base' suspends every handle, 'prev' only that of the new adapter.
             paused = () if config.reference == "base" else (handle,)
             with torch.no_grad(), suspended(model, *paused):
                 self._references = [self._reference(batch) for batch in batches]

@@ -10,8 +10,10 @@ loaded results ends with the same bits as one that was not interrupted.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -284,8 +286,8 @@ class Study:
             evaluation = evaluate(self.model, persona=self.persona, config=self.config.eval)
             return Stage("steered", evaluation, samples, walk.kappa, walk.dose)
 
-        with vector.steering(self.model, walk.dose):
-            return self._measured(index, "steered", compute, self.persona)
+        steering = partial(vector.steering, self.model, walk.dose)
+        return self._measured(index, "steered", compute, self.persona, steering)
 
     def heal(
         self, index: int, kept: Sequence[Completion], vector: SteeringVector, walk: Walk
@@ -325,18 +327,23 @@ class Study:
         return self._measured(index, name, compute, persona)
 
     def _measured(
-        self, index: int, name: str, compute: Callable[[], Stage], persona: str | None
+        self,
+        index: int,
+        name: str,
+        compute: Callable[[], Stage],
+        persona: str | None,
+        steering: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Stage:
         """A measured stage, and the readings of every instrument with the same hooks."""
         where = f"round {index}, " if index >= 0 else ""
         stage = self.observer.load_stage(index, name)
         if stage is None:
-            with named(f"{where}measuring {name}"):
+            with named(f"{where}measuring {name}"), steering():
                 stage = compute()
             self.observer.save_stage(index, stage)
         for instrument, read in self.instruments.items():
             if self.observer.load_reading(index, instrument, name) is None:
-                with named(f"{where}reading {instrument}:{name}"):
+                with named(f"{where}reading {instrument}:{name}"), steering():
                     reading = InstrumentReading(instrument, name, read(self.model, persona))
                 self.observer.save_reading(index, reading)
         return stage

@@ -225,7 +225,8 @@ def generate(
         [0.0]
     """
     config = GenerateConfig(max_new_tokens, min_new_tokens, temperature, top_k, top_p, batch_size)
-    rows = [encode(model, prompt) for prompt in prompts]
+    questions = [as_prompt(prompt) for prompt in prompts]
+    rows = [encode(model, prompt) for prompt in questions]
     longest = max(map(len, rows), default=0)
     require(
         longest + max_new_tokens <= model.cfg.n_ctx,
@@ -240,8 +241,8 @@ def generate(
     def work(indices: list[int]) -> None:
         decoded = _decode_batch(model, indices, [rows[i] for i in indices], config, seed)
         for i, (tokens, ended) in zip(indices, decoded, strict=True):
-            prompt, text = as_prompt(prompts[i]), decode(model, tokens)
-            done[i] = Completion(prompt, text, tuple(tokens), tuple(rows[i]), doses[i], ended)
+            text = decode(model, tokens)
+            done[i] = Completion(questions[i], text, tuple(tokens), tuple(rows[i]), doses[i], ended)
 
     with torch.no_grad(), fused_decoding(model) if long else nullcontext():
         in_batches(batches, work, "generation")

@@ -112,7 +112,7 @@ def build_model(
     if tokenizer is not None:
         cfg.default_prepend_bos = _mark_bos(tokenizer)
     with warnings.catch_warnings():
-        # HookedTransformer is deprecated from version 4.0; the version is pinned below that.
+        # HookedTransformer warns that it is removed in 4.0; the version is pinned below that.
         warnings.simplefilter("ignore", DeprecationWarning)
         model = HookedTransformer(cfg, tokenizer, move_to_device=False)
     convert = converter(hf_config, state, cfg)
