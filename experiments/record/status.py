@@ -87,7 +87,8 @@ def _finished(events: Sequence[Event]) -> str:
         rounds.setdefault(event["round"], []).append(name_of(event))
     parts = []
     for index, names in rounds.items():
-        stages = [n for n in names if n not in ("start", "end") and "validity:" not in n]
+        # Names with a colon are readings of a stage, and validity checks.
+        stages = [n for n in names if n not in ("start", "end") and ":" not in n]
         if index >= 0 and "round" in names:
             parts.append(f"round {index}")
         elif stages:

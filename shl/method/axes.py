@@ -125,7 +125,11 @@ def axis_from(table: Mapping[str, Any], where: str) -> Axis:
     require(not unknown, f"axis file {where} has unknown {', '.join(unknown)}; allowed: {keys}.")
     for key in ("name", "description", "positive", "negative"):
         require(isinstance(table[key], str), f"{key} in {where} must be a text.")
-    require(isinstance(table["expected"], Mapping), f"expected in {where} must be a table.")
+    signs = table["expected"]
+    require(
+        isinstance(signs, Mapping) and all(isinstance(sign, int) for sign in signs.values()),
+        f"expected in {where} must be a table of foundations with 1 or -1.",
+    )
     texts = {key: table[key] for key in ("contexts", "prompts")}
     if isinstance(texts["contexts"], str):
         built_in = tomllib.loads((DATA / "contexts.toml").read_text("utf-8"))
@@ -145,7 +149,7 @@ def axis_from(table: Mapping[str, Any], where: str) -> Axis:
             f"cloze in {where} must be a table with {', '.join(keys)}.",
         )
         cloze = Cloze(*(_texts(given[key], f"cloze.{key} in {where}") for key in keys))
-    expected = MappingProxyType(dict(table["expected"]))
+    expected = MappingProxyType(dict(signs))
     return Axis(**{**table, **lists, "expected": expected, "cloze": cloze})
 
 

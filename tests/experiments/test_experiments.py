@@ -72,8 +72,9 @@ def test_files_and_events_of_a_finished_run(folder):
     lines = (folder / "events.jsonl").read_text("utf-8").split("\n")
     parsed = [json.loads(line) for line in lines if line]
     assert [{k: v for k, v in line.items() if k != "check"} for line in parsed] == events
-    before = ["start", "stage", "stage", "stage", "validity"]
-    one = ["vector", "probe", "batch", "stage", "healing", "stage", "round", "token_kl"]
+    stage = ["stage", "items"]
+    before = ["start", *stage, *stage, *stage, "validity"]
+    one = ["vector", "probe", "batch", *stage, "healing", *stage, "round", "token_kl"]
     assert [e["event"] for e in events] == [*before, *one, *one, "end"]
     # 3 baselines of 3 samples; per round 4 probes, 4 dreams and 3 samples.
     assert len(texts) == 3 * 3 + 2 * (4 + 4 + 3)
@@ -235,18 +236,19 @@ def test_without_a_terminal_each_finished_stage_prints_a_line(call, monkeypatch,
     call("--out", "run", "--rounds", "1")
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if " stages, " in line]
-    # 3 baselines and 6 stages of one round.
-    names = ("vector", "dose probe", "batch 0", "steered", "healing", "healed")
-    done = ["base", "prompted+", "prompted-", *(f"round 0: {name}" for name in names)]
+    # 3 baselines and 6 stages of one round, and a reading of each of the 5 that are measured.
+    names = ("vector", "dose probe", "batch 0", "steered", "context:steered", "healing", "healed")
+    done = [f"{read}{name}" for name in progress.BASELINES for read in ("", "context:")]
+    done += [f"round 0: {name}" for name in (*names, "context:healed")]
     for number, (name, line) in enumerate(zip(done, lines, strict=True), 1):
         time = r"\d+\.\d min elapsed, about \d+ min left"
-        assert re.fullmatch(rf"{re.escape(name)} done, {number} of 9 stages, {time}", line)
+        assert re.fullmatch(rf"{re.escape(name)} done, {number} of 14 stages, {time}", line)
     # A resumed run prints what it computes, not what it loads.
     events = tmp_path / "run/events.jsonl"
-    events.write_text("".join(events.read_text("utf-8").splitlines(keepends=True)[:-4]), "utf-8")
+    events.write_text("".join(events.read_text("utf-8").splitlines(keepends=True)[:-5]), "utf-8")
     call("--out", "run", "--rounds", "1")
     lines = [line for line in capsys.readouterr().out.splitlines() if " stages, " in line]
-    assert [line.split(" done")[0] for line in lines] == ["round 0: healed"]
+    assert [line.split(" done")[0] for line in lines] == done[-2:]
 
 
 def test_time_left_is_estimated_from_computed_stages(monkeypatch):

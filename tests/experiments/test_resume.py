@@ -337,8 +337,8 @@ def test_resuming_with_other_weights_is_rejected(tmp_path, monkeypatch):
 def test_status_prints_finished_and_remaining_stages(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run")
     assert "finished   base, prompted+, prompted-; round 0; round 1" in status(folder)
-    # start, three baselines, the probe's validity, vector, probe
-    unfinish(folder, 7)
+    # start, three baselines and their readings, the probe's validity, vector, probe
+    unfinish(folder, 10)
     printed = status(folder)
     assert "round 0: vector, probe" in printed
     assert "remains    round 0: batch, steered, healing, healed; 1 more round" in printed

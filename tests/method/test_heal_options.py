@@ -75,8 +75,8 @@ def test_each_option_changes_the_adapter(option, gemma, texts):
 
 def test_every_option_is_tested():
     # The reference is tested in test_heal.py, rows in tests/utils/test_halving.py, the soft target
-    # and what belongs to it in test_heal_soft.py.
-    elsewhere = {"reference", "rows", "target", "positions", "clip"}
+    # and what belongs to it in test_heal_soft.py and test_loop_controls.py.
+    elsewhere = {"reference", "rows", "target", "positions", "clip", "unsteered"}
     assert {*OPTIONS} | elsewhere == {field.name for field in fields(HealConfig)}
 
 
