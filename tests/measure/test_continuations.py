@@ -44,15 +44,15 @@ def test_options_are_scored_whole(make, batch_size):
 
 def test_cloze_is_the_log_odds_of_the_words_of_either_pole():
     model = tiny_gemma()
-    cloze = Cloze(("The day is", "We felt"), ("good", "warm"), ("bad",))
+    cloze = Cloze(("The day is", "We felt"), ("good", "warm"), ("bad", "cold"))
     expected = []
     for opening in cloze.openings:
         prefix = encode_text(model, opening, bos=True)
         p = {
             w: np.exp(by_hand(model, prefix, encode_text(model, f" {w}")))
-            for w in ("good", "warm", "bad")
+            for w in ("good", "warm", "bad", "cold")
         }
-        expected.append(np.log((p["good"] + p["warm"]) / p["bad"]))
+        expected.append(np.log((p["good"] + p["warm"]) / (p["bad"] + p["cold"])))
     np.testing.assert_allclose(read_cloze(model, cloze), expected, atol=5e-5)
 
 
@@ -66,7 +66,7 @@ def test_a_cell_says_what_it_is_named_after():
 
 
 def test_order_need_context_and_trait_by_hand():
-    # A reader whose log-odds are bias + 3 for an order, 2 for a need, 1 more for the later of two.
+    # Log-odds of a bias, and 3 for an order, 2 for a need, 0.5 more for the later of the two.
     sign = {0: 1, 1: -1}
     rows = []
     for bias in (0.0, 50.0):
@@ -75,7 +75,7 @@ def test_order_need_context_and_trait_by_hand():
             weight = {"order": 3, "need": 2}
             odds = bias + sign[action] * weight[first]
             if second is not None:
-                odds += sign[1 - action] * (weight[second] + 1)
+                odds += sign[1 - action] * (weight[second] + 0.5)
             row.append(odds)
         rows.append(row)
     reading = Conflict(np.array(rows))
@@ -83,7 +83,7 @@ def test_order_need_context_and_trait_by_hand():
         (reading.order, 3),
         (reading.need, 2),
         (reading.context, 5),
-        # need - order, the later one's 1 cancels: 2 - 3.
+        # need - order, the later one's 0.5 cancels: 2 - 3.
         (reading.trait, -1),
     ):
         np.testing.assert_allclose(values, [expected, expected])
