@@ -136,7 +136,11 @@ def modify(path, change, meta_change, *, signed):
         (lambda t: t.update(x=torch.ones(1)), {}, "the site table of .* differ at"),
         (lambda t: t.update({"blocks.9.q.A": t.pop("blocks.1.q.A")}), {}, "blocks.1.q.A"),
         (lambda t: t["blocks.1.q.B"].fill_(torch.nan), {}, "blocks.1.q.B.* not finite"),
-        (lambda t: t.update({"blocks.1.q.A": torch.ones(3, 31)}), {}, r"A of .* has shape \(3, 31\), by the site table it must be \(3, 32\)"),
+        (
+            lambda t: t.update({"blocks.1.q.A": torch.ones(3, 31)}),
+            {},
+            r"A of .* has shape \(3, 31\), by the site table it must be \(3, 32\)",
+        ),
         (lambda t: None, {"format": "shl-vector-1"}, "format 'shl-vector-1'"),
         (lambda t: None, {"model": "gpt2"}, "made for gpt2"),
         (
