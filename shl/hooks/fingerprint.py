@@ -4,6 +4,7 @@ Vectors and adapters store all three, so that loading them onto another model is
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,7 +69,7 @@ def dtype_of(model: HookedTransformer) -> str:
     return str(model.W_U.dtype).removeprefix("torch.")
 
 
-class Stored:
+class Stored(ABC):
     """Base class of vectors and adapters: a safetensors file with the fingerprint of a model."""
 
     FORMAT: ClassVar[str]
@@ -77,9 +78,9 @@ class Stored:
     weights: str | None
     dtype: str | None
 
+    @abstractmethod
     def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and metadata to store."""
-        raise NotImplementedError
 
     def identity(self) -> str:
         """The checksum that `save` writes: SHA-256 of tensors and metadata."""
