@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformer_lens import HookedTransformer
@@ -28,14 +29,18 @@ from experiments.record.writer import (
     token_curves,
 )
 from experiments.report.report import report
+from shl.config import LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.fingerprint import weights_hash
+from shl.hooks.sites import band
 from shl.hooks.vector import SteeringVector
-from shl.measure.continuations import item_instruments
+from shl.measure.continuations import Cloze, item_instruments, read_cloze
+from shl.measure.nulls import nulls
 from shl.measure.tinymfv import Tinymfv
 from shl.method.axes import Axis, load_axis
 from shl.method.loop import StarvedError, baselines, love
 from shl.models.load import load_model
+from shl.models.nan_checks import named
 from shl.utils.errors import require
 
 
@@ -72,6 +77,8 @@ def run(
             for found in validities(record.events, axis, loop.eval):
                 if record.find(f"validity:{found.instrument}", -1) is None:
                     record.event("validity", -1, found.event())
+            if axis.cloze and loop.eval.nulls and record.find("nulls:cloze", -1) is None:
+                record.event("nulls", -1, cloze_nulls(model, axis.cloze, loop))
             for done in love(model, axis, loop, observer=recorder, instruments=instruments):
                 first = first or done.vector
                 if record.find("round", done.index) is None:
@@ -87,6 +94,22 @@ def run(
         report(record.folder, console)
         raise
     record.event("end", loop.rounds - 1, {})
+
+
+def cloze_nulls(model: HookedTransformer, cloze: Cloze, loop: LoopConfig) -> dict[str, Any]:
+    """The event with what random vectors at the run's layers do to the cloze."""
+    layers = loop.vector.layers or tuple(band(model, 1 / 3, 2 / 3))
+    with named("reading random vectors"):
+        table = nulls(
+            model,
+            layers,
+            "cloze",
+            cloze,
+            lambda model: float(read_cloze(model, cloze).mean()),
+            count=loop.eval.nulls,
+        )
+    values = {"levels": list(table.levels), "values": table.values.tolist()}
+    return {"instrument": "cloze", "layers": sorted(layers), **values}
 
 
 def study(

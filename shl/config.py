@@ -244,18 +244,28 @@ class HealConfig(_Settings):
     max_grad_norm: Annotated[float, Range(0, above=True)] = 1.0
     """Gradients are clipped to this 2-norm."""
     target: Literal["sampled", "soft"] = "sampled"
-    """sampled = NLL of the sampled tokens, soft = KL(teacher || student), where the teacher is the
-    steered student that enters the round, on the same tokens."""
+    """sampled = NLL of the sampled tokens; soft = KL(teacher || student) on the same tokens, where
+    the teacher is the student that enters the round as it wrote the completions: steered, or with
+    the persona in its prompt."""
     positions: Literal["completion", "all"] = "completion"
     """Positions that are learnt: those of the completion, or also those of the prompt and of the
     turn's end; all needs the soft target."""
+    every: Count = 1
+    """Learn every n-th of these positions, from another first one in each text; the vocabulary's
+    products take most of a step's time [positions]."""
     clip: float | None = None
     """With the soft target: where the teacher's KL to the reference is above this, its hidden
     state is moved towards the unsteered student's, by the factor sqrt(clip / KL); None for no
     limit [nats]."""
+    odd: bool = False
+    """With the soft target: learn half the difference of the teachers at plus and minus the dose,
+    so that what both have in common is not learnt."""
     unsteered: Annotated[int, Range(0)] = 0
     """With the soft target: answers of the student without steering that the loop adds to the kept
-    completions, so that texts of its own register are learnt from too [count]."""
+    completions, sampled from the whole distribution [count]."""
+    narrative: Annotated[int, Range(0)] = 0
+    """With the soft target: running text that the student continues from neutral openings, which
+    the loop adds as well, so that more than one register is learnt from [count]."""
     divergence: Literal["kl_rev", "kl_fwd", "none"] = "kl_rev"
     """kl_rev = KL(student || reference), kl_fwd = KL(reference || student), none = plain NLL."""
     aggregate: str = "rmse"
@@ -293,11 +303,13 @@ class HealConfig(_Settings):
         require(len(set(self.sites)) == len(self.sites), f"sites {self.sites} names one twice.")
         if self.rows is not None:
             Range(1, self.batch_size).check("rows", self.rows)
-        for name, default in (("positions", "completion"), ("clip", None), ("unsteered", 0)):
-            require(
-                self.target == "soft" or getattr(self, name) == default,
-                f"{name} is {getattr(self, name)!r}, which needs target 'soft'.",
-            )
+        for setting in fields(self):
+            if setting.name in ("positions", "clip", "odd", "unsteered", "narrative"):
+                value = getattr(self, setting.name)
+                require(
+                    self.target == "soft" or value == setting.default,
+                    f"{setting.name} is {value!r}, which needs target 'soft'.",
+                )
         if self.clip is not None:
             Range(0, above=True).check("clip", self.clip)
         if self.lam_final is not None:
@@ -333,6 +345,20 @@ class HealConfig(_Settings):
         return (1 - share) * self.lam + share * self.lam_final
 
 
+METHOD = HealConfig(
+    target="soft",
+    positions="all",
+    every=2,
+    unsteered=16,
+    narrative=16,
+    epochs=1,
+    lr=1e-3,
+    tau=1.0,
+)
+"""Training as the loop does it; a `HealConfig` of one's own begins from sampled targets, which need
+no teacher."""
+
+
 @dataclass(frozen=True)
 class EvalConfig(_Settings):
     """Measurement of a model on the vignettes and on free samples.
@@ -351,6 +377,9 @@ class EvalConfig(_Settings):
     """Coverage of the intervals [share]."""
     conflicts: Annotated[int, Range(2, 40)] = 16
     """Crossed conflicts on which the use of context is read at each stage [count]."""
+    nulls: Annotated[int, Range(0, 1000)] = 20
+    """Random vectors of the same KL, both signs, that stand beside the cloze; read once per model
+    and layers and kept in the cache folder; 0 for none [count]."""
     samples: Count = 16
     """Unsteered answers to the axis's prompts, sampled at each stage [count]."""
     batch_size: Count = 16
@@ -375,7 +404,8 @@ class LoopConfig(_Settings):
     """Seed of all random numbers."""
     prompted: bool = False
     """Put the positive persona into the prompt when completions are generated, and train on the
-    question without it. With dose.alpha 0 this is distillation from prompting."""
+    question without it. With dose.alpha 0 this is distillation from prompting; with the soft
+    target the teacher has the persona in its prompt."""
     vector: VectorConfig = field(default_factory=VectorConfig)
     """The steering vector."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -384,15 +414,7 @@ class LoopConfig(_Settings):
     """The coherence filter."""
     dose: DoseConfig = field(default_factory=DoseConfig)
     """The search for the dose."""
-    heal: HealConfig = field(default_factory=HealConfig)
+    heal: HealConfig = METHOD
     """Training."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Measurement."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            not self.prompted or self.heal.target == "sampled",
-            "prompted is True and heal.target is 'soft', whose teacher is the steered student; set "
-            "one of them only.",
-        )

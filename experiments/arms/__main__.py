@@ -52,7 +52,7 @@ class ArmsConfig:
     model: str = "gemma-3-270m"
     """Embedded model, hub name, or local folder."""
     arms: tuple[str, ...] = ("core",)
-    """core, all, or names of arms."""
+    """core, steps, far, all, or names of arms."""
     seeds: tuple[int, ...] = (42, 43, 44)
     """One run of every arm per seed."""
     out: Path | None = None

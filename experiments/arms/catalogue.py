@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shl.config import LoopConfig
+from shl.config import METHOD, HealConfig, LoopConfig
 from shl.utils.errors import require
 
 Change = Callable[[LoopConfig], LoopConfig]
@@ -33,25 +33,75 @@ def _sweep(aggregate: str, tau: float) -> Arm:
     return Arm(f"{aggregate}-tau{tau:g}", f"{aggregate} barrier at tau {tau:g}", change)
 
 
+_FAR = 1.5
+"""A dose at which steering alone is incoherent [multiples of the vector]."""
+
+
+def _far(**changes: Any) -> Change:
+    """Trained on what passes the filter at that dose, with its teacher."""
+    dose = _set("dose", walk=False, alpha=_FAR, max_batches=8)
+    return lambda loop: _set("heal", **changes)(dose(loop))
+
+
+_SAMPLED = HealConfig()
+"""Training on sampled tokens."""
+_SOFT = replace(_SAMPLED, target="soft")
+_REGISTERS = replace(_SOFT, unsteered=METHOD.unsteered, narrative=METHOD.narrative)
+_POSITIONS = replace(_REGISTERS, positions="all")
+
 _CORE = (
     Arm("rmse", "the method: rmse of the per-token KL", _set("heal", aggregate="rmse")),
+    Arm(
+        "prompted",
+        "distilled from the prompted persona, no vector: is steering needed?",
+        _unsteered(prompted=True),
+    ),
+    Arm(
+        "both",
+        "the teacher is steered and has the persona in its prompt",
+        lambda loop: replace(loop, prompted=True),
+    ),
+    Arm("none", "no barrier: is it needed?", _set("heal", divergence="none")),
     Arm(
         "mean",
         "mean KL: does a barrier that dilutes outliers do as well?",
         _set("heal", aggregate="mean"),
     ),
     Arm("p95", "95th percentile of the per-token KL", _set("heal", aggregate="p95")),
-    Arm("none", "NLL only: is the barrier needed?", _set("heal", divergence="none")),
-    Arm(
-        "prompted",
-        "distilled from prompted completions, no vector: is steering needed?",
-        _unsteered(prompted=True),
-    ),
-    Arm("unsteered", "distilled from its own samples: a control without a trait", _unsteered()),
     Arm(
         "random",
         "a random vector at matched KL: does any direction do?",
         _set("vector", direction="random"),
+    ),
+    Arm("unsteered", "distilled from its own samples: a control without a trait", _unsteered()),
+)
+_STEPS = (
+    Arm("sampled", "NLL of the sampled tokens", lambda loop: replace(loop, heal=_SAMPLED)),
+    Arm("soft", "soft targets on the same texts", lambda loop: replace(loop, heal=_SOFT)),
+    Arm(
+        "registers",
+        "and on unsteered answers and running text",
+        lambda loop: replace(loop, heal=_REGISTERS),
+    ),
+    Arm("positions", "and at all positions", lambda loop: replace(loop, heal=_POSITIONS)),
+    Arm(
+        "clip",
+        "and the teacher clipped at 1 nat per token",
+        lambda loop: replace(loop, heal=replace(_POSITIONS, clip=1.0)),
+    ),
+    Arm(
+        "lr",
+        "not clipped, one pass at the method's rate and two-thirds of its steps",
+        lambda loop: replace(loop, heal=replace(_POSITIONS, epochs=METHOD.epochs, lr=METHOD.lr)),
+    ),
+    Arm("odd", "the method with the odd target", _set("heal", odd=True)),
+)
+"""From sampled targets to the method, one change at a time; compared after one round."""
+_FAR_ARMS = (
+    Arm("far-none", f"trained from dose {_FAR:g} without a barrier", _far(divergence="none")),
+    *(
+        Arm(f"far-{how}", f"trained from dose {_FAR:g} with {how} of the KL", _far(aggregate=how))
+        for how in ("mean", "rmse", "p95")
     ),
 )
 _OTHERS = (
@@ -78,22 +128,28 @@ _OTHERS = (
         "the positive persona against the question alone",
         _set("vector", against="no_persona"),
     ),
-    *(_sweep(how, tau) for tau in (0.25, 1.0) for how in ("rmse", "mean", "p95")),
+    *(_sweep(how, tau) for tau in (0.25, 2.0) for how in ("rmse", "mean", "p95")),
 )
-ARMS = {arm.name: arm for arm in (*_CORE, *_OTHERS)}
+ARMS = {arm.name: arm for arm in (*_CORE, *_STEPS, *_FAR_ARMS, *_OTHERS)}
 """By name, in the order in which they are run: later arms reuse stages of the first."""
-CORE = tuple(arm.name for arm in _CORE)
+GROUPS = {
+    "core": tuple(arm.name for arm in _CORE),
+    "steps": tuple(arm.name for arm in (*_STEPS, _CORE[0])),
+    "far": tuple(arm.name for arm in _FAR_ARMS),
+    "all": tuple(ARMS),
+}
+"""Arms that are run and compared together."""
 
 
 def chosen(names: tuple[str, ...]) -> tuple[Arm, ...]:
-    """The arms of these names ("core", "all" or a name each), in the order of the catalogue.
+    """The arms of these names (those of `GROUPS`, or of an arm), in the order of the catalogue.
 
     Raises:
         ShlError: an unknown name.
     """
-    known = {"core": CORE, "all": tuple(ARMS)} | {name: (name,) for name in ARMS}
+    known = GROUPS | {name: (name,) for name in ARMS}
     for name in names:
-        allowed = f"core, all, {', '.join(ARMS)}"
+        allowed = ", ".join(known)
         require(name in known, f"there is no arm {name!r}; allowed: {allowed}.")
     selected = {arm for name in names for arm in known[name]}
     return tuple(arm for name, arm in ARMS.items() if name in selected)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -13,14 +12,11 @@ from scipy import stats
 from experiments.arms.catalogue import ARMS
 from experiments.arms.doses import FILE as DOSES
 from experiments.arms.doses import read_doses
-from experiments.record.journal import read_lines
-from experiments.record.reader import Event, RecordReader, axis_of, stages
-from experiments.record.resume import scores
+from experiments.questions.estimates import Estimate
+from experiments.questions.measurements import Measurements
+from experiments.record.journal import Line, read_lines
+from experiments.record.reader import Event, RecordReader, axis_of
 from shl.config import EvalConfig
-from shl.measure.evaluation import nats_of, on_axis
-from shl.measure.stats import bootstrap
-from shl.measure.vignettes import reading
-from shl.method.axes import Axis
 
 LEVELS = (0.97, 0.9, 0.75, 0.5)
 """Shares of base's coherence at which arms are compared: Q2's threshold, and three below it."""
@@ -30,9 +26,10 @@ LEVELS = (0.97, 0.9, 0.75, 0.5)
 class Point:
     """One model on the plane of trait against coherence.
 
-    `trait` is the mean shift of the axis's foundations from base in the expected direction, nats,
-    with its interval over vignettes of that `confidence`; `mass` and `survival` are shares of
-    base's.
+    `trait` is the shift from base in the expected direction, nats, with its interval of that
+    `confidence`: the cloze's where that is valid on the model, else the mean of the axis's
+    foundations on the vignettes. `context` is the use of context where that is valid, else the
+    valid-answer mass; it and `survival` are shares of base's.
     """
 
     arm: str
@@ -40,14 +37,14 @@ class Point:
     label: str
     trait: float
     interval: tuple[float, float]
-    mass: float
+    context: float
     survival: float
     confidence: float = 0.95
 
     @property
     def coherence(self) -> float:
-        """The worse of valid-answer mass and free-sample survival over base's, at most 1."""
-        return min(1.0, self.mass, self.survival)
+        """The worse of the use of context and free-sample survival over base's, at most 1."""
+        return min(1.0, self.context, self.survival)
 
 
 Found = Mapping[str, Mapping[int, Sequence[Point]]]
@@ -66,66 +63,78 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
         past = RecordReader(path)
         if past.find("prompted-", -1) is None:
             continue
-        point = _point_of(past, name, seed)
-        healed = stages(past.events, "healed")
-        found.setdefault(name, {})[seed] = [point(str(e["round"]), e) for e in healed]
+        m = _measured(past)
+        found.setdefault(name, {})[seed] = [
+            _point(m, name, seed, str(e["round"]), e) for e in m.healed
+        ]
         if seed not in found.get("persona", {}):
-            found.setdefault("persona", {})[seed] = _prompted(past, seed)
+            found.setdefault("persona", {})[seed] = _prompted(m, seed)
     for path in sorted(folder.glob(f"steered/seed*/{DOSES}")):
         seed = int(path.parent.name.removeprefix("seed"))
         donor = next(folder / arm / f"seed{seed}" for arm in ARMS if seed in found.get(arm, {}))
-        point = _point_of(RecordReader(donor), "steered", seed)
         doses = read_doses(path)
-        found.setdefault("steered", {})[seed] = [point(f"{e['dose']:.2f}", e) for e in doses]
+        first = RecordReader(donor)
+        first.events = [e for e in first.events if e["round"] < 0]
+        m = _measured(first, doses)
+        labels = [f"{e['dose']:.2f}" for e in doses]
+        found.setdefault("steered", {})[seed] = [
+            _point(m, "steered", seed, label, e) for label, e in zip(labels, m.steered, strict=True)
+        ]
     return {name: found[name] for name in ("persona", "steered", *ARMS) if name in found}
 
 
-def _point_of(past: RecordReader, arm: str, seed: int) -> Callable[[str, Event], Point]:
-    """The function that turns a label and a stage of this run into a point."""
-    base, axis = past.find("base", -1), axis_of(past.folder)
-    assert base is not None
-    return partial(_point, arm, seed, base=base, axis=axis, config=_config(past))
+def _measured(past: RecordReader, doses: Sequence[Line] = ()) -> Measurements:
+    """The stages of a run, and those of a ladder of doses as rounds of their own."""
+    events: list[Line] = list(past.events)
+    for number, line in enumerate(doses):
+        stage = {**line, "event": "stage", "stage": "steered", "round": number}
+        events.append(stage)
+        for name, items in line["items"].items():
+            found = {"event": "items", "instrument": name, "stage": "steered", "items": items}
+            events.append(found | {"round": number})
+    config = EvalConfig(**past.settings["loop"]["eval"])
+    return Measurements(events, past.texts, axis_of(past.folder), config)
 
 
-def _prompted(past: RecordReader, seed: int) -> list[Point]:
+def _point(m: Measurements, arm: str, seed: int, label: str, stage: Event) -> Point:
+    """A measured stage on the plane."""
+    base = m.base["survival"]
+    coherence, _, _ = _limits(m.ratio("coherence", [stage], LEVELS[0]))
+    return Point(
+        arm,
+        seed,
+        label,
+        *_trait(m, [stage], lambda shifts: float(shifts[0])),
+        coherence,
+        stage["survival"] / base if base else 0.0,
+        m.config.confidence,
+    )
+
+
+def _limits(estimate: Estimate) -> tuple[float, float, float]:
+    assert estimate.limits is not None
+    return estimate.limits
+
+
+def _trait(
+    m: Measurements, found: Sequence[Event], statistic: Callable[[np.ndarray], float]
+) -> tuple[float, tuple[float, float]]:
+    value, low, high = _limits(m.shift("shift", found, statistic))
+    return value, (low, high)
+
+
+def _prompted(m: Measurements, seed: int) -> list[Point]:
     """The persona against base ("raw"), and half of its contrast to the opposite persona ("half").
 
     A persona's wording raises the options that share words with it, whichever way it leans; the
     contrast of two personas does not.
     """
-    base, plus, minus = (past.find(name, -1) for name in ("base", "prompted+", "prompted-"))
-    assert base is not None
+    plus, minus = m.first("prompted+"), m.first("prompted-")
     assert plus is not None
     assert minus is not None
-    whole = _point_of(past, "persona", seed)("raw", plus)
-    trait, (low, high) = _shift(plus, minus, base, axis_of(past.folder), _config(past))
-    return [whole, replace(whole, label="half", trait=trait / 2, interval=(low / 2, high / 2))]
-
-
-def _config(past: RecordReader) -> EvalConfig:
-    return EvalConfig(**past.settings["loop"]["eval"])
-
-
-def _point(
-    arm: str, seed: int, label: str, line: Event, *, base: Event, axis: Axis, config: EvalConfig
-) -> Point:
-    survival = line["survival"] / base["survival"] if base["survival"] else 0.0
-    trait = _shift(line, base, base, axis, config)
-    return Point(arm, seed, label, *trait, line["coherence"], survival, config.confidence)
-
-
-def _shift(
-    one: Event, other: Event, base: Event, axis: Axis, config: EvalConfig
-) -> tuple[float, tuple[float, float]]:
-    """On-axis shift of one stage against another, and its interval paired by vignette."""
-    a, b = (reading(x["style"], scores(dict(x)), scores(dict(base))) for x in (one, other))
-    pairs = np.stack([a.log_p, b.log_p], 1)
-
-    def shift(x: np.ndarray) -> float:
-        return float(on_axis(nats_of(x[:, 0]) - nats_of(x[:, 1]), axis.expected))
-
-    interval = bootstrap(pairs, shift, resamples=config.bootstrap, confidence=config.confidence)
-    return shift(pairs), interval
+    whole = _point(m, "persona", seed, "raw", plus)
+    trait, interval = _trait(m, [plus, minus], lambda shifts: float(shifts[0] - shifts[1]) / 2)
+    return [whole, replace(whole, label="half", trait=trait, interval=interval)]
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ def seed_means(paths: Sequence[Sequence[Point]], key: str) -> list[SeedMean]:
     """Means over seeds with the least and the greatest; for one seed, the trait's interval over
     vignettes.
 
-    `key` is the coordinate beside the trait: mass, survival or coherence. The shortest path sets
+    `key` is the coordinate beside the trait: context, survival or coherence. The shortest path sets
     the number of points.
     """
     found = []
@@ -216,7 +225,7 @@ def table(found: Found) -> list[dict[str, Any]]:
                 f"{level:g}": _mean([reach(path, level) for path in paths.values()], confidence)
                 for level in LEVELS
             }
-        for key in ("trait", "mass", "survival", "coherence"):
+        for key in ("trait", "context", "survival", "coherence"):
             row[key] = _mean([getattr(point, key) for point in last], confidence)
         rows.append(row)
     return rows

@@ -12,6 +12,7 @@ from experiments.record.signals import Stop
 from experiments.record.writer import shift_numbers, stage_numbers, text_lines
 from shl.config import LoopConfig
 from shl.hooks.vector import SteeringVector
+from shl.measure.continuations import item_instruments
 from shl.measure.vignettes import reading, remember_base
 from shl.method.axes import Axis
 from shl.method.dose import ladder
@@ -48,6 +49,7 @@ def measure_doses(
     base = reading(line["style"], scores(line), scores(line))
     remember_base(model, base)
     vector = SteeringVector.load(record.path_of(0, "vector"))
+    instruments = item_instruments(axis.cloze, loop.eval.conflicts)
     done = {entry["dose"] for entry in journal.lines[1:]}
     for kappa in reversed(ladder(loop.dose)):
         dose = kappa * loop.dose.alpha
@@ -55,8 +57,10 @@ def measure_doses(
             continue
         with vector.steering(model, dose):
             stage = measure(model, axis, loop, "steered")
+            readings = {name: read(model, None) for name, read in instruments.items()}
         numbers = stage_numbers(stage, loop.eval)
         numbers |= shift_numbers(stage.evaluation, base, loop.eval)
+        numbers["items"] = {name: values["items"] for name, values in readings.items()}
         texts = text_lines("steered", 0, stage.samples)
         with stop.delayed():
             journal.append([{"round": 0, "dose": dose, **numbers, "answers": texts}])

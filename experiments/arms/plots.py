@@ -10,20 +10,21 @@ from experiments.record.journal import Line
 from experiments.report import figures as fig
 from shl.utils.errors import require
 
+NAMES = {"context": "use of context (or valid-answer mass) / base", "survival": "survival / base"}
 LEAST = 0.01
 """Where the axes of the divergences begin [nats]."""
 
 
 @fig.styled
 def plane(found: Found) -> Figure:
-    """On-axis trait shift against valid-answer mass and survival, one line per arm from base.
+    """On-axis trait shift against the use of context and survival, one line per arm from base.
 
     Points are labelled by round or dose, and are means over seeds with their range; with one seed
-    the trait has its interval over vignettes.
+    the trait has its interval over items.
     """
     figure, panels = fig.grid(2, 2, (5.4, 4.4), sharey=True)
-    for panel, key in zip(panels, ("mass", "survival"), strict=True):
-        panel.set(title="on-axis trait shift from base [nats]", xlabel=f"{key} / base")
+    for panel, key in zip(panels, ("context", "survival"), strict=True):
+        panel.set(title="on-axis trait shift from base [nats]", xlabel=NAMES[key])
         panel.grid(axis="x")
         drawn = {
             arm: (look, seed_means(paths, key))
@@ -31,7 +32,7 @@ def plane(found: Found) -> Figure:
             if (paths := [path for path in by_seed.values() if path])
         }
         require(bool(drawn), "no arm has a point on the plane.")
-        if key == "mass":
+        if key == "context":
             fig.log_axis(
                 panel, "x", [1.0, *(point.x for _, points in drawn.values() for point in points)]
             )
@@ -86,8 +87,9 @@ def charts(found: Found, texts: Sequence[Line], tau: float | None) -> dict[str, 
             "arms",
             "Every line starts at base (1, 0); points are labelled by round, those of `steered` by "
             "dose. Up and to the right is better. Bars: least and greatest seed; with one seed, "
-            "the trait's bootstrap interval over vignettes. Left: probability on valid answers; "
-            "right: share of free samples that pass the filter.",
+            "the trait's bootstrap interval over items. Left: use of context, or where that cannot "
+            "be read the probability on valid answers; right: share of free samples that pass the "
+            "filter.",
             lambda: plane(found),
         )
     }

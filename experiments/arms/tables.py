@@ -8,7 +8,7 @@ from experiments.arms.compare import LEVELS, Found, against, table
 from experiments.arms.text_kl import GROUPS, HOWS
 from shl.config import EvalConfig
 
-RIVALS = ("persona", "prompted", "steered", "none", "mean", "p95", "random", "unsteered")
+RIVALS = ("persona", "prompted", "both", "steered", "none", "mean", "p95", "random", "unsteered")
 """What the method is compared with, the most important first."""
 
 
@@ -55,13 +55,13 @@ def sentence(verdict: Mapping[str, Any]) -> str:
 
 def columns(found: Found) -> list[dict[str, str]]:
     """The table as text: means over seeds, with their range where there is more than one."""
-    base = {"arm": "base", "trait at the end": "0.00", "mass": "1.00", "survival": "1.00"}
+    base = {"arm": "base", "trait at the end": "0.00", "S / base": "1.00", "survival": "1.00"}
     return [base] + [
         {
             "arm": row["arm"],
             "seeds": str(len(row["seeds"])),
             "trait at the end": _cell(row["trait"], "+.2f"),
-            "mass": _cell(row["mass"], ".2f"),
+            "S / base": _cell(row["context"], ".2f"),
             "survival": _cell(row["survival"], ".2f"),
         }
         | {

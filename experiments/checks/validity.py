@@ -14,10 +14,11 @@ from shl.config import FOUNDATIONS
 from shl.hooks.vector import SteeringVector
 from shl.measure.continuations import read_cloze, read_conflict
 from shl.measure.evaluation import Evaluation, nats_of
+from shl.measure.nulls import random_like
 from shl.measure.validity import validity
 from shl.measure.vignettes import evaluate
 from shl.method.axes import Axis, load_axis
-from shl.method.extract import extract_vector, random_like
+from shl.method.extract import extract_vector
 from shl.method.loop import MATCHED_ON
 from shl.models.load import load_model
 

@@ -32,6 +32,7 @@ from experiments.record.resume import scores
 from experiments.record.schema import name_of
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.measure.evaluation import Evaluation, log_mass, nats_of, on_axis
+from shl.measure.nulls import Nulls
 from shl.measure.stats import bootstrap
 from shl.measure.vignettes import reading
 from shl.method.axes import Axis
@@ -135,11 +136,31 @@ class Measurements:
     @cached_property
     def reads_cloze(self) -> bool:
         """Whether the axis's cloze is valid on this model: the personas differ in the expected
-        direction in `SEPARATES` of the openings or more, and beyond doubt on average."""
+        direction in `SEPARATES` of the openings or more, and beyond doubt on average, and the first
+        steered stage, if there is one, shifts it further than random vectors do."""
+        if self.steered and (limits := self.null_interval(self.steered[0])) is not None:
+            steered = self.read("cloze", [self.base, self.steered[0]])
+            if steered is None or float((steered[:, 1] - steered[:, 0]).mean()) <= limits[1]:
+                return False
         personas = [self.first("prompted+"), self.first("prompted-")]
         found = [stage for stage in personas if stage is not None]
         items = self.read("cloze", found) if len(found) == 2 else None
         return items is not None and self._valid("personas", items[:, 0] - items[:, 1])
+
+    @cached_property
+    def nulls(self) -> Nulls | None:
+        """What random vectors do to the cloze, if that is on record."""
+        for e in self.events:
+            if name_of(e) == "nulls:cloze":
+                return Nulls(tuple(e["levels"]), np.array(e["values"]))
+        return None
+
+    def null_interval(self, stage: Event) -> tuple[float, float] | None:
+        """The cloze shifts of random vectors at a stage's KL to base, nats."""
+        kl = self.read("kl", [stage])
+        if self.nulls is None or kl is None:
+            return None
+        return self.nulls.interval(float(kl.mean()), self.config.confidence)
 
     def _valid(self, what: str, items: np.ndarray) -> bool:
         mean = self._bootstrap(what, items[:, None], lambda x: float(x.mean()), 0.0, "items")

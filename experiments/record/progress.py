@@ -11,7 +11,7 @@ from experiments.record.command import say
 from shl.config import LoopConfig
 
 BASELINES = ("base", "prompted+", "prompted-")
-ROUND = ("vector", "probe", "batch", "steered", "healing", "healed")
+ROUND = ("vector", "probe", "batch", "steered", "healing", "healed", "retention")
 SECONDS = {
     "vector": 1.5,
     "steered": 3.0,
@@ -19,6 +19,7 @@ SECONDS = {
     "reading": 20.0,
     "context": 6.0,
     "cloze": 2.0,
+    "kl": 2.0,
 }
 """Rough duration of a stage on a CPU, or of an instrument's reading of it; 5 if not listed."""
 ACTIVITIES = {
@@ -26,6 +27,7 @@ ACTIVITIES = {
     "probe": "probing doses",
     "batch": "generating",
     "healing": "healing",
+    "retention": "reading retention",
 }
 """What is done in a stage; the others are measured."""
 

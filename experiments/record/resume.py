@@ -11,6 +11,7 @@ from experiments.record.reader import Event, RecordReader, samples
 from shl.config import LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.vector import SteeringVector
+from shl.measure.retention import Retention
 from shl.measure.vignettes import reading
 from shl.method.dose import Walk, ladder
 from shl.method.filters import Verdict
@@ -75,6 +76,17 @@ class Resume(Observer):
             return None
         adapter = Adapter.load(self.record.path_of(index, "adapter"), self.model)
         return Healed(adapter, tuple(HealStep(**step) for step in line["steps"]), self.config.heal)
+
+    def load_retention(self, index: int) -> dict[str, Retention] | None:
+        """Return what a round's student has of the teacher's shift."""
+        line = self.find("retention", index)
+        if line is None:
+            return None
+        sums = ("teacher", "both", "student")
+        return {
+            name: Retention(*(tuple(found[key]) for key in sums))
+            for name, found in line["sources"].items()
+        }
 
     def _judged(self, line: Line | None) -> Judged | None:
         if line is None:

@@ -115,11 +115,39 @@ class ItemsEvent(Event):
     """
 
     event: Literal["items"]
-    instrument: Literal["context", "cloze"]
+    instrument: Literal["context", "cloze", "kl"]
     stage: StageName
     items: Annotated[list[Number], Field(min_length=2)]
     value: Number
     interval: Pair
+
+
+class Shares(Strict):
+    """A `shl.measure.retention.Retention`, with its share and cosine (null where undefined)."""
+
+    teacher: Annotated[list[Number], Field(min_length=1)]
+    both: Annotated[list[Number], Field(min_length=1)]
+    student: Annotated[list[Number], Field(min_length=1)]
+    share: Number | None
+    cosine: Number | None
+
+
+class RetentionEvent(Event):
+    """What a round's student has of the teacher's shift, by source of the texts."""
+
+    event: Literal["retention"]
+    sources: dict[str, Shares]
+
+
+class NullsEvent(Event):
+    """Readings of random vectors, less base's: `values` is `[level, vector, sign]`, `levels` are
+    the divergences at which they are matched, nats per token."""
+
+    event: Literal["nulls"]
+    instrument: Literal["context", "cloze", "vignettes"]
+    layers: list[Count]
+    levels: Annotated[list[Number], Field(min_length=1)]
+    values: Annotated[list[list[Pair]], Field(min_length=1)]
 
 
 class OneFoundation(Strict):
@@ -314,7 +342,8 @@ def check_lines(events: list[dict[str, Any]], texts: list[dict[str, Any]], where
 
 
 def name_of(event: Mapping[str, Any]) -> str:
-    """The name of an event within its round: EVENT, STAGE, INSTRUMENT:STAGE or validity:INSTRUMENT.
+    """The name of an event within its round: EVENT, STAGE, INSTRUMENT:STAGE, validity:INSTRUMENT
+    or nulls:INSTRUMENT.
 
     Example:
         >>> name_of({"event": "stage", "stage": "healed"}), name_of({"event": "probe"})
@@ -325,8 +354,8 @@ def name_of(event: Mapping[str, Any]) -> str:
     kind = str(event["event"])
     if kind in ("reading", "items"):
         return f"{event['instrument']}:{event['stage']}"
-    if kind == "validity":
-        return f"validity:{event['instrument']}"
+    if kind in ("validity", "nulls"):
+        return f"{kind}:{event['instrument']}"
     return str(event["stage"]) if kind == "stage" else kind
 
 
@@ -335,14 +364,16 @@ AFTER: dict[str | None, tuple[str, ...]] = {
     "start": ("base",),
     "base": ("prompted+",),
     "prompted+": ("prompted-",),
-    "prompted-": ("validity", "vector"),
-    "validity": ("validity", "vector"),
+    "prompted-": ("validity", "nulls", "vector"),
+    "validity": ("validity", "nulls", "vector"),
+    "nulls": ("nulls", "vector"),
     "vector": ("probe", "batch", "steered", "starved"),
     "probe": ("batch", "steered", "starved"),
     "batch": ("batch", "steered", "starved"),
     "steered": ("healing",),
     "healing": ("healed",),
-    "healed": ("round",),
+    "healed": ("retention", "round"),
+    "retention": ("round",),
     "round": ("token_kl", "vector", "end"),
     "token_kl": ("vector", "end"),
     "starved": (),
@@ -360,9 +391,10 @@ def _check_order(events: Sequence[Mapping[str, Any]], texts: int, where: str) ->
         if kind in ("reading", "items"):
             allowed = event["stage"] == last
         else:
-            last, before = (kind if kind == "validity" else name), last
+            several = kind in ("validity", "nulls")
+            last, before = (kind if several else name), last
             allowed = last in AFTER[before]
-            names = names if kind == "validity" else set()
+            names = names if several else set()
         require(
             allowed and event["round"] == index and name not in names,
             f"event {number} of {where} is {name} of round {event['round']}, which cannot follow "

@@ -35,7 +35,7 @@ from shl.method.dose import Walk
 from shl.method.filters import Verdict
 from shl.method.heal import Healed, HealStep, Training
 from shl.method.loop import Round
-from shl.method.stages import InstrumentReading, Judged, Stage
+from shl.method.stages import InstrumentReading, Judged, Retained, Stage
 from shl.models.generate import without_persona
 from shl.models.scores import token_divergence
 from shl.models.tokens import decode
@@ -235,6 +235,18 @@ class Recorder(Resume):
         self.record.save(healed.adapter, index, "adapter")
         self._finish("healing", index, healing_numbers(healed))
         self.record.path_of(index, "training").unlink(missing_ok=True)
+
+    def save_retention(self, index: int, retained: Retained) -> None:
+        """Write what a round's student has of the teacher's shift."""
+        sources = {
+            name: {
+                **{key: list(sums) for key, sums in vars(found).items()},
+                "share": finite(found.share),
+                "cosine": finite(found.cosine),
+            }
+            for name, found in retained.items()
+        }
+        self._finish("retention", index, {"sources": sources})
 
     def _finish(
         self, event: str, index: int, values: Mapping[str, Any], texts: Sequence[Line] = ()

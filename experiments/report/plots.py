@@ -148,6 +148,17 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
                     name,
                     y_spans=[interval for _, interval in values],
                 )
+        spans = [m.null_interval(e) for e in measured] if title.startswith("cloze") else []
+        random = [(e, span) for e, span in zip(measured, spans, strict=False) if span is not None]
+        if random:
+            fig.series(
+                panel,
+                [e["round"] + (-0.04 if e["stage"] == "steered" else 0.04) for e, _ in random],
+                [0.0] * len(random),
+                ("grey", "", ""),
+                "random vectors of the same KL",
+                y_spans=[span for _, span in random],
+            )
         for name in ("base", "prompted+", "prompted-"):
             for e in stages(events, name)[:1]:
                 value, interval = measure(e)

@@ -4,7 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import median_low
 
+import numpy as np
+
 from experiments.record.reader import Event, items_of, stages
+from shl.measure.nulls import Nulls
+from shl.measure.retention import Retention
 
 
 def rows(events: Sequence[Event]) -> list[dict[str, str]]:
@@ -30,6 +34,7 @@ def rows(events: Sequence[Event]) -> list[dict[str, str]]:
             row["kappa"] = f"{kept[index]['kappa']:.2f}"
         if e["stage"] == "healed" and index in healing:
             last = healing[index]["epochs"][-1]
+            row |= _retention(events, index)
             row["D"] = f"{last['d']:.2f}"
             row["> tau"] = f"{100 * last['tokens_over']:.0f} %"
             row["lam"] = f"{last['lam']:.1f}"
@@ -38,9 +43,26 @@ def rows(events: Sequence[Event]) -> list[dict[str, str]]:
 
 
 def _items(events: Sequence[Event], stage: Event) -> dict[str, str]:
-    found = {"S / base": ("context", ".2f"), "cloze": ("cloze", "+.2f")}
+    found = {"S / base": ("context", ".2f"), "cloze": ("cloze", "+.2f"), "KL": ("kl", ".2f")}
     read = {key: (items_of(events, name, stage), form) for key, (name, form) in found.items()}
-    return {key: format(e["value"], form) for key, (e, form) in read.items() if e is not None}
+    row = {key: format(e["value"], form) for key, (e, form) in read.items() if e is not None}
+    tables = [e for e in events if e["event"] == "nulls" and e["instrument"] == "cloze"]
+    kl = read["KL"][0]
+    if tables and kl is not None and kl["value"] > 0:
+        table = Nulls(tuple(tables[0]["levels"]), np.array(tables[0]["values"]))
+        row["random"] = f"+-{table.interval(kl['value'])[1]:.2f}"
+    return row
+
+
+def _retention(events: Sequence[Event], index: int) -> dict[str, str]:
+    """The share and cosine over all sources of texts."""
+    found = [e["sources"] for e in events if e["event"] == "retention" and e["round"] == index]
+    if not found:
+        return {}
+    sources = found[0].values()
+    sums = (tuple(s for x in sources for s in x[key]) for key in ("teacher", "both", "student"))
+    whole = Retention(*sums)
+    return {"beta": f"{whole.share:.2f}", "rho": f"{whole.cosine:.2f}"}
 
 
 def _column(name: str, foundation: str, events: Sequence[Event]) -> str:

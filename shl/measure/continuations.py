@@ -17,8 +17,10 @@ import torch
 from scipy.special import logsumexp
 from transformer_lens import HookedTransformer
 
+from shl.hooks.handle import unhooked
 from shl.hooks.sites import final_hidden, readout
 from shl.kl import log_probs_at
+from shl.measure.nulls import NEUTRAL, TOKENS, Divergence
 from shl.models.generate import prefill, run
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import Prompt, encode, encode_text, is_chat, length_batches
@@ -245,16 +247,23 @@ def cloze_shift(x: np.ndarray) -> float:
     return float((x[:, 1] - x[:, 0]).mean())
 
 
+def mean_kl(x: np.ndarray) -> float:
+    """Divergence from `[text, 2]`, KL per token of base and of a stage to base: the mean, nats."""
+    return float(x[:, 1].mean())
+
+
 STATISTICS: Mapping[str, Callable[[np.ndarray], float]] = {
     "context": context_use,
     "cloze": cloze_shift,
+    "kl": mean_kl,
 }
 """What a stage's items come to beside base's, by instrument."""
 
 
 def item_instruments(cloze: Cloze | None, conflicts: int) -> dict[str, Instrument]:
     """The instruments of this module for `shl.love`: `context` is S of the first `conflicts`
-    items, `cloze` is there for an axis that has one."""
+    items, `kl` the KL per token to base on neutral answers, at which random vectors are matched;
+    `cloze` is there for an axis that has one."""
 
     def context(model: HookedTransformer, persona: str | None) -> dict[str, list[float]]:
         items = conflict_items()[:conflicts]
@@ -264,7 +273,15 @@ def item_instruments(cloze: Cloze | None, conflicts: int) -> dict[str, Instrumen
         assert cloze is not None
         return {"items": read_cloze(model, cloze, persona=persona).tolist()}
 
-    found: dict[str, Instrument] = {"context": context}
+    on_base: list[Divergence] = []
+
+    def divergence(model: HookedTransformer, persona: str | None) -> dict[str, list[float]]:
+        if not on_base:
+            with unhooked(model):
+                on_base.append(Divergence(model, NEUTRAL, tokens=TOKENS))
+        return {"items": on_base[0](model, persona).tolist()}
+
+    found: dict[str, Instrument] = {"context": context, "kl": divergence}
     return found if cloze is None else found | {"cloze": words}
 
 

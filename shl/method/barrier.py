@@ -9,7 +9,8 @@ final hidden states, and their sum is propagated back through the model.
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,8 +39,28 @@ from shl.utils.shapes import Hidden, PerToken
 Reference = tuple[Hidden, PerToken]
 """The reference's hidden states at a batch's completion positions, and their log-sum-exp."""
 
-Teacher = Callable[[], AbstractContextManager[Any]]
-"""Opens the teacher: `partial(vector.steering, model, dose)`."""
+Opened = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The model whose distributions are learnt: the student with steering, a persona or both.
+
+    Attributes:
+        steering: opens the steering: `partial(vector.steering, model, dose)`.
+        persona: is put into the prompts that the teacher reads.
+        opposite: opens the steering with the opposite sign. With it, the teacher's final hidden
+            states are h + (h_plus - h_minus) / 2, where h are those of the student: what both signs
+            have in common is not learnt.
+
+    Example:
+        >>> Teacher(persona="You are calm.").opposite is None
+        True
+    """
+
+    steering: Opened = nullcontext
+    persona: str | None = None
+    opposite: Opened | None = None
 
 
 class Barrier:
@@ -55,6 +76,7 @@ class Barrier:
         adapter: is trained.
         handle: the adapter's hooks.
         batches: completions, each with at least one token.
+        read: the same completions as the teacher reads them, with its own prompt tokens.
         fired: share of completions with D > tau in the last step, 1 at the start.
     """
 
@@ -68,6 +90,7 @@ class Barrier:
         *,
         fired: float = 1.0,
         teacher: Teacher | None = None,
+        read: Sequence[Sequence[Completion]] = (),
     ) -> None:
         self.model, self.adapter, self.batches, self.config = model, adapter, batches, config
         self._rows = config.rows or config.batch_size
@@ -80,7 +103,7 @@ class Barrier:
             with torch.no_grad(), suspended(model, *paused):
                 self._references = [self._reference(batch) for batch in batches]
         if teacher is not None:
-            self._soft = self._targets(handle, teacher)
+            self._soft = self._targets(handle, teacher, read or batches)
 
     def _reference(self, batch: Sequence[Completion]) -> Reference:
         states = self._states(batch)
@@ -91,26 +114,42 @@ class Barrier:
         parts: list[Hidden] = []
 
         def work(rows: list[int]) -> None:
-            parts.append(completion_hidden(self.model, [batch[i] for i in rows]))
+            hidden = completion_hidden(self.model, [batch[i] for i in rows])
+            parts.append(hidden[self._picked(batch, rows)[0]])
 
         rows = torch.arange(len(batch)).split(self._rows)
         in_batches([part.tolist() for part in rows], work, "the reference")
         return torch.cat(parts)
 
-    def _targets(self, handle: Handle, teacher: Teacher) -> list[SoftTargets]:
-        """The distributions of the steered student that enters the round."""
+    def _picked(self, batch: Sequence[Completion], rows: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Every n-th of the tokens of some rows, concatenated, from another one in each row; and
+        how many each row has."""
+        every, start, parts = self.config.every, 0, []
+        for i in rows:
+            count = len(batch[i].tokens)
+            parts.append(torch.arange(start + i % min(every, count), start + count, every))
+            start += count
+        return torch.cat(parts).to(self.model.W_U.device), [len(part) for part in parts]
+
+    def _targets(
+        self, handle: Handle, teacher: Teacher, read: Sequence[Sequence[Completion]]
+    ) -> list[SoftTargets]:
+        """The teacher's distributions, with the student that enters the round."""
         model, clip, targets = self.model, self.config.clip, []
-        for k, batch in enumerate(self.batches):
+        for k, batch in enumerate(read):
             with torch.no_grad(), suspended(model, handle):
-                with teacher():
-                    steered = self._states(batch)
+                with teacher.steering():
+                    taught = self._states(batch)
+                own = self._states(self.batches[k]) if clip or teacher.opposite else taught
+                if teacher.opposite is not None:
+                    with teacher.opposite():
+                        taught = own + (taught - self._states(batch)) / 2
                 if clip is not None:
                     states, ref_lse = self._references[k]
-                    kl = kl_values(model, steered, states, ref_lse=ref_lse)
-                    own = self._states(batch)
+                    kl = kl_values(model, taught, states, ref_lse=ref_lse)
                     share = (clip / kl.clamp(min=clip)).sqrt()
-                    steered = own + share[:, None] * (steered - own)
-                targets.append(soft_targets(steered, model.W_U, **readout(model)))
+                    taught = own + share[:, None] * (taught - own)
+                targets.append(soft_targets(taught, model.W_U, **readout(model)))
         return targets
 
     def backward(self, k: int, lam: float) -> dict[str, float]:
@@ -151,10 +190,11 @@ class Barrier:
         model, config, whole = self.model, self.config, self.batches[k]
         batch = [whole[i] for i in rows]
         share = len(batch) / len(whole)
-        sizes = [len(c.tokens) for c in batch]
+        _, every_size = self._picked(whole, range(len(whole)))
+        before, total = sum(every_size[: rows.start]), sum(every_size)
+        picked, sizes = self._picked(whole, rows)
         width = sum(sizes)
-        before, total = (sum(len(c.tokens) for c in part) for part in (whole[: rows.start], whole))
-        hidden = completion_hidden(model, batch)
+        hidden = completion_hidden(model, batch)[picked]
         require_finite(
             hidden.detach(),
             "a hidden state",
@@ -166,6 +206,7 @@ class Barrier:
             targets = self._soft[k][before : before + width]
         else:
             targets = torch.tensor([t for c in batch for t in c.tokens], device=hidden.device)
+            targets = targets[picked]
         leaf = hidden.detach().requires_grad_(True)
         barrier = None
         if self.config.divergence == "none":

@@ -1,7 +1,6 @@
-"""Steering vectors from a pair of personas, and random vectors of the same divergence."""
+"""Steering vectors from a pair of personas."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -12,16 +11,11 @@ from transformer_lens import HookedTransformer
 
 from shl.hooks.fingerprint import dtype_of, name_of, weights_hash
 from shl.hooks.sites import band
-from shl.hooks.steering import Steering
 from shl.hooks.vector import SteeringVector
-from shl.kl import logsumexp
 from shl.method.axes import Axis
 from shl.models.activations import residual_at_tag
-from shl.models.generate import generate
-from shl.models.scores import completion_hidden, kl_values
 from shl.models.tokens import Prompt
 from shl.utils.errors import require
-from shl.utils.seeds import generator_for
 from shl.utils.shapes import Direction
 
 Rule = Callable[[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]], Direction]
@@ -115,83 +109,3 @@ def extract_vector(
         token="last prompt token",
         round=round,
     )
-
-
-RANGE = 16.0
-"""Scales from 1 / RANGE to RANGE times the vector's own norms are tried."""
-HALVINGS = 10
-"""Bisections of that range in the log: 16 to the power of 2 / 2**10, half a per cent."""
-SMALLEST = 1e-5
-"""Mean KL below which rounding errors dominate [nats]."""
-CLOSE = 0.1
-"""Largest relative difference between the two divergences."""
-
-
-@torch.no_grad()
-def random_like(
-    model: HookedTransformer,
-    vector: SteeringVector,
-    prompts: Sequence[str],
-    *,
-    dose: float = 1.0,
-    tokens: int = 24,
-    seed: int = 0,
-) -> SteeringVector:
-    """Gaussian random directions at the layers of `vector`, matched to it in divergence.
-
-    Each direction has the norm of the vector's at its layer times one common scale. The scale is
-    found by bisection so that, over the unsteered model's greedy answers, the mean KL per token of
-    the steered to the unsteered model is that of `vector` at `dose`.
-
-    Args:
-        prompts: questions whose answers the divergence is measured on.
-        dose: dose at which the divergences are matched [multiples of the vector].
-        tokens: longest answer [tokens].
-
-    Raises:
-        ShlError: the vector's divergence at `dose` is too small, or no scale within 16 times its
-            norms comes within a tenth of it.
-
-    Example:
-        >>> import torch
-        >>> from shl.models.tiny import tiny_gemma
-        >>> v = SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1)
-        >>> control = random_like(tiny_gemma(), v, ["Hello?"], tokens=4)
-        >>> control.rule, control.directions[1].shape
-        ('random', torch.Size([32]))
-    """
-    unit = {}
-    for layer, v in vector.directions.items():
-        draw = torch.randn(len(v), generator=generator_for(seed, "direction", layer))
-        unit[layer] = (draw / draw.norm()).to(v) * v.norm()
-    texts = generate(model, prompts, max_new_tokens=tokens, min_new_tokens=1, temperature=0.0)
-    texts = [text for text in texts if text.tokens]
-    reference = completion_hidden(model, texts)
-    ref_lse = logsumexp(reference, model.W_U, model.b_U)
-
-    def divergence(directions: Mapping[int, Direction]) -> float:
-        with Steering(model, directions, dose):
-            hidden = completion_hidden(model, texts)
-        return float(kl_values(model, hidden, reference, ref_lse=ref_lse).double().mean())
-
-    aim = divergence(vector.directions)
-    require(
-        aim > SMALLEST,
-        f"the vector's divergence at dose {dose:g} is {aim:.2g} nats per token, it must be above "
-        f"{SMALLEST:g} to be matched.",
-    )
-    low, high = 1 / RANGE, RANGE
-    scaled, found = unit, 0.0
-    for _ in range(HALVINGS):
-        middle = (low * high) ** 0.5
-        scaled = {layer: middle * v for layer, v in unit.items()}
-        found = divergence(scaled)
-        if abs(found - aim) <= 0.01 * aim:
-            break
-        low, high = (middle, high) if found < aim else (low, middle)
-    require(
-        abs(found - aim) <= CLOSE * aim,
-        f"random directions give {found:.4g} nats per token at dose {dose:g}, the vector gives "
-        f"{aim:.4g}; no scale up to {RANGE:g} times its norms comes within {CLOSE:.0%}.",
-    )
-    return replace(vector, directions=scaled, rule="random")

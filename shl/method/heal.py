@@ -1,6 +1,7 @@
 """Training of a fresh adapter on kept completions under a KL barrier.
 
-    loss = mean over completions of [ mean_t NLL_t + lam * relu(D - tau) ],
+    loss = mean over completions of [ mean_t L_t + lam * relu(D - tau) ],
+    L = NLL of the sampled token, or KL(teacher || student) with the soft target,
     D = aggregate over t of KL(student || reference) at position t
 
 lam follows its schedule as a floor and is raised by dual ascent while D stays above tau (Boyd et
@@ -14,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +28,7 @@ from shl.hooks.adapter import Adapter, fresh_adapter
 from shl.method.barrier import Barrier, Teacher, clip_gradient
 from shl.models.generate import Completion
 from shl.models.nan_checks import named
-from shl.models.tokens import length_batches
+from shl.models.tokens import encode, length_batches
 from shl.utils.errors import ShlError, require
 from shl.utils.files import read_safetensors, write_safetensors
 from shl.utils.seeds import generator_for
@@ -92,13 +94,15 @@ def heal(
     """Train one adapter on kept completions, with the hooks that are on the model.
 
     Args:
-        kept: completions; their prompts are context without loss.
+        kept: completions; with the sampled target their prompts are context without loss.
+        teacher: the model whose distributions are learnt, for `HealConfig(target="soft")`.
 
     Returns:
         A frozen adapter, for `baked(model, [adapter])`.
 
     Raises:
-        ShlError: all completions are empty, or a loss is not finite.
+        ShlError: all completions are empty, a loss is not finite, or the target and the teacher do
+            not go together.
 
     Example:
         >>> from shl.models.generate import generate
@@ -140,16 +144,24 @@ def train_adapter(
         f"target is {config.target!r} and teacher is {'' if teacher else 'not '}given; a teacher "
         "belongs to 'soft' alone.",
     )
-    texts = [c for c in kept if c.tokens]
-    if config.positions == "all":
-        texts = [whole(c) for c in texts]
+    opposite = teacher is not None and teacher.opposite is not None
+    require(
+        config.odd == opposite,
+        f"odd is {config.odd} and teacher.opposite is {'' if opposite else 'not '}given; they "
+        "belong together.",
+    )
+    persona = teacher.persona if teacher else None
+    pairs = [learnt(model, c, config.positions, persona) for c in kept if c.tokens]
+    texts = [student for student, _ in pairs]
     require(len(texts) > 0, f"there is nothing to train on: {len(kept)} completions, all empty.")
     adapter = fresh_adapter(model, config, seed=seed, round=index, axis=axis)
     optimiser = torch.optim.AdamW(
         adapter.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
     )
     lengths = [len(c.prompt_tokens) + len(c.tokens) for c in texts]
-    batches = [[texts[i] for i in rows] for rows in length_batches(lengths, config.batch_size)]
+    split = length_batches(lengths, config.batch_size)
+    batches = [[texts[i] for i in rows] for rows in split]
+    read = [[pairs[i][1] for i in rows] for rows in split]
     total = config.epochs * len(batches)
     lam = floor = config.lam_at(index, rounds)
     log: list[HealStep] = []
@@ -157,7 +169,9 @@ def train_adapter(
         lam, log = restore(resume, adapter, optimiser, texts)
     with adapter.attach(model) as handle:
         fired = log[-1].fired if log else 1.0
-        barrier = Barrier(model, adapter, handle, batches, config, fired=fired, teacher=teacher)
+        barrier = Barrier(
+            model, adapter, handle, batches, config, fired=fired, teacher=teacher, read=read
+        )
         for step in range(len(log), total):
             epoch, place = divmod(step, len(batches))
             order = torch.randperm(len(batches), generator=generator_for(seed, "order", epoch))
@@ -175,12 +189,27 @@ def train_adapter(
     return Healed(adapter.frozen(), tuple(log), config)
 
 
-def whole(completion: Completion) -> Completion:
-    """A completion whose prompt is learnt too, and what follows its last token; the soft target of
-    a position does not depend on the token after it."""
-    first, *prompt = completion.prompt_tokens
-    tokens = (*prompt, *completion.tokens, completion.tokens[-1])
-    return replace(completion, prompt_tokens=(first,), tokens=tokens)
+def learnt(
+    model: HookedTransformer, completion: Completion, positions: str, persona: str | None = None
+) -> tuple[Completion, Completion]:
+    """A completion as the student learns it, and as the teacher with a persona reads it: the same
+    tokens after the prompts of either.
+
+    With `positions` "all" the prompt is learnt too, as far as it is the same with the persona, and
+    what follows the last token; the soft target of a position does not depend on the token after
+    it.
+    """
+    prompt = other = completion.prompt_tokens
+    if persona is not None:
+        other = tuple(encode(model, replace(completion.prompt, persona=persona)))
+    tokens = completion.tokens
+    if positions == "all":
+        pairs = zip(prompt[:0:-1], other[:0:-1], strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        tokens = (*prompt[len(prompt) - shared :], *tokens, tokens[-1])
+        prompt, other = prompt[: len(prompt) - shared], other[: len(other) - shared]
+    student = replace(completion, prompt_tokens=prompt, tokens=tokens)
+    return student, replace(student, prompt_tokens=other)
 
 
 def _set_lr(optimiser: torch.optim.Optimizer, lr: float, step: int, total: int) -> None:

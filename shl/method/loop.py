@@ -23,22 +23,28 @@ from shl.config import LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.bake import baked
 from shl.hooks.vector import SteeringVector
-from shl.measure.continuations import Instrument
-from shl.measure.vignettes import evaluate, remember_base
+from shl.measure.continuations import Instrument, conflict_items
+from shl.measure.nulls import random_like
+from shl.measure.retention import retention, running_text
+from shl.measure.vignettes import evaluate, remember_base, vignettes
 from shl.method.axes import Axis
+from shl.method.barrier import Teacher
 from shl.method.dose import Walk, after_batch, ladder, settle, start
-from shl.method.extract import extract_vector, random_like
+from shl.method.extract import extract_vector
 from shl.method.filters import Verdict, judge
-from shl.method.heal import Healed, train_adapter
-from shl.method.stages import InstrumentReading, Judged, Observer, Stage
+from shl.method.heal import Healed, learnt, train_adapter
+from shl.method.stages import InstrumentReading, Judged, Observer, Retained, Stage
 from shl.models.generate import Completion, generate, without_persona
 from shl.models.nan_checks import named
 from shl.models.tokens import Prompt
 from shl.utils.errors import ShlError
+from shl.utils.files import texts_in
 from shl.utils.seeds import seed_for
 
 MATCHED_ON = 8
 """Prompts on which the random control is matched in divergence [count]."""
+READ = 6
+"""Texts of each source on which retention is read [count]."""
 
 
 class StarvedError(ShlError):
@@ -50,7 +56,8 @@ class Round:
     """Results of one round.
 
     `probes` are the judged completions of the dose ladder, `dreams` those of the full batches at
-    `kappa`; the adapter was trained on `kept`.
+    `kappa`; the adapter was trained on `kept`. `retained` is what the healed student has of the
+    teacher's shift, on training texts, weaker survivors, its own answers and instruments' items.
 
     Example:
         >>> list(Round.__dataclass_fields__)[:5]
@@ -68,6 +75,7 @@ class Round:
     healing: Healed
     steered: Stage
     healed: Stage
+    retained: Retained
 
     @property
     def adapter(self) -> Adapter:
@@ -175,9 +183,24 @@ class Study:
             healing = self.heal(index, kept, vector, walk)
         with baked(model, (*before, healing.adapter)):
             healed = self.measure(index, "healed")
+        both = (*before, healing.adapter)
+        held_out = [v.completion for v in probes if v.kept and v.completion not in survivors]
+        sources = {"training": kept, "held out": held_out, "answers": _texts(healed.samples)}
+        retained = self.retain(index, sources, self.teacher(vector, walk.dose), before, both)
         kappa, dose = walk.kappa, walk.dose
         return Round(
-            index, vector, walk, kappa, dose, probes, dreams, kept, healing, steered, healed
+            index,
+            vector,
+            walk,
+            kappa,
+            dose,
+            probes,
+            dreams,
+            kept,
+            healing,
+            steered,
+            healed,
+            retained,
         )
 
     def extract(self, index: int) -> SteeringVector:
@@ -294,32 +317,82 @@ class Study:
     ) -> Healed:
         """Train the round's adapter on the kept completions, or continue its training.
 
-        With the soft target the teacher is the steered student, and `heal.unsteered` answers of the
-        student without steering are added to the texts.
+        With the soft target the teacher is the student as it wrote the completions, and texts of
+        the student without steering and persona are added.
         """
         healed, settings = self.observer.load_healed(index), self.config.heal
         if healed is None:
             with named(f"round {index}, healing"):
-                teacher, own = None, []
-                if settings.target == "soft":
-                    teacher = partial(vector.steering, self.model, walk.dose)
-                    seed = seed_for(self.config.seed, "unsteered", index)
-                    prompts = _prompts(self.axis, None, settings.unsteered)
-                    own = generate(self.model, prompts, **vars(self.config.generate), seed=seed)
+                soft = settings.target == "soft"
                 healed = train_adapter(
                     self.model,
-                    (*kept, *own),
+                    (*kept, *self.own_texts(index)),
                     settings,
                     index=index,
                     rounds=self.config.rounds,
                     seed=seed_for(self.config.seed, "heal", index),
                     axis=self.axis.name,
-                    teacher=teacher,
+                    teacher=self.teacher(vector, walk.dose) if soft else None,
                     resume=self.observer.load_training(index),
                     on_step=partial(self.observer.on_step, index),
                 )
             self.observer.save_healed(index, healed)
         return healed
+
+    def teacher(self, vector: SteeringVector, dose: float) -> Teacher:
+        """The student that enters the round, as it wrote the completions."""
+        plus, minus = (partial(vector.steering, self.model, x) for x in (dose, -dose))
+        return Teacher(plus, self.persona, minus if self.config.heal.odd else None)
+
+    def own_texts(self, index: int) -> list[Completion]:
+        """Texts of the student without steering and persona, sampled from its whole distribution:
+        answers to the axis's prompts, and running text from neutral openings."""
+        settings, openings = self.config.heal, texts_in("openings.toml", "openings")
+        starts = (openings[i % len(openings)] for i in range(settings.narrative))
+        prompts = [Prompt(text, plain=True) for text in starts]
+        sampling = vars(self.config.generate) | {"top_k": 0, "top_p": 1.0}
+        seed = seed_for(self.config.seed, "own", index)
+        answers = _prompts(self.axis, None, settings.unsteered)
+        return generate(self.model, [*answers, *prompts], **sampling, seed=seed)
+
+    def retain(
+        self,
+        index: int,
+        sources: Mapping[str, Sequence[Completion]],
+        teacher: Teacher,
+        before: tuple[Adapter, ...],
+        after: tuple[Adapter, ...],
+    ) -> Retained:
+        """Read the share of the teacher's shift that the healed student has, by source."""
+        found = self.observer.load_retention(index)
+        if found is None:
+            model, cloze = self.model, self.axis.cloze
+            items = {
+                "vignettes": [v.text for v in vignettes()[:: len(vignettes()) // READ]],
+                "conflicts": [item.text(("order", 0, None)) for item in conflict_items()],
+                "cloze": list(cloze.openings if cloze else ()),
+            }
+            texts = {
+                name: [running_text(model, text) for text in items[name][:READ]] for name in items
+            }
+            texts |= {name: [c for c in given if c.tokens] for name, given in sources.items()}
+            with named(f"round {index}, reading retention"):
+                found = {
+                    name: retention(
+                        model,
+                        [
+                            learnt(model, without_persona(model, c), "completion", teacher.persona)
+                            for c in given[:READ]
+                        ],
+                        entered=partial(baked, model, before),
+                        steering=teacher.steering,
+                        student=partial(baked, model, after),
+                    )
+                    for name, given in texts.items()
+                    if given
+                }
+            self.observer.save_retention(index, found)
+        return found
 
     def measure(self, index: int, name: str, *, persona: str | None = None) -> Stage:
         """Measure the model with the hooks that are on, without steering."""
@@ -369,6 +442,10 @@ def _prompts(axis: Axis, persona: str | None, count: int, first: int = 0) -> lis
     """`count` of the axis's prompts in turn, from number `first`."""
     texts = axis.prompts
     return [Prompt(texts[i % len(texts)], persona) for i in range(first, first + count)]
+
+
+def _texts(verdicts: Sequence[Verdict]) -> list[Completion]:
+    return [v.completion for v in verdicts]
 
 
 def _survivors(walk: Walk, verdicts: Sequence[Verdict]) -> tuple[Completion, ...]:

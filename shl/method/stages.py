@@ -5,6 +5,7 @@ extract    SteeringVector
 probe      Judged             the dose ladder
 generate   Judged             one per batch at the chosen dose
 heal       Healed             and a `Training` state after each optimiser step
+retain     Retention          per source of texts, after healing
 read       InstrumentReading  one per instrument and measured stage
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from shl.hooks.vector import SteeringVector
 from shl.measure.evaluation import Evaluation
+from shl.measure.retention import Retention
 from shl.method.dose import Walk
 from shl.method.filters import Verdict
 from shl.method.heal import Healed, HealStep, Training
@@ -72,6 +74,10 @@ class InstrumentReading:
     values: Mapping[str, Any]
 
 
+Retained = Mapping[str, Retention]
+"""What a round's student has of the teacher's shift, by source of the texts."""
+
+
 class Observer:
     """Receives the result of each stage, and may supply it instead.
 
@@ -123,6 +129,12 @@ class Observer:
 
     def save_healed(self, index: int, healed: Healed) -> None:
         """Receive the trained adapter of a round with its log."""
+
+    def load_retention(self, index: int) -> Retained | None:
+        """Return what a round's student has of the teacher's shift."""
+
+    def save_retention(self, index: int, retained: Retained) -> None:
+        """Receive what a round's student has of the teacher's shift."""
 
     def load_reading(self, index: int, instrument: str, stage: str) -> InstrumentReading | None:
         """Return an instrument's values for a stage."""

@@ -188,7 +188,7 @@ def without_persona(model: HookedTransformer, completion: Completion) -> Complet
     """
     if completion.prompt.persona is None:
         return completion
-    bare = Prompt(completion.prompt.text)
+    bare = replace(completion.prompt, persona=None)
     return replace(completion, prompt=bare, prompt_tokens=tuple(encode(model, bare)))
 
 

@@ -27,13 +27,16 @@ PLAIN_STOPS = ("\nQ:", "\nA:")
 class Prompt:
     """A question, and optionally the persona that answers it.
 
+    With `plain`, the text is the beginning of running text, without the question's format.
+
     Example:
         >>> Prompt("How do you rest?", persona="You are calm.")
-        Prompt(text='How do you rest?', persona='You are calm.')
+        Prompt(text='How do you rest?', persona='You are calm.', plain=False)
     """
 
     text: str
     persona: str | None = None
+    plain: bool = False
 
 
 def tokenizer_of(model: HookedTransformer) -> PreTrainedTokenizerBase:
@@ -61,6 +64,8 @@ def render(model: HookedTransformer, prompt: str | Prompt) -> str:
     """The text of a prompt up to the assistant tag; without BOS if there is no chat template."""
     prompt = as_prompt(prompt)
     persona = f"{prompt.persona}\n\n" if prompt.persona else ""
+    if prompt.plain:
+        return persona + prompt.text
     if not is_chat(model):
         return f"{persona}Q: {prompt.text}\nA:"
     template: Any = partial(
@@ -88,7 +93,8 @@ def encode(model: HookedTransformer, prompt: str | Prompt) -> list[int]:
     Raises:
         ShlError: the prompt is longer than the model's context.
     """
-    ids = encode_text(model, render(model, prompt), bos=not is_chat(model))
+    prompt = as_prompt(prompt)
+    ids = encode_text(model, render(model, prompt), bos=prompt.plain or not is_chat(model))
     require(
         len(ids) < model.cfg.n_ctx,
         f"a prompt has {len(ids)} tokens, it must have fewer than {model.cfg.n_ctx}, the context "

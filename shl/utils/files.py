@@ -5,7 +5,9 @@ import hashlib
 import json
 import math
 import os
+import tomllib
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from reprlib import repr as short
@@ -33,6 +35,17 @@ MADE_ON: Schema = {
 }
 """The provenance of a vector or adapter: name, `weights_hash` and dtype of its base model, and the
 round of the loop."""
+
+
+@cache
+def texts_in(file: str, key: str) -> tuple[str, ...]:
+    """A list of texts in a TOML file of the data folder.
+
+    Example:
+        >>> len(texts_in("openings.toml", "openings"))
+        48
+    """
+    return tuple(tomllib.loads((DATA / file).read_text("utf-8"))[key])
 
 
 def identity(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments.arms import __main__ as program
 from experiments.arms.__main__ import ArmsConfig, run_arms
-from experiments.arms.catalogue import ARMS, CORE, chosen
+from experiments.arms.catalogue import ARMS, GROUPS, chosen
 from experiments.arms.compare import Point, against, points, reach, spread
 from experiments.arms.doses import read_doses
 from experiments.arms.plots import plane, text_kl
@@ -99,7 +99,7 @@ def test_comparison_has_the_points_of_every_arm_and_dose(folder, monkeypatch):
     care, authority = (healed["nats"][f] - base["nats"][f] for f in ("care", "authority"))
     assert point.trait == pytest.approx((care - authority) / 2, abs=1e-9)
     assert point.interval[0] <= point.trait <= point.interval[1]
-    assert point.mass == pytest.approx(healed["coherence"])
+    assert point.context == pytest.approx(healed["coherence"])
     plus, minus = stages["prompted+", -1], stages["prompted-", -1]
     care, authority = (plus["nats"][f] - minus["nats"][f] for f in ("care", "authority"))
     assert found["persona"][42][1].trait == pytest.approx((care - authority) / 4, abs=1e-9)
@@ -151,7 +151,7 @@ def test_arms_change_only_their_own_settings():
     settings = [arm.change(loop) for arm in ARMS.values()]
     assert len(set(map(repr, settings))) == len(settings)
     assert ARMS["p95-tau0.25"].change(loop).heal.tau == 0.25
-    assert [arm.name for arm in chosen(("p95", "core"))] == list(CORE)
+    assert [arm.name for arm in chosen(("p95", "core"))] == list(GROUPS["core"])
     with pytest.raises(ShlError) as error:
         chosen(("rsme",))
     assert "there is no arm 'rsme'" in one_sentence(error)

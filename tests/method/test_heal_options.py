@@ -27,6 +27,7 @@ OPTIONS = {
     "epochs": 3,
     "lr": 1e-2,
     "batch_size": 2,
+    "every": 2,
     "max_grad_norm": 0.01,
     "divergence": "kl_fwd",
     "aggregate": "max",
@@ -76,7 +77,8 @@ def test_each_option_changes_the_adapter(option, gemma, texts):
 def test_every_option_is_tested():
     # The reference is tested in test_heal.py, rows in tests/utils/test_halving.py, the soft target
     # and what belongs to it in test_heal_soft.py and test_loop_controls.py.
-    elsewhere = {"reference", "rows", "target", "positions", "clip", "unsteered"}
+    elsewhere = {"reference", "rows", "target", "positions", "clip", "odd"}
+    elsewhere |= {"unsteered", "narrative"}
     assert {*OPTIONS} | elsewhere == {field.name for field in fields(HealConfig)}
 
 

@@ -1,6 +1,5 @@
 """The soft target: what a student learns from the steered model's distributions."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -11,9 +10,11 @@ from helpers import kl_by_hand, log_p_by_hand
 from shl.config import HealConfig
 from shl.hooks.bake import baked
 from shl.hooks.vector import SteeringVector
-from shl.method.heal import heal, train_adapter, whole
+from shl.method.barrier import Teacher
+from shl.method.heal import heal, learnt, train_adapter
 from shl.models.generate import generate
 from shl.models.scores import completion_hidden
+from shl.models.tokens import Prompt, encode
 from shl.utils.errors import ShlError
 
 SOFT = HealConfig(rank=4, epochs=1, lr=2e-2, batch_size=3, divergence="none", target="soft")
@@ -28,12 +29,12 @@ def texts(gemma):
 @pytest.fixture
 def teacher(gemma):
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    return partial(SteeringVector({1: direction}, "tiny", "demo", 1).steering, gemma, 1.0)
+    return Teacher(partial(SteeringVector({1: direction}, "tiny", "demo", 1).steering, gemma, 1.0))
 
 
 def mean_kl_by_hand(model, texts, teacher, adapters=()):
     """Mean over completions of the mean KL(teacher || student) per token, two full softmaxes."""
-    with teacher():
+    with teacher.steering():
         taught = [log_p_by_hand(model, c) for c in texts]
     with baked(model, adapters):
         own = [log_p_by_hand(model, c) for c in texts]
@@ -53,7 +54,7 @@ def test_training_takes_the_student_to_the_teacher(gemma, texts, teacher):
 
 
 def test_a_teacher_that_is_the_student_leaves_it_alone(gemma, texts):
-    healed = train_adapter(gemma, texts, SOFT, teacher=nullcontext)
+    healed = train_adapter(gemma, texts, SOFT, teacher=Teacher())
     assert abs(healed.steps[0].nll) < 1e-5
     assert healed.steps[0].grad_nll < 1e-5
 
@@ -69,10 +70,14 @@ def test_the_teacher_does_not_carry_the_new_adapter(gemma, texts, teacher):
     assert [s.nll for s in resumed.steps] == [s.nll for s in whole_run.steps]
 
 
-def test_all_positions_are_prompt_completion_and_what_follows(texts):
+def whole(model, text):
+    return learnt(model, text, "all")[0]
+
+
+def test_all_positions_are_prompt_completion_and_what_follows(gemma, texts):
     text = texts[0]
     ids = (*text.prompt_tokens, *text.tokens)
-    made = whole(text)
+    made = whole(gemma, text)
     assert (*made.prompt_tokens, *made.tokens)[:-1] == ids
     assert len(made.tokens) == len(ids)
 
@@ -80,7 +85,7 @@ def test_all_positions_are_prompt_completion_and_what_follows(texts):
 def test_all_positions_change_what_is_learnt(gemma, texts, teacher):
     config = replace(SOFT, positions="all")
     [step] = train_adapter(gemma, texts, config, teacher=teacher).steps
-    expected = mean_kl_by_hand(gemma, [whole(c) for c in texts], teacher)
+    expected = mean_kl_by_hand(gemma, [whole(gemma, c) for c in texts], teacher)
     assert step.nll == pytest.approx(expected, abs=1e-5)
 
 
@@ -94,7 +99,7 @@ def test_clip_limits_the_teacher_where_it_is_far_from_the_reference(gemma, texts
 def test_clip_by_hand(gemma, texts, teacher):
     """g = min(1, sqrt(clip / KL(teacher || base))) of the way in final hidden states."""
     own = completion_hidden(gemma, texts).double()
-    with teacher():
+    with teacher.steering():
         steered = completion_hidden(gemma, texts).double()
     unembed = gemma.W_U.double()
     base = (own @ unembed + gemma.b_U).log_softmax(1)
@@ -139,3 +144,61 @@ def test_a_teacher_belongs_to_the_soft_target_alone(gemma, texts, teacher, targe
     given = None if target == "soft" else teacher
     with pytest.raises(ShlError, match="target is"):
         train_adapter(gemma, texts, replace(SOFT, target=target), teacher=given)
+
+
+def test_the_opposite_sign_cancels_what_both_have_in_common(gemma, texts, teacher):
+    """The target is h + (h_plus - h_minus) / 2 in final hidden states."""
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    vector = SteeringVector({1: direction}, "tiny", "demo", 1)
+    minus = partial(vector.steering, gemma, -1.0)
+    own = completion_hidden(gemma, texts).double()
+    with teacher.steering():
+        up = completion_hidden(gemma, texts).double()
+    with minus():
+        down = completion_hidden(gemma, texts).double()
+    unembed = gemma.W_U.double()
+    goal = ((own + (up - down) / 2) @ unembed + gemma.b_U).log_softmax(1)
+    base = (own @ unembed + gemma.b_U).log_softmax(1)
+    kl = (goal.exp() * (goal - base)).sum(1).split([len(c.tokens) for c in texts])
+    odd = replace(teacher, opposite=minus)
+    [step] = train_adapter(gemma, texts, replace(SOFT, odd=True), teacher=odd).steps
+    assert step.nll == pytest.approx(float(torch.stack([k.mean() for k in kl]).mean()), abs=1e-5)
+    with pytest.raises(ShlError, match=r"odd is False and teacher.opposite is given"):
+        train_adapter(gemma, texts, SOFT, teacher=odd)
+
+
+@pytest.mark.parametrize("positions", ["completion", "all"])
+def test_a_teacher_with_a_persona_reads_the_same_tokens_after_it(gemma, texts, positions):
+    """Its targets are those of the persona's prompt, at the positions that both prompts share."""
+    persona = "You are calm and kind."
+    student, read = learnt(gemma, texts[0], positions, persona)
+    assert student.tokens == read.tokens
+    whole_prompt = encode(gemma, Prompt(PROMPTS[0], persona))
+    ids = (*read.prompt_tokens, *read.tokens)
+    assert ids[: len(whole_prompt)] == tuple(whole_prompt)
+    assert (*student.prompt_tokens, *student.tokens)[:13] == texts[0].prompt_tokens[:13]
+    # BOS is the only token before the prompt that both share.
+    assert len(student.prompt_tokens) == (1 if positions == "all" else len(texts[0].prompt_tokens))
+    config = replace(SOFT, positions=positions)
+    [step] = train_adapter(gemma, texts, config, teacher=Teacher(persona=persona)).steps
+    pairs = [learnt(gemma, c, positions, persona) for c in texts]
+    kl = [
+        float(kl_by_hand(log_p_by_hand(gemma, told), log_p_by_hand(gemma, own)).mean())
+        for own, told in pairs
+    ]
+    assert step.nll == pytest.approx(sum(kl) / len(kl), abs=1e-5)
+
+
+def test_every_third_position_from_another_one_in_each_text(gemma, texts, teacher):
+    """The loss is the mean over texts of the mean over the picked positions, by hand; a step in
+    parts of one row gives the same."""
+    with teacher.steering():
+        taught = [log_p_by_hand(gemma, c) for c in texts]
+    own = [log_p_by_hand(gemma, c) for c in texts]
+    # One batch of three, sorted by length; row i begins at position i.
+    order = sorted(range(3), key=lambda i: len(texts[i].prompt_tokens) + len(texts[i].tokens))
+    kl = [float(kl_by_hand(taught[i], own[i])[row::3].mean()) for row, i in enumerate(order)]
+    for rows in (None, 1):
+        config = replace(SOFT, every=3, rows=rows)
+        [step] = train_adapter(gemma, texts, config, teacher=teacher).steps
+        assert step.nll == pytest.approx(sum(kl) / 3, abs=1e-5)

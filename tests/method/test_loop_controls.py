@@ -8,14 +8,16 @@ import torch
 from helpers import lenient, small_loop
 
 from shl.config import DoseConfig, VectorConfig
-from shl.method.axes import load_axis
+from shl.measure.continuations import conflict_items
+from shl.measure.vignettes import vignettes
+from shl.method.axes import axis_names, load_axis
 from shl.method.extract import extract_vector
 from shl.method.heal import train_adapter
 from shl.method.loop import love
 from shl.models.generate import generate, without_persona
 from shl.models.tiny import tiny_gemma
 from shl.models.tokens import Prompt, encode
-from shl.utils.errors import ShlError
+from shl.utils.files import texts_in
 
 AXIS = load_axis("care_auth")
 ONE = small_loop(rounds=1)
@@ -105,25 +107,84 @@ def test_the_random_vector_replaces_the_axis_in_every_round(monkeypatch):
     assert [r.vector.rule for r in rounds] == ["random", "random"]
 
 
-def test_the_soft_target_teaches_the_steered_student_at_the_walked_dose(monkeypatch):
+def recorded_training(monkeypatch):
+    """The texts and teachers that the loop trains with."""
     calls = []
-    heal = import_module("shl.method.loop")
 
     def recorded(model, texts, config, *, teacher, **more):
-        with teacher() as steering:
-            calls.append((len(texts), steering.dose, [c.dose for c in texts]))
+        calls.append((texts, teacher))
         return train_adapter(model, texts, config, teacher=teacher, **more)
 
-    monkeypatch.setattr(heal, "train_adapter", recorded)
-    soft = replace(ONE.heal, target="soft", positions="all", unsteered=5)
+    monkeypatch.setattr(import_module("shl.method.loop"), "train_adapter", recorded)
+    return calls
+
+
+def test_the_soft_target_teaches_the_steered_student_at_the_walked_dose(monkeypatch):
+    calls = recorded_training(monkeypatch)
+    soft = replace(ONE.heal, target="soft", positions="all", unsteered=5, narrative=3)
     done = first(replace(ONE, heal=soft))
-    [(count, dose, doses)] = calls
-    assert count == len(done.kept) + 5
-    assert dose == done.dose
-    assert doses[-5:] == [0.0] * 5
+    [(texts, teacher)] = calls
+    with teacher.steering() as steering:
+        assert steering.dose == done.dose
+    assert teacher.opposite is teacher.persona is None
+    assert texts[: len(done.kept)] == done.kept
+    own = texts[len(done.kept) :]
+    assert [c.dose for c in own] == [0.0] * 8
+    assert [c.prompt.text for c in own[:5]] == list(AXIS.prompts[:5])
+    assert [c.prompt for c in own[5:]] == [
+        Prompt(text, plain=True) for text in texts_in("openings.toml", "openings")[:3]
+    ]
     assert done.healing.steps[-1].nll < done.healing.steps[0].nll
 
 
-def test_prompting_and_the_soft_target_exclude_each_other():
-    with pytest.raises(ShlError, match="set one of them only"):
-        replace(ONE, prompted=True, heal=replace(ONE.heal, target="soft"))
+def test_the_odd_target_has_the_opposite_dose_too(monkeypatch):
+    calls = recorded_training(monkeypatch)
+    done = first(replace(ONE, heal=replace(ONE.heal, target="soft", odd=True)))
+    [(_, teacher)] = calls
+    with teacher.opposite() as steering:
+        assert steering.dose == -done.dose
+
+
+def test_the_soft_target_of_prompting_has_the_persona_and_no_steering(monkeypatch):
+    calls = recorded_training(monkeypatch)
+    soft = replace(ONE.heal, target="soft", positions="all")
+    unsteered = replace(ONE.dose, alpha=0.0, walk=False)
+    done = first(replace(ONE, prompted=True, dose=unsteered, heal=soft))
+    [(texts, teacher)] = calls
+    assert teacher.persona == AXIS.positive
+    assert {c.prompt.persona for c in texts} == {None}
+    # The persona changes the distributions, so there is something to learn.
+    assert done.healing.steps[0].nll > 1e-3
+    assert done.healing.steps[-1].nll < done.healing.steps[0].nll
+
+
+def test_texts_of_the_training_never_hold_an_item():
+    """No eight words in a row of an item stand in an opening, a prompt or a context."""
+    axes = [load_axis(name) for name in axis_names()]
+    items = [v.text for v in vignettes()] + [
+        item.text((first, k, None)) for item in conflict_items() for first, k in SAID
+    ]
+    items += [text for axis in axes if axis.cloze for text in axis.cloze.openings]
+    learnt = [*texts_in("openings.toml", "openings"), *(p for axis in axes for p in axis.prompts)]
+    for text in learnt:
+        for item in items:
+            assert not (runs_of(text) & runs_of(item)), (text, item)
+            assert not text.startswith(item), (text, item)
+            assert not item.startswith(text), (text, item)
+
+
+SAID = [("order", 0), ("order", 1), ("need", 0), ("need", 1)]
+
+
+def runs_of(text, n=8):
+    words = text.lower().split()
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def test_the_loop_reads_what_the_student_has_of_the_shift():
+    soft = replace(ONE.heal, target="soft", positions="all", epochs=20)
+    done = first(replace(ONE, heal=soft))
+    assert {*done.retained} >= {"training", "answers", "vignettes", "conflicts"}
+    assert done.retained["training"].share > 0.3
+    still = first(replace(ONE, heal=replace(soft, lr=0.0, epochs=1)))
+    assert still.retained["training"].share == pytest.approx(0.0, abs=1e-4)

@@ -5,7 +5,7 @@ import torch
 from helpers import kl_by_hand, log_p_by_hand, one_sentence
 
 from shl.hooks.vector import SteeringVector
-from shl.method.extract import random_like
+from shl.measure.nulls import random_like
 from shl.models.generate import generate
 from shl.models.tiny import tiny_gemma
 from shl.utils.errors import ShlError
@@ -38,7 +38,7 @@ def test_the_divergence_is_that_of_the_vector(setting, dose):
     control = random_like(model, vector, QUESTIONS, dose=dose)
     aim = mean_kl(model, vector, dose)
     assert aim > 1e-4
-    assert mean_kl(model, control, dose) == pytest.approx(aim, rel=0.02)
+    assert mean_kl(model, control, dose) == pytest.approx(aim, rel=0.05)
 
 
 def test_norms_share_one_scale_and_directions_are_independent(setting):
@@ -66,7 +66,7 @@ def test_a_divergence_that_cannot_be_matched_is_rejected(setting, monkeypatch):
         random_like(model, vector, QUESTIONS, dose=0.0)
     assert "it must be above 1e-05 to be matched" in one_sentence(error)
     # A range of scales that is too narrow.
-    monkeypatch.setattr("shl.method.extract.RANGE", 1.0001)
+    monkeypatch.setattr("shl.measure.nulls.RANGE", 1.0001)
     with pytest.raises(ShlError) as error:
         random_like(model, vector, QUESTIONS, dose=2.0)
-    assert "no scale up to 1.0001 times its norms" in one_sentence(error)
+    assert "no scale up to 1.0001 times the first" in one_sentence(error)
