@@ -72,9 +72,10 @@ def test_files_and_events_of_a_finished_run(folder):
     lines = (folder / "events.jsonl").read_text("utf-8").split("\n")
     parsed = [json.loads(line) for line in lines if line]
     assert [{k: v for k, v in line.items() if k != "check"} for line in parsed] == events
-    stage = ["stage", "items"]
+    stage = ["stage", "items", "items"]
     before = ["start", *stage, *stage, *stage, "validity"]
-    one = ["vector", "probe", "batch", *stage, "healing", *stage, "round", "token_kl"]
+    one = ["vector", "probe", "batch", *stage, "healing", *stage, "retention", "round"]
+    one.append("token_kl")
     assert [e["event"] for e in events] == [*before, *one, *one, "end"]
     # 3 baselines of 3 samples; per round 4 probes, 4 dreams and 3 samples.
     assert len(texts) == 3 * 3 + 2 * (4 + 4 + 3)
@@ -236,19 +237,21 @@ def test_without_a_terminal_each_finished_stage_prints_a_line(call, monkeypatch,
     call("--out", "run", "--rounds", "1")
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if " stages, " in line]
-    # 3 baselines and 6 stages of one round, and a reading of each of the 5 that are measured.
-    names = ("vector", "dose probe", "batch 0", "steered", "context:steered", "healing", "healed")
-    done = [f"{read}{name}" for name in progress.BASELINES for read in ("", "context:")]
-    done += [f"round 0: {name}" for name in (*names, "context:healed")]
+    # 3 baselines and 7 stages of one round, and two readings of each of the 5 that are measured.
+    reads = ("", "context:", "kl:")
+    names = ["vector", "dose probe", "batch 0", *(f"{read}steered" for read in reads), "healing"]
+    names += [*(f"{read}healed" for read in reads), "retention"]
+    done = [f"{read}{name}" for name in progress.BASELINES for read in reads]
+    done += [f"round 0: {name}" for name in names]
     for number, (name, line) in enumerate(zip(done, lines, strict=True), 1):
         time = r"\d+\.\d min elapsed, about \d+ min left"
-        assert re.fullmatch(rf"{re.escape(name)} done, {number} of 14 stages, {time}", line)
+        assert re.fullmatch(rf"{re.escape(name)} done, {number} of 20 stages, {time}", line)
     # A resumed run prints what it computes, not what it loads.
     events = tmp_path / "run/events.jsonl"
-    events.write_text("".join(events.read_text("utf-8").splitlines(keepends=True)[:-5]), "utf-8")
+    events.write_text("".join(events.read_text("utf-8").splitlines(keepends=True)[:-7]), "utf-8")
     call("--out", "run", "--rounds", "1")
     lines = [line for line in capsys.readouterr().out.splitlines() if " stages, " in line]
-    assert [line.split(" done")[0] for line in lines] == done[-2:]
+    assert [line.split(" done")[0] for line in lines] == done[-4:]
 
 
 def test_time_left_is_estimated_from_computed_stages(monkeypatch):
@@ -256,13 +259,13 @@ def test_time_left_is_estimated_from_computed_stages(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     console = Console(file=io.StringIO(), width=200)
     shown = progress.StageProgress(LoopConfig(rounds=1), console)
-    # Weights 5, 5, 5; 1.5, 5, 5, 3, 12, 5: 46.5. Loaded are 10, computed 5 in 300 s, left 31.5.
+    # Weights 5, 5, 5; 1.5, 5, 5, 3, 12, 5, 5: 51.5. Loaded are 10, computed 5 in 300 s, left 36.5.
     for name in ("base", "prompted+"):
         shown.finished(name, -1, loaded=True)
     clock[0] = 300.0
     shown.finished("prompted-", -1, loaded=False)
     said = console.file.getvalue()
-    assert said == "prompted- done, 3 of 9 stages, 5.0 min elapsed, about 32 min left\n"
+    assert said == "prompted- done, 3 of 10 stages, 5.0 min elapsed, about 36 min left\n"
 
 
 def test_terminal_shows_a_bar_without_lines():

@@ -338,10 +338,10 @@ def test_status_prints_finished_and_remaining_stages(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run")
     assert "finished   base, prompted+, prompted-; round 0; round 1" in status(folder)
     # start, three baselines and their readings, the probe's validity, vector, probe
-    unfinish(folder, 10)
+    unfinish(folder, 13)
     printed = status(folder)
     assert "round 0: vector, probe" in printed
-    assert "remains    round 0: batch, steered, healing, healed; 1 more round" in printed
+    assert "remains    round 0: batch, steered, healing, healed, retention; 1 more round" in printed
 
 
 def test_status_without_permission_to_open_the_lock(alone, tmp_path, monkeypatch):

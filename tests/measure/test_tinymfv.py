@@ -203,7 +203,7 @@ def test_every_stage_is_read_and_a_killed_run_resumes(monkeypatch, tmp_path):
         *("stage  prompted-", "reading tinymfv prompted-"),
         *("validity vignettes ", "validity tinymfv ", "vector  "),
     ]
-    assert names[-8:-3] == [
+    assert names[-9:-4] == [
         *("stage  steered", "reading tinymfv steered", "healing  "),
         *("stage  healed", "reading tinymfv healed"),
     ]
