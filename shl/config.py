@@ -162,12 +162,18 @@ class FilterConfig(_Settings):
     characters, no capitals inside [share]."""
     min_distinct_words: Share = 0.35
     """Smallest ratio of distinct words to all words [share]."""
+    min_topic: float | None = None
+    """Smallest mean of log p(token | its question) - log p(token | other questions) under base;
+    text below it fits any question; None for no such rule. 0.1 separates run-on talk in part, at
+    two more forward passes per completion that passes the other rules [nats per token]."""
     batch_size: Count = 16
     """Completions scored under base in one forward pass [count]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         Range(1, self.max_tail_perplexity).check("min_perplexity", self.min_perplexity)
+        if self.min_topic is not None:
+            Range(0).check("min_topic", self.min_topic)
 
 
 @dataclass(frozen=True)

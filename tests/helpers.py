@@ -176,4 +176,5 @@ def lenient(monkeypatch, *, reasons=lambda text: []):
     few = vignettes()[:8]
     monkeypatch.setattr(filters, "text_reasons", lambda text, *_: reasons(text))
     monkeypatch.setattr(filters, "base_perplexities", lambda _, texts, **__: scores * len(texts))
+    monkeypatch.setattr(filters, "topic_scores", lambda _, texts, *__, **___: [0.5] * len(texts))
     monkeypatch.setattr(probe, "vignettes", lambda: few)

@@ -1,7 +1,7 @@
 """The study's questions, answered from a run's record alone: no model is needed."""
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from experiments.questions.agreement import agreement
@@ -52,9 +52,16 @@ def worked(claims: Sequence[Answer], *, done: bool) -> Answer:
         names = [a.key for a in claims if a.verdict == outcome]
         parts += [f"{outcome}: {', '.join(names)}"] if names else []
     figures = {a.key: a.verdict for a in claims} | {"done": done}
-    return Answer("worked", "did it work?", verdict, paragraph(parts), figures)
+    found = [(a.key, a.deciding) for a in claims]
+    estimates = tuple(replace(e, what=f"{key}: {e.what}") for key, e in found if e is not None)
+    return Answer("worked", "did it work?", verdict, paragraph(parts), figures, {}, estimates)
 
 
 def as_json(answers: Sequence[Answer]) -> dict[str, Any]:
     """Answers by key, in order: the content of answers.json."""
-    return {a.key: dataclasses.asdict(a) for a in answers}
+    names = ("key", "question", "verdict", "sentence", "figures", "thresholds")
+    return {
+        a.key: {name: getattr(a, name) for name in names}
+        | {"deciding": a.deciding and a.deciding.as_json()}
+        for a in answers
+    }

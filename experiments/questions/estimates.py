@@ -102,15 +102,34 @@ class Estimate:
             return "yes"
         return "no" if high <= self.threshold and not self.soft else "undecided"
 
-    def __str__(self) -> str:
-        where = "" if self.round is None else f" (round {self.round})"
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """Name, value, interval and threshold as texts; the name says so if the value is unknown.
+
+        Example:
+            >>> Estimate("shift", (0.5, 0.25, 0.75), 0.0, SHARES, 1, unit=" nats").cells
+            ('shift (round 1)', '0.50 nats', '0.25 to 0.75', '> 0')
+        """
+        name = self.what + ("" if self.round is None else f" (round {self.round})")
         if self.limits is None or None in map(finite, self.limits):
-            return f"{self.what}{where}: {self.note or 'not known'}"
+            return f"{name}: {self.note or 'not known'}", "", "", ""
         value, low, high = map(number, self.limits)
         interval = "" if self.method == EXACT else f"{low} to {high}"
+        return name, f"{value}{self.unit}", interval, f"> {number(self.threshold)}"
+
+    @property
+    def margin(self) -> float:
+        """Distance of the value above the threshold, in units of the interval's lower half;
+        infinite where that has no width, or the value is unknown."""
+        value, low, _ = self.limits or (math.inf, math.inf, math.inf)
+        return (value - self.threshold) / (value - low) if low < value < math.inf else math.inf
+
+    def __str__(self) -> str:
+        name, value, interval, threshold = self.cells
+        if not value:
+            return name
         inner = "; ".join(filter(None, (interval, self.note)))
-        value += f"{self.unit}{f' ({inner})' if inner else ''}"
-        return f"{self.what}{where} {value}, must be above {number(self.threshold)}"
+        return f"{name} {value}{f' ({inner})' if inner else ''}, must be above {threshold[2:]}"
 
     def as_json(self) -> dict[str, Any]:
         """The estimate in answers.json; null in place of infinity."""
@@ -131,7 +150,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to a question; `figures` and `thresholds` hold everything that decided it."""
+    """The answer to a question; `figures` and `thresholds` hold everything that decided it, and
+    `estimates` those of the figures that have a threshold."""
 
     key: str
     question: str
@@ -139,6 +159,12 @@ class Answer:
     sentence: str
     figures: Mapping[str, Any]
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    estimates: tuple[Estimate, ...] = ()
+
+    @property
+    def deciding(self) -> Estimate | None:
+        """The estimate that decides the answer, see `deciding`."""
+        return deciding(self.verdict, self.estimates)
 
 
 def all_of(outcomes: Iterable[Outcome]) -> Outcome:
@@ -152,14 +178,31 @@ def all_of(outcomes: Iterable[Outcome]) -> Outcome:
     return "no" if "no" in found else "yes" if found == {"yes"} else "undecided"
 
 
+def deciding(outcome: Outcome, estimates: Sequence[Estimate]) -> Estimate | None:
+    """The estimate that decides an answer: of those with the answer's outcome the first; where all
+    estimates are a yes, the one closest to its threshold by `margin`, quiet ones only if there are
+    no others. None where no estimate has that outcome, so that something else decides.
+
+    Example:
+        >>> wide = Estimate("wide", (0.5, 0.25, 0.75), 0.0, SHARES)  # 2 halves above 0
+        >>> narrow = Estimate("narrow", (0.4, 0.3, 0.5), 0.0, SHARES)  # 4 halves
+        >>> deciding("yes", [narrow, wide]).what
+        'wide'
+    """
+    same = [e for e in estimates if e.outcome == outcome]
+    if outcome == "yes" and len(same) == len(estimates):
+        same.sort(key=lambda e: (e.quiet, e.margin))
+    return next(iter(same), None)
+
+
 def sentence(outcome: Outcome, estimates: Sequence[Estimate], *notes: str) -> str:
-    """The outcome; the first estimate that decides it; the names of the others; the notes."""
-    deciding = next((e for e in estimates if e.outcome == outcome), None)
-    parts = ["" if outcome == "info" else outcome, str(deciding or "")]
+    """The outcome; the estimate that decides it; the names of the others; the notes."""
+    first = deciding(outcome, estimates)
+    parts = ["" if outcome == "info" else outcome, str(first or "")]
     for side, label in (("no", "fails"), ("undecided", "open"), ("yes", "holds")):
         rounds: dict[str, list[str]] = {}
         for e in estimates:
-            if e is not deciding and e.outcome == side and not (e.quiet and side == "yes"):
+            if e is not first and e.outcome == side and not (e.quiet and side == "yes"):
                 rounds.setdefault(e.what, []).extend([] if e.round is None else [str(e.round)])
         names = [f"{what} (round {', '.join(k)})" if k else what for what, k in rounds.items()]
         parts += [f"{label}: {'; '.join(names)}"] if names else []

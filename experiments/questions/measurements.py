@@ -361,7 +361,8 @@ def question(
                 notes.append(m.doubt)
             verdict = found.verdict or all_of(e.outcome for e in estimates)
             figures = {"decided": [e.as_json() for e in estimates], **found.figures}
-            return Answer(key, text, verdict, sentence(verdict, estimates, *notes), figures, limits)
+            words = sentence(verdict, estimates, *notes)
+            return Answer(key, text, verdict, words, figures, limits, tuple(estimates))
 
         return ask
 

@@ -101,11 +101,16 @@ class Resume(Observer):
         return Judged(self._verdicts(self.record.texts_of(line)), walk)
 
     def _verdicts(self, texts: Sequence[Event]) -> tuple[Verdict, ...]:
+        def perplexity(value: float | None) -> float:
+            return math.inf if value is None else value
+
         return tuple(
             Verdict(
                 self._completion(t),
                 tuple(t["reasons"]),
-                *(math.inf if t[k] is None else t[k] for k in ("perplexity", "tail_perplexity")),
+                perplexity(t["perplexity"]),
+                perplexity(t["tail_perplexity"]),
+                t.get("topic"),
             )
             for t in texts
         )

@@ -309,6 +309,7 @@ class Text(Strict):
     reasons: list[str]
     perplexity: Number | None
     tail_perplexity: Number | None
+    topic: Number | None = None
 
 
 _ANY_EVENT: TypeAdapter[Any] = TypeAdapter(

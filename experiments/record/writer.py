@@ -339,6 +339,7 @@ def text_lines(stage: str, index: int, verdicts: Iterable[Verdict]) -> list[Line
             "reasons": list(v.reasons),
             "perplexity": finite(v.perplexity),
             "tail_perplexity": finite(v.tail_perplexity),
+            "topic": finite(v.topic),
         }
         for v in verdicts
     ]

@@ -25,7 +25,14 @@ from experiments.record.status import remaining
 from experiments.report.escape import clean
 from experiments.report.figures import PALETTE, Chart, write_pngs
 from experiments.report.plots import charts, tau_of
-from experiments.report.tables import cells, ladders, rows
+from experiments.report.tables import (
+    ANSWER_COLUMNS,
+    answer_row,
+    cells,
+    ladders,
+    other_estimates,
+    rows,
+)
 from shl.config import EvalConfig
 from shl.kl import aggregate
 from shl.method.axes import Axis
@@ -245,6 +252,9 @@ def page(
         axis=axis,
         banner=banner(events, loop["rounds"]),
         cards=cards(events, texts, axis, EvalConfig(**loop["eval"])),
+        answer_columns=ANSWER_COLUMNS,
+        answer_row=answer_row,
+        other_estimates=other_estimates,
         table=cells(rows(events)),
         thresholds={"coherent": COHERENT, "keeps": KEEPS, "rises": RISES},
         charts=figures or {},

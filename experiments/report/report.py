@@ -11,7 +11,7 @@ from experiments.questions.answers import answer_all, as_json
 from experiments.record.journal import write
 from experiments.record.reader import axis_of, read
 from experiments.report.diary import diary
-from experiments.report.tables import cells, markdown, rows
+from experiments.report.tables import ANSWER_COLUMNS, answer_row, cells, markdown, rows
 from shl.config import EvalConfig
 
 
@@ -39,7 +39,13 @@ def report(folder: Path, console: Console) -> None:
         name, reason = escape(e["instrument"]), escape(e["reason"])
         console.print(f"[bold]{name}[/] {verdict} on this model: {reason}")
     answers = answer_all(events, texts, axis, EvalConfig(**config["loop"]["eval"]))
+    found = Table(title="Answers")
+    for column in ANSWER_COLUMNS:
+        found.add_column(column)
     for a in answers:
+        found.add_row(*map(escape, answer_row(a)))
+    console.print(found)
+    for a in (a for a in answers if a.deciding is None):
         console.print(f"[bold]{a.key}: {a.question}[/] {escape(a.sentence)}", highlight=False)
     write(folder / "table.md", markdown(rows(events)))
     listed = json.dumps(as_json(answers), indent=2, ensure_ascii=False)

@@ -6,9 +6,31 @@ from statistics import median_low
 
 import numpy as np
 
+from experiments.questions.estimates import Answer
 from experiments.record.reader import Event, items_of, stages
 from shl.measure.nulls import Nulls
 from shl.measure.retention import Retention
+
+ANSWER_COLUMNS = ("question", "answer", "deciding figure", "value", "interval", "threshold")
+"""Columns of the table of answers."""
+
+
+def answer_row(answer: Answer) -> tuple[str, ...]:
+    """A question's row under `ANSWER_COLUMNS`; the last four are empty where no estimate decides.
+
+    Example:
+        >>> answer_row(Answer("Q0", "can we filter?", "info", "", {}))
+        ('Q0: can we filter?', 'info', '', '', '', '')
+    """
+    name = f"{answer.key}: {answer.question}" if answer.key else answer.question
+    decided = answer.deciding
+    return (name, answer.verdict, *(decided.cells if decided else ("",) * 4))
+
+
+def other_estimates(answer: Answer) -> list[tuple[str, ...]]:
+    """Cells of the estimates that do not decide an answer, with the outcome and note of each."""
+    others = [e for e in answer.estimates if e is not answer.deciding]
+    return [(*e.cells, e.outcome, e.note if e.cells[1] else "") for e in others]
 
 
 def rows(events: Sequence[Event]) -> list[dict[str, str]]:

@@ -1,21 +1,27 @@
-"""The coherence filter: text rules and perplexity bounds, with every reason for dropping a text.
+"""The coherence filter: text rules and bounds on scores under base, with every reason for dropping
+a text.
 
 Perplexity is that of the base model given the prompt, on the whole completion and on its last
-quarter, where text collapses first.
+quarter, where text collapses first. Text that base finds as likely after other questions as after
+its own is off topic.
 """
 
+import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from transformer_lens import HookedTransformer
 
 from shl.config import FilterConfig
+from shl.hooks.handle import suspended
 from shl.models.generate import Completion
-from shl.models.scores import base_perplexities
+from shl.models.scores import base_perplexities, token_nll
+from shl.models.tokens import Prompt, encode
+from shl.utils.files import texts_in
 
 RULES = (
     "too_short",
@@ -30,8 +36,11 @@ RULES = (
     "narrating",
     "boilerplate",
     "persona_echo",
+    "off_topic",
 )
 """Every reason that `judge` can give."""
+OTHERS = 2
+"""Other questions that a completion is scored after [count]."""
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")
 _VOWEL = re.compile(r"[aeiouyáéíóúàèùäöüâêîôûåæø]", re.IGNORECASE)
@@ -56,12 +65,14 @@ _BOILERPLATE = re.compile(
 
 @dataclass(frozen=True)
 class Verdict:
-    """A completion with every rule that fired on it and its base perplexities."""
+    """A completion with every rule that fired on it, its base perplexities, and its topic score
+    (nats per token, see `topic_scores`), None where that was not computed."""
 
     completion: Completion
     reasons: tuple[str, ...]
     perplexity: float
     tail_perplexity: float
+    topic: float | None = None
 
     @property
     def kept(self) -> bool:
@@ -176,6 +187,63 @@ def _repeats(words: Sequence[str], persona: Sequence[str]) -> bool:
     return any(tuple(words[i : i + 5]) in spans for i in range(len(words) - 4))
 
 
+def other_questions(questions: Sequence[str]) -> dict[str, list[str]]:
+    """For each question, the `OTHERS` distinct ones that follow it in order of first appearance,
+    the first after the last; if there are too few, neutral ones from data/contexts.toml.
+
+    Example:
+        >>> other_questions(["a", "b", "a", "c"])
+        {'a': ['b', 'c'], 'b': ['c', 'a'], 'c': ['a', 'b']}
+    """
+    distinct = list(dict.fromkeys(questions))
+    neutral = texts_in("contexts.toml", "everyday")
+    found = {}
+    for i, question in enumerate(distinct):
+        others = dict.fromkeys([*distinct[i + 1 :], *distinct[:i], *neutral])
+        found[question] = [other for other in others if other != question][:OTHERS]
+    return found
+
+
+def topic_scores(
+    model: HookedTransformer,
+    completions: Sequence[Completion],
+    perplexities: Sequence[float],
+    others: Mapping[str, Sequence[str]],
+    *,
+    batch_size: int = 16,
+) -> list[float]:
+    """Mean over each completion's tokens of log p(x | its question) - log p(x | other question),
+    and over the other questions; nats per token, under base with all handles suspended.
+
+    Args:
+        completions: each with at least one token.
+        perplexities: of each completion under base, from `base_perplexities`.
+        others: the other questions by question; they are asked as its own is, with its persona.
+
+    Example:
+        >>> from shl.models.generate import generate
+        >>> from shl.models.tiny import tiny_gemma
+        >>> model = tiny_gemma()
+        >>> texts = generate(model, ["Hello?"], max_new_tokens=3, min_new_tokens=3)
+        >>> [(whole, _)] = base_perplexities(model, texts)
+        >>> [score] = topic_scores(model, texts, [whole], {"Hello?": ["Hello?"]})
+        >>> abs(score) < 1e-4  # after the same question
+        True
+    """
+    asked = []
+    for c in completions:
+        for text in others[c.prompt.text]:
+            prompt = Prompt(text, c.prompt.persona)
+            asked.append(replace(c, prompt=prompt, prompt_tokens=tuple(encode(model, prompt))))
+    with suspended(model):
+        losses = iter(token_nll(model, asked, batch_size=batch_size))
+    scores = []
+    for c, perplexity in zip(completions, perplexities, strict=True):
+        elsewhere = [float(next(losses).mean()) for _ in others[c.prompt.text]]
+        scores.append(sum(elsewhere) / len(elsewhere) - math.log(perplexity))
+    return scores
+
+
 def judge(
     model: HookedTransformer,
     completions: Sequence[Completion],
@@ -184,6 +252,10 @@ def judge(
     persona: str | None = None,
 ) -> list[Verdict]:
     """Apply every rule of the filter to each completion.
+
+    The rule `off_topic` compares a completion with the questions of the other completions of the
+    same call (see `other_questions`), so its score depends on those. It takes `OTHERS` forward
+    passes, and is only applied where no other rule fires.
 
     Args:
         persona: the persona in the prompts, which completions must not repeat.
@@ -209,6 +281,20 @@ def judge(
             reasons.append("too_predictable")
         ordered = tuple(sorted(reasons, key=RULES.index))
         verdicts.append(Verdict(completion, ordered, whole, tail))
+    if config.min_topic is None:
+        return verdicts
+    others = other_questions([c.prompt.text for c in completions])
+    left = [i for i, v in enumerate(verdicts) if v.kept and v.completion.tokens]
+    topics = topic_scores(
+        model,
+        [verdicts[i].completion for i in left],
+        [verdicts[i].perplexity for i in left],
+        others,
+        batch_size=config.batch_size,
+    )
+    for i, topic in zip(left, topics, strict=True):
+        off = ("off_topic",) if topic < config.min_topic else ()
+        verdicts[i] = replace(verdicts[i], reasons=off, topic=topic)
     return verdicts
 
 

@@ -31,6 +31,13 @@ def ask(record, axis=AXIS):
         assert not a.sentence[0].islower()
         if a.verdict != "info":
             assert a.sentence.lower().startswith(a.verdict)
+        if a.deciding is not None:
+            assert a.deciding.outcome == a.verdict
+            assert a.key == "worked" or str(a.deciding)[1:] in a.sentence
+            assert as_json(found)[a.key]["deciding"] == a.deciding.as_json()
+        if a.key in KEYS and a.verdict != "info":
+            assert [e.as_json() for e in a.estimates] == a.figures["decided"]
+            assert a.deciding is not None
     return {a.key: a for a in found}
 
 
@@ -66,6 +73,13 @@ def test_working_run_is_yes_throughout_with_figures_by_hand():
     assert found["Q0"].thresholds["FALLS"] == thresholds.FALLS
     assert found["Q2"].figures["perplexity"] == {"base": 9.0, "healed": [9.0, 9.0]}
     assert found["worked"].sentence == f"Yes. Yes: {', '.join(KEYS)}."
+    # All hold. Only survival has an interval, of which 160 of 160 less 160 of 160 is 0, with
+    # -0.023 below it: 0.03 / 0.023 from the threshold in Q1 and Q2, 0.1 / 0.023 in prompting.
+    for key, name in (("Q1", "healed survival less base's"), ("Q2", "survival less base's")):
+        assert found[key].deciding.what == name
+        assert found[key].deciding.margin == pytest.approx(0.03 * (160 + 3.8415) / 3.8415, rel=1e-3)
+    assert found["worked"].deciding.what == "Q1: healed survival less base's"
+    assert len(found["worked"].estimates) == len(KEYS)
 
 
 WIDE = scores(on(0.3), wobble=0.55)

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from experiments.questions.estimates import difference, spearman, wilson
+from experiments.questions.estimates import (
+    EXACT,
+    SHARES,
+    Answer,
+    Estimate,
+    deciding,
+    difference,
+    sentence,
+    spearman,
+    wilson,
+)
 from experiments.questions.thresholds import survival_margin
 
 
@@ -70,3 +80,61 @@ def test_spearman_by_hand():
     assert spearman(a, b) == pytest.approx(0.5 / (0.5 * 2 / 3) ** 0.5)
     assert spearman(a, -b) == pytest.approx(-0.5 / (1 / 3) ** 0.5)
     assert spearman(np.ones(3), b) == spearman(a, np.full(3, np.inf)) == 0.0
+
+
+def made(name, value, low, high, threshold=0.0, **more):
+    return Estimate(name, (value, low, high), threshold, SHARES, **more)
+
+
+# Distance to the threshold over the interval's lower half: 0.5 / 0.25 = 2 and 0.4 / 0.1 = 4; the
+# same distance in other units: 50 / 20 = 2.5; without an interval there is no such unit.
+WIDE, NARROW = made("wide", 0.5, 0.25, 0.75), made("narrow", 0.4, 0.3, 0.5)
+LARGE, SURE = made("large", 51.0, 31.0, 99.0, 1.0), made("sure", 0.1, 0.1, 0.1)
+QUIET = made("quiet", 0.3, 0.01, 0.6, quiet=True)  # 0.3 / 0.29 = 1.03
+FAILS, FAILS_TOO = made("fails", -0.5, -0.6, -0.4), made("fails too", -0.1, -0.3, 0.0)
+OPEN, UNKNOWN = made("open", 0.1, -0.1, 0.3), Estimate("unknown", None, 0.0, EXACT, 2, "why not")
+DOUBTED = made("doubted", 0.5, 0.4, 0.6, trait=True, doubt=True)
+INFINITE = Estimate("infinite", (np.inf, 1.0, np.inf), 0.0, SHARES)
+
+
+def test_margin_by_hand():
+    found = [e.margin for e in (WIDE, NARROW, LARGE, SURE, QUIET, UNKNOWN, INFINITE)]
+    assert found == pytest.approx([2.0, 4.0, 2.5, np.inf, 0.3 / 0.29, np.inf, np.inf])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "estimates", "expected"),
+    [
+        # All hold: the one closest to its threshold.
+        ("yes", [SURE, NARROW, LARGE, WIDE, INFINITE], WIDE),
+        ("yes", [SURE, INFINITE], SURE),
+        ("yes", [QUIET, NARROW, WIDE], WIDE),
+        ("yes", [QUIET], QUIET),
+        # Not all have to hold: the first that does.
+        ("yes", [FAILS, NARROW, WIDE], NARROW),
+        # The first that fails, or is open, however close.
+        ("no", [WIDE, OPEN, FAILS, FAILS_TOO], FAILS),
+        ("no", [FAILS_TOO, FAILS], FAILS_TOO),
+        ("undecided", [WIDE, UNKNOWN, OPEN], UNKNOWN),
+        ("undecided", [WIDE, DOUBTED, OPEN], DOUBTED),
+        # Something else decides.
+        ("no", [WIDE, OPEN], None),
+        ("info", [WIDE], None),
+        ("yes", [], None),
+    ],
+)
+def test_deciding_estimate(outcome, estimates, expected):
+    assert deciding(outcome, estimates) is expected
+    assert Answer("k", "q?", outcome, "", {}, {}, tuple(estimates)).deciding is expected
+    assert str(expected or "")[1:] in sentence(outcome, estimates)
+
+
+def test_cells_and_text_of_an_estimate():
+    e = made("shift", 0.5, 0.25, 0.75, 0.05, round=1, unit=" nats", note="16 of 16")
+    assert e.cells == ("shift (round 1)", "0.50 nats", "0.25 to 0.75", "> 0.050")
+    assert str(e) == "shift (round 1) 0.50 nats (0.25 to 0.75; 16 of 16), must be above 0.050"
+    counted = Estimate("count", (3.0, 2.0, 4.0), -0.2, EXACT)
+    assert counted.cells == ("count", "3.00", "", "> -0.20")
+    assert str(counted) == "count 3.00, must be above -0.20"
+    assert UNKNOWN.cells == ("unknown (round 2): why not", "", "", "")
+    assert str(INFINITE) == INFINITE.cells[0] == "infinite: not known"

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from experiments import run as program
 from experiments.arms import report as program_report
-from experiments.questions.estimates import Answer, wilson
+from experiments.questions.answers import answer_all
+from experiments.questions.estimates import SHARES, Answer, Estimate, wilson
 from experiments.record.reader import axis_of, of_round, read, read_json, stages
 from experiments.record.settings import RunConfig
 from experiments.report import figures as fig
@@ -176,7 +177,7 @@ def test_page_of_an_interrupted_record_names_what_is_missing(folder, tmp_path):
         reader = checked(write_page(cut).read_text("utf-8"))
         (banner,) = reader.texts("p", "banner")
         assert banner.startswith("This run is unfinished: its record ends after ")
-        assert bool(reader.texts("th")) == any('"stage":' in x for x in lines[:count])
+        assert ("stage" in reader.texts("th")) == any('"stage":' in x for x in lines[:count])
 
 
 def test_page_of_a_starved_run_begins_with_the_reason(folder, parts):
@@ -261,6 +262,74 @@ def test_overall_answer_comes_first_and_verdicts_are_not_repeated(parts, monkeyp
     assert [" ".join(tile.split()) for tile in tiles] == [
         "\u2717 no did it work?", "\u2713 yes Q0 can we filter?", "? undecided on the axis?",
     ]  # fmt: skip
+
+
+def hand_made(text=""):
+    shift = Estimate(f"shift{text}", (0.5, 0.25, 0.75), 0.1, SHARES, 1, f"a note{text}", " nats")
+    other = Estimate(f"other{text}", (-0.5, -0.7, -0.3), 0.0, SHARES)
+    unknown = Estimate("later", None, 0.0, SHARES, None, f"not measured yet{text}")
+    return (
+        Answer("Q0", "can we filter?", "no", f"No. Both{text}.", {}, {}, (shift, other)),
+        Answer("Q3", "one way?", "undecided", f"Undecided. Open{text}.", {}, {}, (unknown,)),
+        Answer("dose", "which dose?", "info", f"No round{text}.", {}),
+        Answer("worked", "did it work?", "yes", f"Yes. All{text}.", {}, {}, (shift,)),
+    )
+
+
+def test_answers_are_a_table_with_the_rest_folded(parts, monkeypatch):
+    monkeypatch.setattr("experiments.report.page.answer_all", lambda *_: hand_made())
+    text = page(*parts)
+    reader = checked(text)
+    (table,) = re.findall(
+        r'<table class="questions">.*?</table>(?=\n</div>\n</section>)', text, re.S
+    )
+    bare = Reader(re.sub("</summary>.*?</details>", "</summary></details>", table, flags=re.S))
+    cells = [" ".join(cell.split()) for tag in ("th", "td") for cell in bare.texts(tag)]
+    heads, rows = cells[:10], [cells[i : i + 5] for i in range(10, 30, 5)]
+    rows = [heads[:6], *([name, *row] for name, row in zip(heads[6:], rows, strict=True))]
+    assert rows[0] == ["question", "answer", "deciding figure", "value", "interval", "threshold"]
+    assert [(*row[:2], *row[3:]) for row in rows[1:]] == [
+        ("did it work?", "\u2713 yes", "0.50 nats", "0.25 to 0.75", "> 0.10"),
+        ("Q0: can we filter?", "\u2717 no", "-0.50", "-0.70 to -0.30", "> 0"),
+        ("Q3: one way?", "? undecided", "", "", ""),
+        ("which dose?", "info", "", "", ""),
+    ]
+    names = ["shift (round 1)", "other", "later: not measured yet", "no single figure"]
+    assert reader.texts("summary")[:4] == names
+    found = Reader(table)
+    folded = [" ".join(part.split()) for part in found.texts("details")]
+    assert folded == [
+        "shift (round 1) All.",
+        "other Both. figurevalueintervalthresholdoutcomenote "
+        "shift (round 1)0.50 nats0.25 to 0.75> 0.10yesa note",
+        "later: not measured yet Open.",
+        "no single figure No round.",
+    ]
+    # Folded: none of them is open.
+    assert [attrs for tag, attrs, _ in found.blocks if tag == "details"] == [{}] * 4
+
+
+def test_hostile_answers_are_escaped(parts, monkeypatch):
+    answers = hand_made(HOSTILE)
+    monkeypatch.setattr("experiments.report.page.answer_all", lambda *_: answers)
+    reader = checked(page(*parts))
+    assert f"shift{CLEAN} (round 1)" in reader.texts("summary")
+    assert f"All{CLEAN}." in reader.texts("p")
+    assert f"a note{CLEAN}" in reader.texts("td")
+
+
+def test_the_console_prints_a_row_per_question(folder, tmp_path):
+    out = Console(file=io.StringIO(), width=240)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    report(copy, out)
+    text = out.file.getvalue()
+    config, events, texts = read(copy)
+    answers = answer_all(events, texts, axis_of(copy), EvalConfig(**config["loop"]["eval"]))
+    lines = [re.split(r"\s*[\u2502\u2503]\s*", line) for line in text.splitlines()]
+    for a in answers:
+        row = [f"{a.key}: {a.question}", a.verdict, *(a.deciding.cells if a.deciding else [""] * 4)]
+        assert ["", *row, ""] in lines
+        assert (f"{a.key}: {a.question} {a.sentence}"[:200] in text) == (a.deciding is None)
 
 
 def test_tokens_are_shaded_by_nats_and_outlined_above_tau(folder, parts):

@@ -1,11 +1,12 @@
 """Rules and options of the coherence filter, and the perplexities under base."""
 
+import tomllib
 import zlib
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from helpers import log_p_by_hand, random_adapter
+from helpers import lenient, log_p_by_hand, nll_by_hand, random_adapter
 
 from shl.config import FilterConfig
 from shl.hooks.bake import baked
@@ -19,12 +20,15 @@ from shl.method.filters import (
     longest_run,
     looks_real,
     ngram_share,
+    other_questions,
     text_reasons,
+    topic_scores,
     words_of,
 )
 from shl.models.generate import Completion, generate
 from shl.models.scores import base_perplexities
 from shl.models.tokens import Prompt, encode, encode_text
+from shl.utils.files import DATA
 
 CONFIG = FilterConfig()
 PERSONA = "You are someone who puts the wellbeing of others first."
@@ -108,6 +112,7 @@ def completion(text, tokens=(5,)):
 
 def with_scores(monkeypatch, *scores):
     monkeypatch.setattr(filters, "base_perplexities", lambda *_, **__: list(scores))
+    monkeypatch.setattr(filters, "topic_scores", lambda _, texts, *__, **___: [0.5] * len(texts))
 
 
 @pytest.mark.parametrize("rule", FIRES)
@@ -117,8 +122,8 @@ def test_each_rule_fires_on_its_text_and_no_rule_on_a_fluent_one(rule):
 
 
 def test_every_rule_is_tested():
-    # Two rules need a model.
-    assert {*FIRES, "incoherent", "too_predictable"} == set(RULES)
+    # Three rules need a model.
+    assert {*FIRES, "incoherent", "too_predictable", "off_topic"} == set(RULES)
 
 
 def test_all_reasons_are_recorded(gemma, monkeypatch):
@@ -245,4 +250,92 @@ def test_each_option_changes_the_verdict(option, gemma, monkeypatch):
 
 
 def test_every_option_is_tested():
-    assert {*OPTIONS, "batch_size"} == {field.name for field in fields(FilterConfig)}
+    tested_below = {"batch_size", "min_topic"}
+    assert {*OPTIONS} | tested_below == {field.name for field in fields(FilterConfig)}
+
+
+def test_other_questions_follow_in_order_and_neutral_ones_fill_up():
+    neutral = tomllib.loads((DATA / "contexts.toml").read_text("utf-8"))["everyday"][:3]
+    found = other_questions(["a", "b", "b", "c", "d", "a"])
+    assert found == {"a": ["b", "c"], "b": ["c", "d"], "c": ["d", "a"], "d": ["a", "b"]}
+    assert other_questions(["a", "b"]) == {"a": ["b", neutral[0]], "b": ["a", neutral[0]]}
+    assert other_questions(["a"]) == {"a": neutral[:2]}
+    assert other_questions(neutral[:1]) == {neutral[0]: neutral[1:]}
+
+
+def asked(model, completion, text):
+    """The same tokens after another question with the same persona."""
+    prompt = Prompt(text, completion.prompt.persona)
+    return replace(completion, prompt=prompt, prompt_tokens=tuple(encode(model, prompt)))
+
+
+QUESTIONS = ("Hello there?", "A?", "What is it now?", "Who goes there, and why?")
+
+
+def topic_by_hand(model, completion, others):
+    """Mean log p after its own question less that after the others, from full float64 logits."""
+    elsewhere = [-nll_by_hand(model, asked(model, completion, text)) for text in others]
+    return -nll_by_hand(model, completion) - sum(elsewhere) / len(elsewhere)
+
+
+@pytest.mark.parametrize("persona", [None, "You are calm."])
+def test_topic_scores_equal_those_of_full_logits(gemma, persona):
+    prompts = [Prompt(text, persona) for text in QUESTIONS]
+    texts = generate(gemma, prompts, max_new_tokens=21, seed=4)
+    texts = [replace(c, tokens=c.tokens[: 21 - 6 * i]) for i, c in enumerate(texts)]
+    others = {
+        text: [QUESTIONS[(i + 1) % 4], QUESTIONS[(i + 2) % 4]] for i, text in enumerate(QUESTIONS)
+    }
+    expected = [topic_by_hand(gemma, c, others[c.prompt.text]) for c in texts]
+    assert max(map(abs, expected)) > 0.01
+    wholes = [whole for whole, _ in base_perplexities(gemma, texts)]
+    for size in (1, 3):
+        found = topic_scores(gemma, texts, wholes, others, batch_size=size)
+        assert found == pytest.approx(expected, abs=2e-5)
+    # Base scores, whatever is on.
+    vector = SteeringVector({1: 3 * torch.ones(32)}, "tiny", "demo", 1)
+    with baked(gemma, [random_adapter(gemma)]), vector.steering(gemma, 2.0):
+        assert topic_scores(gemma, texts, wholes, others, batch_size=3) == found
+
+
+LOOSE = FilterConfig(max_tail_perplexity=1e9, min_perplexity=1.0, min_topic=0.0)
+
+
+def test_text_that_fits_other_questions_as_well_is_off_topic(gemma, monkeypatch):
+    monkeypatch.setattr(filters, "text_reasons", lambda text, *_: [])
+    texts = generate(gemma, QUESTIONS[:3], max_new_tokens=12, min_new_tokens=8, seed=1)
+    a, b, c = QUESTIONS[:3]
+    others = {a: [b, c], b: [c, a], c: [a, b]}
+    expected = [topic_by_hand(gemma, text, others[text.prompt.text]) for text in texts]
+    low, middle, high = sorted(expected)
+    assert middle - low > 1e-3
+    assert high > 0
+    for threshold in (0.0, high / 2, high + 0.01):
+        verdicts = judge(gemma, texts, replace(LOOSE, min_topic=threshold))
+        reasons = [("off_topic",) if score < threshold else () for score in expected]
+        assert [v.reasons for v in verdicts] == reasons
+        assert [v.topic for v in verdicts] == pytest.approx(expected, abs=2e-5)
+    # The score depends on the call's distinct questions alone, in their order of appearance.
+    more = judge(gemma, [*texts, texts[1], texts[0]], LOOSE)
+    assert [v.topic for v in more[:3]] == pytest.approx(expected, abs=2e-5)
+    assert more[3].topic == pytest.approx(more[1].topic, abs=2e-5)
+    (alone,) = judge(gemma, texts[:1], LOOSE)
+    neutral = other_questions([QUESTIONS[0]])[QUESTIONS[0]]
+    assert alone.topic == pytest.approx(topic_by_hand(gemma, texts[0], neutral), abs=2e-5)
+
+
+def test_the_topic_is_only_scored_where_it_decides(gemma, monkeypatch):
+    lenient(monkeypatch, reasons=lambda text: ["soup"] if text == "no" else [])
+    scored = []
+
+    def topics(_, texts, perplexities, *__, **___):
+        scored.append(([c.text for c in texts], list(perplexities)))
+        return [0.2] * len(texts)
+
+    monkeypatch.setattr(filters, "topic_scores", topics)
+    texts = [completion("yes"), completion("no"), completion("", ())]
+    for value, topic, reasons in ((0.2, 0.2, ()), (0.21, 0.2, ("off_topic",)), (None, None, ())):
+        verdicts = judge(gemma, texts, FilterConfig(min_topic=value))
+        assert [v.reasons for v in verdicts] == [reasons, ("soup",), ()]
+        assert [v.topic for v in verdicts] == [topic, None, None]
+    assert scored == [(["yes"], [9.0])] * 2  # never with the rule off

@@ -55,6 +55,8 @@ def test_settings_are_frozen_documented_and_reject_unknown_names(kind):
         (GenerateConfig, {"top_k": -1}, "top_k is -1"),
         (FilterConfig, {"max_word_share": 1.5}, "max_word_share is 1.5"),
         (FilterConfig, {"max_tail_perplexity": math.inf}, "max_tail_perplexity is inf"),
+        (FilterConfig, {"min_topic": -0.1}, "min_topic is -0.1"),
+        (FilterConfig, {"min_topic": math.nan}, "min_topic is nan"),
         (DoseConfig, {"alpha": 0.0}, "alpha is 0, so all doses"),
         (DoseConfig, {"alpha": float("nan")}, "alpha is nan"),
         (DoseConfig, {"kappa_min": 0.0}, "kappa_min is 0.0"),
