@@ -1,6 +1,6 @@
 """Validity of the instruments on a model, before anything is measured with them: `make probe`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,16 +14,17 @@ from shl.config import FOUNDATIONS
 from shl.hooks.vector import SteeringVector
 from shl.measure.continuations import read_cloze, read_conflict
 from shl.measure.evaluation import Evaluation, nats_of
-from shl.measure.nulls import random_like
+from shl.measure.nulls import NEUTRAL, TOKENS, Divergence, nulls
+from shl.measure.stats import split_half
 from shl.measure.validity import validity
 from shl.measure.vignettes import evaluate
 from shl.method.axes import Axis, load_axis
 from shl.method.extract import extract_vector
-from shl.method.loop import MATCHED_ON
 from shl.models.load import load_model
+from shl.utils.errors import require
 
-Reading = Callable[[HookedTransformer], np.ndarray]
-"""A reading of a model as it stands, one number per item."""
+ItemReading = Callable[..., np.ndarray]
+"""A reading of a model as it stands, one number per item; `persona=` puts one into the prompt."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class ProbeConfig:
     """Axis whose personas are used, or the path of a TOML file."""
     model: str = "gemma-3-270m"
     """Embedded model, hub name, or local folder."""
+    instruments: tuple[str, ...] = ()
+    """cloze, vignettes, trait (need over order); default the axis's cloze, else the vignettes."""
     nulls: int = 20
-    """Random vectors whose KL per token at `dose` is that of the axis's vector [count]."""
+    """Random vectors whose KL per token is that of the axis's vector at `dose` [count]."""
     dose: float = 0.5
     """Dose at which vectors are compared [multiples of the vector]."""
 
@@ -51,7 +54,7 @@ def probe(config: ProbeConfig) -> None:
 
 
 def odd_and_even(
-    model: HookedTransformer, read: Reading, vector: SteeringVector, dose: float
+    model: HookedTransformer, read: ItemReading, vector: SteeringVector, dose: float
 ) -> tuple[float, float]:
     """Half the difference and half the sum of a reading's mean at +dose and -dose, from base's: the
     first is the trait, the second what any push does.
@@ -71,9 +74,32 @@ def odd_and_even(
     return (up - down) / 2, (up + down) / 2
 
 
+def readings(axis: Axis, names: Sequence[str]) -> dict[str, ItemReading]:
+    """The instruments of these names; without names the axis's cloze, or else the vignettes.
+
+    Raises:
+        ShlError: an unknown name, or a cloze that the axis does not have.
+    """
+    signs = np.array([axis.expected.get(name, 0) for name in FOUNDATIONS]) / len(axis.expected)
+
+    def vignettes(model: HookedTransformer, persona: str | None = None) -> np.ndarray:
+        return np.asarray(evaluate(model, persona=persona).log_p @ signs)
+
+    def trait(model: HookedTransformer, persona: str | None = None) -> np.ndarray:
+        return read_conflict(model, persona=persona).trait
+
+    known: dict[str, ItemReading] = {"vignettes": vignettes, "trait": trait}
+    if axis.cloze is not None:
+        known = {"cloze": partial(read_cloze, cloze=axis.cloze)} | known
+    chosen = names or list(known)[:1]
+    for name in chosen:
+        require(name in known, f"there is no instrument {name!r}, allowed: {', '.join(known)}.")
+    return {name: known[name] for name in chosen}
+
+
 def show_items(console: Console, config: ProbeConfig, model: HookedTransformer, axis: Axis) -> None:
-    """Print the use of context on base and, if the axis has a cloze, what personas, doses of the
-    vector and random vectors of the same KL do to both."""
+    """Print the use of context on base, and what personas, doses of the vector and random vectors
+    of the same KL do to it and to the instruments."""
     conflict = read_conflict(model)
     right = float(((conflict.order > 0) & (conflict.need > 0)).mean())
     console.print(
@@ -81,37 +107,50 @@ def show_items(console: Console, config: ProbeConfig, model: HookedTransformer, 
         f"conflicts, base follows order and need alone in {right:.0%}; need over order T "
         f"{conflict.trait.mean():+.2f}"
     )
-    if axis.cloze is None:
-        say(console, f"axis {axis.name} has no cloze")
-        return
-    read = partial(read_cloze, cloze=axis.cloze)
-    base, plus, minus = (read(model, persona=p) for p in (None, axis.positive, axis.negative))
-    same = float((plus > minus).mean())
-    console.print(
-        f"cloze: personas {(plus - base).mean():+.2f} and {(minus - base).mean():+.2f} nats from "
-        f"base, {(plus - minus).mean():+.2f} apart, with the expected sign in {same:.0%} of "
-        f"{len(base)} openings"
-    )
+    found = readings(axis, config.instruments)
+    base = {name: read(model) for name, read in found.items()}
+    for name, read in found.items():
+        plus, minus = (read(model, persona=p) for p in (axis.positive, axis.negative))
+        console.print(
+            f"{name}: personas {(plus - base[name]).mean():+.2f} and "
+            f"{(minus - base[name]).mean():+.2f} nats from base, {(plus - minus).mean():+.2f} "
+            f"apart, with the expected sign in {(plus > minus).mean():.0%} of {len(plus)} items"
+        )
     vector = extract_vector(model, axis)
-    table = _table("doses of the vector", "dose", "cloze [nats]", "S / base")
+    divergence = Divergence(model, NEUTRAL, tokens=TOKENS)
+    columns = ("dose", "KL", *(f"{name} [nats]" for name in found), "S / base")
+    table = _table("doses of the vector", *columns)
+    shifts: dict[str, list[np.ndarray]] = {name: [] for name in found}
     for dose in (-1.0, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0, 1.5):
         with vector.steering(model, dose):
-            shift, use = (read(model) - base).mean(), read_conflict(model, trait=False).context
-        table.add_row(f"{dose:+g}", f"{shift:+.2f}", f"{use.mean() / conflict.context.mean():.2f}")
+            for name, read in found.items():
+                shifts[name].append(read(model) - base[name])
+            use = read_conflict(model, trait=False).context.mean() / conflict.context.mean()
+            kl = divergence(model).mean()
+        means = (f"{shifts[name][-1].mean():+.2f}" for name in found)
+        table.add_row(f"{dose:+g}", f"{kl:.2f}", *means, f"{use:.2f}")
     console.print(table)
-    odd, even = odd_and_even(model, read, vector, config.dose)
-    found = []
-    for seed in range(config.nulls):
-        prompts = axis.prompts[:MATCHED_ON]
-        null = random_like(model, vector, prompts, dose=config.dose, seed=seed)
-        found.append(odd_and_even(model, read, null, config.dose)[0])
-        say(console, f"random vector {seed}: {found[-1]:+.2f}")
-    if found:
-        limit = float(np.quantile(np.abs(found), 0.95))
+    with vector.steering(model, config.dose):
+        kl = float(divergence(model).mean())
+    for name, read in found.items():
+        half = split_half(np.stack(shifts[name], 1))
+        console.print(f"{name}: split-half of the shift over doses {half:.2f}")
+        if not config.nulls:
+            continue
+        odd, even = odd_and_even(model, read, vector, config.dose)
+
+        def mean(model: HookedTransformer, read: ItemReading = read) -> float:
+            return float(read(model).mean())
+
+        say(console, f"reading {config.nulls} random vectors with {name}")
+        content = (axis.name, axis.expected, axis.cloze) if name != "trait" else ()
+        drawn = nulls(model, [*vector.directions], name, content, mean, count=config.nulls).at(kl)
+        parts = (drawn[:, 0] - drawn[:, 1]) / 2
+        limit = float(np.quantile(np.abs(parts), 0.95, method="higher"))
         console.print(
-            f"at dose {config.dose:g} the vector moves the cloze by {odd:+.2f} nats (odd part; "
-            f"even part {even:+.2f}); {config.nulls} random vectors of the same KL by "
-            f"{min(found):+.2f} to {max(found):+.2f}, 95 % of them by at most {limit:.2f}: "
+            f"at dose {config.dose:g} (KL {kl:.2f}) the vector moves {name} by {odd:+.2f} nats "
+            f"(odd part; even part {even:+.2f}); {config.nulls} random vectors of the same KL by "
+            f"{parts.min():+.2f} to {parts.max():+.2f}, 95 % of them by at most {limit:.2f}: "
             f"{'beyond' if odd > limit else 'not beyond'} chance"
         )
 

@@ -9,15 +9,18 @@ import torch
 from records import run, scores
 from rich.console import Console
 
-from experiments.checks.validity import ProbeConfig, odd_and_even, show_items
+from experiments.checks.validity import ProbeConfig, odd_and_even, readings, show_items
 from experiments.questions.answers import answer_all
+from experiments.questions.measurements import Measurements
 from experiments.report.tables import rows
-from shl.config import EvalConfig
+from shl.config import FOUNDATIONS, EvalConfig
 from shl.hooks.handle import handles_on
 from shl.hooks.vector import SteeringVector
 from shl.measure.continuations import Cloze, cloze_shift, context_use
+from shl.measure.vignettes import evaluate
 from shl.method.axes import load_axis
 from shl.models.tiny import tiny_gemma
+from shl.utils.errors import ShlError
 
 AXIS = load_axis("care_auth")
 CONFIG = EvalConfig(bootstrap=200)
@@ -110,11 +113,15 @@ def test_statistics_by_hand():
     assert cloze_shift(pairs) == pytest.approx(1.5)
 
 
-def test_the_table_has_a_column_for_each_instrument():
-    base = {
-        "event": "stage", "stage": "base", "round": -1, "nats": {"care": 0, "authority": 0},
+def stage_line(name, index):
+    return {
+        "event": "stage", "stage": name, "round": index, "nats": {"care": 0, "authority": 0},
         "coherence": 1.0, "survival": 1.0, "perplexity": 9.0, "noise": [],
     }  # fmt: skip
+
+
+def test_the_table_has_a_column_for_each_instrument():
+    base = stage_line("base", -1)
     read = items("context", base, CONFLICTS) | {"value": 1.0}
     [row] = rows([base, read, items("cloze", base, OPENINGS) | {"value": -0.25}])
     assert (row["S / base"], row["cloze"]) == ("1.00", "-0.25")
@@ -141,12 +148,66 @@ def test_odd_and_even_parts_by_hand():
     assert odd_and_even(model, read, vector, 2.0) == pytest.approx((6.0, 4.0))
 
 
-def test_probe_prints_doses_and_random_vectors():
+def test_probe_prints_doses_and_random_vectors(monkeypatch, tmp_path):
+    monkeypatch.setenv("SHL_CACHE", str(tmp_path))
     console = Console(width=200, record=True, file=StringIO())
     axis = replace(load_axis("love"), contexts=("Tea?", "Rain?"), prompts=("Hello?",))
-    show_items(console, ProbeConfig(nulls=2, dose=4.0), tiny_gemma(), axis)
+    both = ProbeConfig(nulls=2, dose=4.0, instruments=("cloze", "trait"))
+    show_items(console, both, tiny_gemma(), axis)
     text = console.export_text()
-    for part in ("over 40 conflicts", "of 24 openings", "random vector 1:", "beyond chance"):
-        assert part in text
-    show_items(console, ProbeConfig(), tiny_gemma(), load_axis("care_auth"))
-    assert "has no cloze" in console.export_text()
+    for name, count in (("cloze", 24), ("trait", 40)):
+        assert f"of {count} items" in text
+        assert f"the vector moves {name} by" in text
+    assert "over 40 conflicts" in text
+    assert "beyond chance" in text
+
+
+def test_the_probe_reads_the_cloze_or_else_the_vignettes():
+    love = load_axis("love")
+    assert [*readings(love, ())] == ["cloze"]
+    (read,) = readings(AXIS, ()).values()
+    assert [*readings(AXIS, ())] == ["vignettes"]
+    model = tiny_gemma()
+    log_p = evaluate(model).log_p
+    care, authority = (FOUNDATIONS.index(name) for name in ("care", "authority"))
+    assert read(model) == pytest.approx((log_p[:, care] - log_p[:, authority]) / 2)
+    for axis, name in ((AXIS, "cloze"), (love, "mood")):
+        with pytest.raises(ShlError, match=f"there is no instrument '{name}'"):
+            readings(axis, (name,))
+
+
+def with_nulls(found, kl, values):
+    """The record with KL readings of every stage, and random vectors of these shifts at 1 nat."""
+    events, texts = found
+    table = {"event": "nulls", "instrument": "cloze", "round": -1, "layers": [1]}
+    made = [table | {"levels": [1.0], "values": [[[v, -v] for v in values]]}]
+    for e in events:
+        made.append(e)
+        if e["event"] == "stage":
+            made.append(items("kl", e, [kl, kl]) | {"value": kl})
+    return made, texts
+
+
+@pytest.mark.parametrize(("kl", "valid"), [(0.25, True), (4.0, False)])
+def test_a_cloze_that_random_vectors_move_as_far_is_not_valid(kl, valid):
+    """Random vectors move it by 3 nats at 1 nat per token: by 1.5 at 0.25, by 6 at 4; the steered
+    stage moves it by 4."""
+    found = with_nulls(record(shifts=GOOD, ratios=BROKEN), kl, [1.0, -3.0])
+    m = Measurements(*found, AXIS, CONFIG)
+    assert m.reads_cloze is valid
+    assert m.null_interval(m.steered[0]) == pytest.approx((-3 * kl**0.5, 3 * kl**0.5))
+    base = stage_line("base", -1)
+    lines = [e for e in found[0] if e["event"] == "nulls"]
+    [row] = rows([base, items("kl", base, [kl, kl]) | {"value": kl}, *lines])
+    assert row["random"] == f"+-{3 * kl**0.5:.2f}"
+
+
+def test_retention_in_the_table_is_that_over_all_sources():
+    one = {"teacher": [4.0], "both": [2.0], "student": [1.0], "share": 0.5, "cosine": 1.0}
+    other = {"teacher": [5.0], "both": [1.0], "student": [8.0], "share": 0.2, "cosine": 0.16}
+    epoch = {"d": 0.5, "tokens_over": 0.1, "lam": 1.0}
+    healing = {"event": "healing", "round": 0, "epochs": [epoch]}
+    line = {"event": "retention", "round": 0, "sources": {"training": one, "answers": other}}
+    [row] = rows([healing, stage_line("healed", 0), line])
+    # 3 of 9, and 3 over the root of 9 times 9.
+    assert (row["beta"], row["rho"]) == ("0.33", "0.33")
