@@ -25,7 +25,7 @@ from experiments.record.status import remaining
 from experiments.report.escape import clean
 from experiments.report.figures import PALETTE, Chart, write_pngs
 from experiments.report.plots import charts, tau_of
-from experiments.report.tables import cells, ladders, rows
+from experiments.report.tables import cells, ladders, nuisance_rows, rows
 from shl.config import EvalConfig
 from shl.kl import aggregate
 from shl.method.axes import Axis
@@ -246,6 +246,7 @@ def page(
         banner=banner(events, loop["rounds"]),
         cards=cards(events, texts, axis, EvalConfig(**loop["eval"])),
         table=cells(rows(events)),
+        nuisance=cells(nuisance_rows(events)),
         thresholds={"coherent": COHERENT, "keeps": KEEPS, "rises": RISES},
         charts=figures or {},
         ladders=ladders(texts),

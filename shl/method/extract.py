@@ -15,7 +15,7 @@ from shl.hooks.sites import band
 from shl.hooks.steering import Steering
 from shl.hooks.vector import SteeringVector
 from shl.kl import logsumexp
-from shl.method.axes import Axis
+from shl.method.axes import Axis, nuisance_axes
 from shl.models.activations import residual_at_tag
 from shl.models.generate import generate
 from shl.models.scores import completion_hidden, kl_values
@@ -66,6 +66,7 @@ def extract_vector(
     rule: Rule = mean_difference,
     round: int | None = None,
     against: Literal["opposite", "no_persona"] = "opposite",
+    remove: Sequence[str] = (),
 ) -> SteeringVector:
     """Extract an axis's steering vector from the model with the hooks that are on.
 
@@ -75,9 +76,12 @@ def extract_vector(
         rule: `(positive, negative) -> direction`; row i of both is from context i.
         round: round of the loop, for the vector's file.
         against: the negative side, the opposite persona or the question alone.
+        remove: built-in axes whose vectors, of opposite personas on the same contexts, are
+            projected out at each layer; the vector's `rule` says so.
 
     Raises:
-        ShlError: a layer is out of range, the axis has fewer contexts, or residuals are not finite.
+        ShlError: a layer is out of range, the axis has fewer contexts, residuals are not finite, an
+            axis to remove is unknown or the axis itself, or nothing is left without them.
 
     Example:
         >>> from shl.method.axes import load_axis
@@ -104,7 +108,7 @@ def extract_vector(
     directions = {layer: rule(positive[layer], negative[layer]) for layer in sorted(set(layers))}
     for layer, v in directions.items():
         require(bool(torch.isfinite(v).all()), f"the vector of layer {layer} is not finite.")
-    return SteeringVector(
+    vector = SteeringVector(
         directions,
         name_of(model),
         axis.name,
@@ -115,8 +119,26 @@ def extract_vector(
         token="last prompt token",
         round=round,
     )
+    if not remove:
+        return vector
+    names = ", ".join(remove)
+    others = [
+        extract_vector(
+            model, other, layers, contexts=contexts, batch_size=batch_size, rule=rule, round=round
+        )
+        for other in nuisance_axes(axis, remove)
+    ]
+    left = vector.project_out(*others)
+    for layer, norm in left.norms().items():
+        require(
+            norm > VANISHED * vector.norms()[layer],
+            f"nothing of the vector of layer {layer} is left without {names}.",
+        )
+    return replace(left, axis=axis.name, rule=f"{vector.rule} without {names}")
 
 
+VANISHED = 1e-4
+"""A smaller share of a vector's norm is rounding error."""
 RANGE = 16.0
 """Scales from 1 / RANGE to RANGE times the vector's own norms are tried."""
 HALVINGS = 10

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import tyro
@@ -15,16 +16,21 @@ from records import tiny_runs
 from rich.console import Console
 
 from experiments import run as program
+from experiments.questions.answers import answer_all
 from experiments.record import progress
-from experiments.record.reader import read
+from experiments.record.reader import axis_of, read
+from experiments.record.schema import check_lines
 from experiments.record.settings import RunConfig
+from experiments.record.writer import beside
 from experiments.report.page import write_page
 from experiments.report.report import report
-from experiments.report.tables import rows
-from shl.config import LoopConfig
+from experiments.report.tables import nuisance_rows, rows
+from shl.analysis.cosines import nuisance_directions, vector_entries
+from shl.config import EvalConfig, LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.bake import baked
 from shl.hooks.vector import SteeringVector
+from shl.method.axes import load_axis
 from shl.models.generate import Completion
 from shl.models.tiny import tiny_gemma
 from shl.models.tokens import Prompt, decode, encode
@@ -83,6 +89,76 @@ def test_files_and_events_of_a_finished_run(folder):
     assert all(t["reasons"] == [] and t["text"] for t in texts)
     versions = json.loads((folder / "versions.json").read_text("utf-8"))
     assert {"torch", "transformer-lens"} <= set(versions["packages"])
+
+
+def test_rounds_record_cosines_to_the_nuisance_directions_of_base(folder):
+    _, events, texts = read(folder)
+    axis, rounds = axis_of(folder), [e for e in events if e["event"] == "round"]
+    base = nuisance_directions(tiny_gemma(), axis, (1, 2, 3), contexts=32)
+    for e in rounds:
+        assert list(e["nuisance"]) == ["valence", "formality", "length"]
+        vector = SteeringVector.load(folder / f"rounds/{e['round']}/vector.safetensors")
+        for name, layers in e["nuisance"].items():
+            found = {int(layer): c["value"] for layer, c in layers.items()}
+            assert found == pytest.approx(vector.cosine(base[name]), abs=1e-6)
+            assert all(0 < c["random"] <= 1 and 0 < c["shuffled"] <= 1 for c in layers.values())
+    [first, *_] = nuisance_rows(events)
+    c = rounds[0]["nuisance"]["valence"]["2"]
+    assert (first["round"], first["direction"]) == ("0", "valence")
+    assert first["2"] == f"{c['value']:+.2f} ({c['random']:.2f}, {c['shuffled']:.2f})"
+    assert f"<td>{first['2']}</td>" in write_page(folder).read_text("utf-8")
+    # Records that were made without them stay readable and have no such table.
+    for e in rounds:
+        del e["nuisance"]
+    check_lines(events, texts, "an old record")
+    assert nuisance_rows(events) == []
+
+
+def test_an_axis_of_one_context_has_cosines_without_nulls():
+    axis = replace(load_axis("love"), contexts=("Tea?",))
+    student, directions = beside(tiny_gemma(), axis, [3])
+    assert student is None
+    [entry] = vector_entries([directions["valence"]], None, directions)
+    cosine = entry.to_nuisance["valence"]
+    assert (cosine.value, cosine.random, cosine.shuffled) == (pytest.approx(1.0), None, None)
+
+
+def test_axes_that_no_instrument_reads_are_rejected_before_the_model_is_loaded(call, capsys):
+    for words, message in (
+        (["--axis", "length"], "axis 'length' expects no foundation and has no cloze"),
+        (["--vector.remove", "joy"], "'joy' cannot be removed from 'care_auth'"),
+        (["--vector.remove", "care_auth"], "'care_auth' cannot be removed from 'care_auth'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            call(*words)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_axis_without_foundations_is_read_by_its_cloze_alone(tmp_path):
+    out = tmp_path / "run"
+    with tiny_runs() as patch:
+        words = ["--axis", "valence", "--vector.remove", "length", "--rounds", "1"]
+        patch.setattr(sys, "argv", ["run", "--model", "tiny", *SMALL, *words, "--out", str(out)])
+        program.main()
+    config, events, texts = read(out)
+    assert config["loop"]["vector"]["remove"] == ["length"]
+    vector = SteeringVector.load(out / "rounds/0/vector.safetensors")
+    assert vector.rule == "mean_difference without length"
+    [valid] = [e for e in events if e["event"] == "validity"]
+    assert (valid["valid"], valid["foundations"]) == (False, {})
+    assert "expects no foundation to move" in valid["reason"]
+    # Every prefix of the record can be reported on.
+    for end in range(2, len(events) + 1):
+        found = {a.key: a for a in answer_all(events[:end], texts, axis_of(out), EvalConfig())}
+    cloze = {
+        (e["stage"], e["round"]): e["value"]
+        for e in events
+        if e["event"] == "items" and e["instrument"] == "cloze"
+    }
+    assert found["Q3"].figures["shifts"] == pytest.approx([cloze["healed", 0]])
+    assert found["readable"].verdict == "no"
+    assert found["worked"].verdict != "yes"
 
 
 def test_token_kl_matches_full_logits_of_the_generating_model(folder):
