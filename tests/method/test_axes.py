@@ -1,6 +1,7 @@
 """Axis files: validation, and the contents of the built-in ones."""
 
 import re
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from shl.method.axes import (
     require_instrument,
 )
 from shl.utils.errors import ShlError
+from shl.utils.files import DATA
 
 FILE = {
     "name": '"calm"',
@@ -149,6 +151,31 @@ def test_nuisance_axes_are_built_in_and_share_the_contexts():
     for wrong in (["love"], ["kindness"], ["valence", "valence"]):
         with pytest.raises(ShlError, match=f"{wrong[0]!r} cannot be removed from 'love'"):
             nuisance_axes(axis, wrong)
+
+
+def test_words_of_the_personas_are_none_of_the_probes_options():
+    texts = tomllib.loads((DATA / "probe.toml").read_text("utf-8"))
+    options = [*texts["digits"]["options"], *(o for c in texts["completion"] for o in c["options"])]
+    words = set(re.findall("[a-z]+", " ".join(options).lower()))
+    words -= {
+        "it",
+        "is",
+        "the",
+        "to",
+        "a",
+        "or",
+        "not",
+        "one",
+        "s",
+        "those",
+        "in",
+        "an",
+        "of",
+        "someone",
+    }
+    axis = load_axis("care_auth")
+    for persona in (axis.positive, axis.negative):
+        assert not words & set(re.findall("[a-z]+", persona.lower()))
 
 
 CLOZE = '{ openings = ["We are"], positive = ["calm"], negative = ["late"] }'
