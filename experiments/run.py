@@ -22,9 +22,11 @@ from experiments.record.settings import RunConfig, folder_of, settings_of
 from experiments.record.signals import Stop, Stopped
 from experiments.record.status import usage
 from experiments.record.writer import (
+    Beside,
     Recorder,
     RecordWriter,
     SharedStages,
+    beside,
     round_numbers,
     token_curves,
 )
@@ -37,7 +39,7 @@ from shl.hooks.vector import SteeringVector
 from shl.measure.continuations import Cloze, item_instruments, read_cloze
 from shl.measure.nulls import nulls
 from shl.measure.tinymfv import Tinymfv
-from shl.method.axes import Axis, load_axis
+from shl.method.axes import Axis, load_axis, nuisance_axes, require_instrument
 from shl.method.loop import StarvedError, baselines, love
 from shl.models.load import load_model
 from shl.models.nan_checks import named
@@ -71,6 +73,7 @@ def run(
     recorder = Recorder(record, model, loop, progress, shared)
     adapters: list[Adapter] = []
     first: SteeringVector | None = None
+    others: Beside | None = None
     try:
         with progress.bar:
             baselines(model, axis, loop, observer=recorder, instruments=instruments)
@@ -82,7 +85,8 @@ def run(
             for done in love(model, axis, loop, observer=recorder, instruments=instruments):
                 first = first or done.vector
                 if record.find("round", done.index) is None:
-                    record.event("round", done.index, round_numbers(done, first))
+                    others = others or beside(model, axis, first.directions)
+                    record.event("round", done.index, round_numbers(done, first, others))
                 if record.find("token_kl", done.index) is None:
                     curves = token_curves(model, done, adapters)
                     record.event("token_kl", done.index, {"curves": curves})
@@ -125,6 +129,8 @@ def study(
     folder that holds another run or is in use.
     """
     axis, needed = load_axis(config.axis), config.loop.vector.contexts
+    require_instrument(axis)
+    nuisance_axes(axis, config.loop.vector.remove)
     require(
         needed <= len(axis.contexts),
         f"vector.contexts is {needed}, axis {axis.name!r} has {len(axis.contexts)}.",

@@ -92,6 +92,8 @@ class VectorConfig(_Settings):
     direction: Literal["contrast", "random"] = "contrast"
     """contrast = the axis; random = a control: one Gaussian direction per layer, the same in every
     round, scaled to the same mean KL per token as the axis's vector."""
+    remove: tuple[str, ...] = ()
+    """Built-in axes whose vectors are projected out in every round, such as valence."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

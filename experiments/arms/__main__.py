@@ -77,9 +77,12 @@ def run_arms(config: ArmsConfig, console: Console) -> Path:
     require(len(config.seeds) > 0, "seeds is empty, name at least one.")
     arms = chosen(config.arms)
     shared = RunConfig(config.axis, config.model, device=config.device, loop=config.loop)
-    folder = config.out or Path("runs") / name_for(
-        settings_of(shared, load_axis(config.axis)), "arms"
+    axis = load_axis(config.axis)
+    require(
+        bool(axis.expected),
+        f"axis {axis.name!r} expects no foundation to move, arms are compared by those that do.",
     )
+    folder = config.out or Path("runs") / name_for(settings_of(shared, axis), "arms")
 
     @cache
     def load() -> HookedTransformer:

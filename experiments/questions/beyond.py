@@ -67,7 +67,7 @@ def prompting(m: Measurements) -> Finding:
 @question("selective", "on the axis?", "SELECTIVE", "COLLAPSED")
 def selective(m: Measurements) -> Finding:
     """Is the last healed stage's shift on the axis larger than the largest one off it?"""
-    if m.reads_cloze:
+    if m.by_cloze:
         return Finding(
             [], ["not applicable: a cloze reads the trait, no other foundation"], {}, "info"
         )
@@ -101,6 +101,11 @@ def readable(m: Measurements) -> Finding:
             f"the personas differ as expected in at least {SEPARATES:.0%} of the cloze's openings"
         )
         return Finding([], [note, context], {"context": m.uses_context}, "yes")
+    if not m.axis.expected:
+        minus = m.first("prompted-")
+        if minus is None or m.read("cloze", [minus]) is None:
+            return Finding([missing("cloze of the personas", "not read yet")], [context])
+        return Finding([], [m.doubt, context], {"context": m.uses_context}, "no")
     base = m.evaluation(m.base)
     estimates = [m.accuracy]
     for name in m.axis.expected:

@@ -60,9 +60,16 @@ class Measurements:
         )
         self.events, self.texts, self.axis, self.config = events, texts, axis, config
         measured = bool(stages(events, "base"))
-        self.healed = stages(events, "healed") if measured else []
-        self.steered = stages(events, "steered") if measured else []
+        self.healed = self._readable("healed") if measured else []
+        self.steered = self._readable("steered") if measured else []
         self._evaluations: dict[int, Evaluation] = {}
+
+    def _readable(self, name: str) -> list[Event]:
+        """The stages of a name; without expected foundations, those that the cloze has read."""
+        found = stages(self.events, name)
+        if self.axis.expected:
+            return found
+        return [e for e in found if items_of(self.events, "cloze", e) is not None]
 
     @cached_property
     def base(self) -> Event:
@@ -162,6 +169,12 @@ class Measurements:
             return None
         return self.nulls.interval(float(kl.mean()), self.config.confidence)
 
+    @property
+    def by_cloze(self) -> bool:
+        """Whether shifts are those of the cloze: it is valid on this model, or the axis expects no
+        foundation, so that nothing else reads its trait."""
+        return self.reads_cloze or not self.axis.expected
+
     def _valid(self, what: str, items: np.ndarray) -> bool:
         mean = self._bootstrap(what, items[:, None], lambda x: float(x.mean()), 0.0, "items")
         return float((items > 0).mean()) >= SEPARATES and mean.outcome == "yes"
@@ -204,18 +217,18 @@ class Measurements:
         **more: Any,
     ) -> Estimate:
         """A statistic of the on-axis shifts of the stages `found`, one number per stage: of the
-        axis's cloze where that is valid on this model, else of the vignettes; with `off`, the
-        largest absolute off-axis shifts of the vignettes follow."""
-        read = self.read("cloze", [self.base, *found]) if self.reads_cloze and not off else None
+        axis's cloze (see `by_cloze`), else of the vignettes; with `off`, the largest absolute
+        off-axis shifts of the vignettes follow."""
+        read = self.read("cloze", [self.base, *found]) if self.by_cloze and not off else None
+        more |= {"unit": unit, "trait": True, "doubt": bool(self.doubt)}
         if read is not None:
             shifts = read[:, 1:] - read[:, :1]
-            more |= {"unit": unit, "trait": True}
 
             def of_mean(x: np.ndarray) -> float:
                 return float(statistic(x.mean(0)))
 
             return self._bootstrap(what, shifts, of_mean, threshold, "openings", **more)
-        doubt, expected = bool(self.doubt), self.axis.expected
+        expected = self.axis.expected
         others = [name not in expected for name in FOUNDATIONS]
 
         def of(p: Profiles) -> float:
@@ -223,12 +236,11 @@ class Measurements:
             shifts = on_axis(moved, expected)
             return float(statistic(np.r_[shifts, abs(moved[:, others]).max(1)] if off else shifts))
 
-        more |= {"unit": unit, "trait": True, "doubt": doubt}
         return self.vignettes(what, found, of, threshold, **more)
 
     def shifts(self, found: Sequence[Event]) -> list[float]:
         """The on-axis shifts of stages, nats."""
-        read = self.read("cloze", [self.base, *found]) if self.reads_cloze else None
+        read = self.read("cloze", [self.base, *found]) if self.by_cloze else None
         if read is not None:
             return [float(x) for x in (read[:, 1:] - read[:, :1]).mean(0)]
         p = nats_of(self._items(found))[:, :7]
@@ -264,6 +276,8 @@ class Measurements:
         """That no instrument measures the trait on this model, or nothing."""
         if self.reads_cloze:
             return ""
+        if not self.axis.expected:
+            return "the axis's cloze is not valid on this model"
         if self.invalid:
             return "the vignettes are not valid on this model"
         if self.accuracy.outcome == "yes":

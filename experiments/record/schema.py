@@ -238,12 +238,22 @@ class HealingEvent(Event):
     norms: dict[str, Number]
 
 
+class NuisanceCosine(Strict):
+    """A cosine with the bounds of its nulls, null where there are none (`shl.analysis.cosines`)."""
+
+    value: Number
+    random: Number | None
+    shuffled: Number | None
+
+
 class RoundEvent(Event, Rung):
-    """Summary of a finished round."""
+    """Summary of a finished round; `nuisance` has the cosines of its vector to base's nuisance
+    directions by name and layer, null where a direction is 0."""
 
     event: Literal["round"]
     at_floor: bool
     cosine_to_first: Annotated[dict[str, Number], Field(min_length=1)]
+    nuisance: dict[str, dict[str, NuisanceCosine | None]] | None = None
 
 
 class Curve(Strict):

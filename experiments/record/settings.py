@@ -57,7 +57,7 @@ class RunConfig:
     """Steer, filter, heal, repeat, and measure every round."""
 
     axis: str = "care_auth"
-    """Built-in axis (care_auth, love) or the path of a TOML file."""
+    """Built-in axis (care_auth, love, valence, formality) or the path of a TOML file."""
     model: str = "gemma-3-270m"
     """Embedded model (gemma-3-270m, smollm2-135m-instruct), hub name, or local folder."""
     out: Path | None = None

@@ -23,6 +23,7 @@ from experiments.record.reader import (
 from experiments.record.resume import Resume, scores
 from experiments.record.schema import check_lines, name_of
 from experiments.record.signals import Stop
+from shl.analysis.cosines import Student, nuisance_directions, students, vector_entries
 from shl.config import FOUNDATIONS, EvalConfig, LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.bake import baked
@@ -31,6 +32,7 @@ from shl.measure.continuations import STATISTICS
 from shl.measure.evaluation import Evaluation
 from shl.measure.stats import bootstrap
 from shl.measure.vignettes import reading
+from shl.method.axes import Axis
 from shl.method.dose import Walk
 from shl.method.filters import Verdict
 from shl.method.heal import Healed, HealStep, Training
@@ -255,8 +257,32 @@ class Recorder(Resume):
         self.progress.finished(name_of(line), index, line.get("batch"), loaded=False)
 
 
-def round_numbers(finished: Round, first: SteeringVector) -> dict[str, Any]:
+NUISANCE_CONTEXTS = 32
+"""Contexts for base's nuisance directions and the nulls of cosines to them [count]."""
+
+Beside = tuple[Student | None, dict[str, SteeringVector]]
+"""Base's residuals under the personas, for the nulls, and its nuisance directions."""
+
+
+def beside(model: HookedTransformer, axis: Axis, layers: Iterable[int]) -> Beside:
+    """What the vectors of a run on these layers are compared with, from base; there are no
+    residuals for an axis of one context, which has no null distribution."""
+    layers, contexts = sorted(layers), min(NUISANCE_CONTEXTS, len(axis.contexts))
+    directions = nuisance_directions(model, axis, layers, contexts=contexts)
+    if contexts < 2:
+        return None, directions
+    (student,) = students(model, axis, [[]], layers, contexts=contexts)
+    return student, directions
+
+
+def round_numbers(finished: Round, first: SteeringVector, beside: Beside) -> dict[str, Any]:
     """A round's summary as JSON."""
+    student, nuisance = beside
+    entries = list(vector_entries([finished.vector], [student] if student else None, nuisance))
+    cosines = {
+        name: {str(e.layer): (cosine := e.to_nuisance[name]) and vars(cosine) for e in entries}
+        for name in nuisance
+    }
     return {
         "kappa": finished.kappa,
         "dose": finished.dose,
@@ -264,6 +290,7 @@ def round_numbers(finished: Round, first: SteeringVector) -> dict[str, Any]:
         "generated": len(finished.probes) + len(finished.dreams),
         "at_floor": finished.walk.at_floor,
         "cosine_to_first": finished.vector.cosine(first),
+        "nuisance": cosines,
     }
 
 

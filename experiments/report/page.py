@@ -30,6 +30,7 @@ from experiments.report.tables import (
     answer_row,
     cells,
     ladders,
+    nuisance_rows,
     other_estimates,
     rows,
 )
@@ -256,6 +257,7 @@ def page(
         answer_row=answer_row,
         other_estimates=other_estimates,
         table=cells(rows(events)),
+        nuisance=cells(nuisance_rows(events)),
         thresholds={"coherent": COHERENT, "keeps": KEEPS, "rises": RISES},
         charts=figures or {},
         ladders=ladders(texts),

@@ -119,7 +119,7 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
         (f"{name} shift [nats], {way[sign]} is on-trait", partial(shift, name), None)
         for name, sign in axis.expected.items()
     ]
-    if m.reads_cloze:
+    if m.by_cloze:
         panels = [("cloze shift [nats], up is on-trait", partial(read, "cloze"), None)]
     panels += [
         ("coherence [use of context / base]", partial(read, "context"), COHERENT)

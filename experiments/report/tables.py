@@ -93,6 +93,24 @@ def _column(name: str, foundation: str, events: Sequence[Event]) -> str:
     return f"{name} (noise)" if base and foundation in base[0]["noise"] else name
 
 
+def nuisance_rows(events: Sequence[Event]) -> list[dict[str, str]]:
+    """A row per round and nuisance direction: the vector's cosine to it at each layer, in brackets
+    the bounds of its two nulls."""
+    table = []
+    for e in events:
+        if e["event"] == "round":
+            for name, layers in (e.get("nuisance") or {}).items():
+                row = {layer: _cosine(c) for layer, c in layers.items()}
+                table.append({"round": str(e["round"]), "direction": name, **row})
+    return table
+
+
+def _cosine(c: Event | None) -> str:
+    if c is None or c["random"] is None or c["shuffled"] is None:
+        return "-" if c is None else f"{c['value']:+.2f}"
+    return f"{c['value']:+.2f} ({c['random']:.2f}, {c['shuffled']:.2f})"
+
+
 def ladders(texts: Sequence[Event]) -> dict[int, list[dict[str, float]]]:
     """Per round and probed dose: texts generated and kept, and their median perplexity under base
     (infinite where the median text is empty)."""

@@ -1,7 +1,7 @@
 """Norms of each round's steering vector, and its cosines with their null distributions."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformer_lens import HookedTransformer
@@ -11,7 +11,8 @@ from shl.hooks.adapter import Adapter
 from shl.hooks.bake import baked
 from shl.hooks.handle import suspended
 from shl.hooks.vector import SteeringVector
-from shl.method.axes import Axis
+from shl.method.axes import NUISANCE, Axis, nuisance_axes
+from shl.method.extract import extract_vector
 from shl.models.activations import residual_at_tag
 from shl.models.tokens import Prompt
 from shl.utils.errors import require
@@ -199,14 +200,39 @@ class Cosine:
         return abs(self.value) > max(self.random, self.shuffled)
 
 
+def nuisance_directions(
+    model: HookedTransformer, axis: Axis, layers: Sequence[int], *, contexts: int
+) -> dict[str, SteeringVector]:
+    """Base's vectors of the axes in `NUISANCE` other than `axis`, on its first contexts.
+
+    Hooks of this package that are on the model are suspended meanwhile.
+
+    Raises:
+        ShlError: a layer is out of range, or the axis has fewer contexts.
+
+    Example:
+        >>> from shl.method.axes import load_axis
+        >>> from shl.models.tiny import tiny_gemma
+        >>> list(nuisance_directions(tiny_gemma(), load_axis("length"), [3], contexts=2))
+        ['valence', 'formality']
+    """
+    names = [name for name in NUISANCE if name != axis.name]
+    with suspended(model):
+        return {
+            other.name: extract_vector(model, other, layers, contexts=contexts)
+            for other in nuisance_axes(axis, names)
+        }
+
+
 @dataclass(frozen=True)
 class VectorEntry:
     """One layer of one round's steering vector.
 
     `norm` is in units of the residual stream, `relative_norm` its share of the mean norm of the
     entering student's residuals without persona, `shift_norm` that of `Student.shift`. All are
-    taken at the assistant tag; the last three are None without a model. A cosine is None where
-    either vector is missing or 0.
+    taken at the assistant tag. `to_nuisance` has the cosine to each nuisance direction of base by
+    its name. The last four are None or empty without a model. A cosine is None where either vector
+    is missing or 0.
     """
 
     round: int
@@ -217,11 +243,13 @@ class VectorEntry:
     relative_norm: float | None = None
     shift_norm: float | None = None
     to_shift: Cosine | None = None
+    to_nuisance: Mapping[str, Cosine | None] = field(default_factory=dict)
 
 
 def vector_entries(
     vectors: Sequence[SteeringVector],
     found: Sequence[Student] | None = None,
+    nuisance: Mapping[str, SteeringVector] | None = None,
     *,
     draws: int = 1000,
     seed: int = 0,
@@ -231,6 +259,7 @@ def vector_entries(
     Args:
         vectors: one per round, in order.
         found: `students` of the same rounds; without them there are no nulls and no shift.
+        nuisance: `nuisance_directions`.
         draws: random draws per null distribution.
 
     Raises:
@@ -278,4 +307,8 @@ def vector_entries(
                 relative_norm,
                 shift_norm,
                 to_shift,
+                {
+                    name: cosine(v, other.directions.get(layer), layer, student)
+                    for name, other in (nuisance or {}).items()
+                },
             )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformer_lens import HookedTransformer
 
-from shl.analysis.cosines import Cosine, students, vector_entries
+from shl.analysis.cosines import Cosine, nuisance_directions, students, vector_entries
 from shl.analysis.weight_updates import NULL_COVERAGE, update_entries
 from shl.hooks.adapter import Adapter
 from shl.hooks.vector import SteeringVector
@@ -21,8 +21,9 @@ class Ledger:
     """Norms, cosines and spectra of a run, per layer x round and per site x round.
 
     Without a model: norms of the vectors, their cosines to the first and to the previous round's,
-    and every site's dW. With `model` and `axis` also relative norms, the internalised shift, and
-    the bounds of two null distributions for each cosine.
+    and every site's dW. With `model` and `axis` also relative norms, the internalised shift, the
+    cosines to base's nuisance directions (`shl.method.axes.NUISANCE`), and the bounds of two null
+    distributions for each cosine.
 
     Args:
         run: a run folder (`rounds/N/vector.safetensors` and `adapter.safetensors`; an unfinished
@@ -70,7 +71,7 @@ class Ledger:
             require(len(names) == 1, f"the rounds were made on different models: {sorted(names)}.")
             require(vector.axis == first.axis, f"the axes differ: {first.axis!r}, {vector.axis!r}.")
         self.model_name, self.axis_name = first.model_name, first.axis
-        found = None
+        found = nuisance = None
         if model is not None and axis is not None:
             for vector in vectors:
                 vector.check_made_for(model, "the run", any_weights=any_weights)
@@ -80,8 +81,11 @@ class Ledger:
             )
             layers = sorted({layer for vector in vectors for layer in vector.directions})
             added = [[adapter] for adapter in adapters]
-            found = students(model, axis, added, layers, contexts=contexts or first.contexts)
-        self.vectors = tuple(vector_entries(vectors, found, draws=draws, seed=seed))
+            contexts = contexts or first.contexts
+            found = students(model, axis, added, layers, contexts=contexts)
+            nuisance = nuisance_directions(model, axis, layers, contexts=contexts)
+        entries = vector_entries(vectors, found, nuisance, draws=draws, seed=seed)
+        self.vectors = tuple(entries)
         self.updates = tuple(update_entries(adapters, top))
 
     @property
@@ -96,7 +100,8 @@ class Ledger:
 
     def grid(self, of: str = "to_first") -> np.ndarray:
         """A number per layer x round, nan where there is none: `norm`, `relative_norm`,
-        `shift_norm`, or the values of `to_first`, `to_previous`, `to_shift`.
+        `shift_norm`, or the values of `to_first`, `to_previous`, `to_shift` and of the cosine to a
+        nuisance direction, by its name (`valence`).
 
         Raises:
             ShlError: no such number.
@@ -115,8 +120,11 @@ class Ledger:
     def _grid(self, entries: Sequence[Any], key: str, rows: Sequence[Any], of: str) -> np.ndarray:
         out = np.full((len(rows), len(self.rounds)), np.nan)
         for entry in entries:
-            require(hasattr(entry, of), f"a ledger has no {of!r} per {key} and round.")
-            value = getattr(entry, of)
+            named = getattr(entry, "to_nuisance", {})
+            require(
+                of in named or hasattr(entry, of), f"a ledger has no {of!r} per {key} and round."
+            )
+            value = named[of] if of in named else getattr(entry, of)
             number = value.value if isinstance(value, Cosine) else getattr(value, "cosine", value)
             one = number is None or isinstance(number, float)
             require(one, f"{of!r} is not one number per {key} and round.")
@@ -136,6 +144,13 @@ class Ledger:
                 f"{entry.round:5d} {entry.layer:5d} {entry.norm:7.2f} {relative:>5s}  "
                 + "  ".join(f"{text:17s}" for text in cosines).rstrip()
             )
+        names = list(self.vectors[0].to_nuisance)
+        if names:
+            head = "  ".join(f"cos {name:13s}" for name in names)
+            lines += ["", f"round layer  {head}".rstrip()]
+            for entry in self.vectors:
+                cells = "  ".join(f"{_cell(c):17s}" for c in entry.to_nuisance.values())
+                lines.append(f"{entry.round:5d} {entry.layer:5d}  {cells}".rstrip())
         lines += ["", "round  mean over sites: |dW|  effective rank  cos to first (chance)"]
         for index in range(len(self.rounds)):
             entries = [entry for entry in self.updates if entry.round == index]

@@ -156,12 +156,12 @@ class SteeringVector(Stored):
 
     __rmul__ = __mul__
 
-    def project_out(self, other: "SteeringVector") -> "SteeringVector":
-        """The component of each direction orthogonal to `other`'s, at the layers of both.
+    def project_out(self, *others: "SteeringVector") -> "SteeringVector":
+        """The component of each direction orthogonal to the span of the others' at its layer.
 
         Raises:
-            ShlError: the vectors belong to different models or share no layer, or a direction of
-                `other` is zero.
+            ShlError: no other vector, the vectors belong to different models or share no layer, or
+                a direction of another is zero.
 
         Example:
             >>> import torch
@@ -170,15 +170,28 @@ class SteeringVector(Stored):
             >>> a.project_out(b).directions[1]
             tensor([3., 0.])
         """
-        self._same_model(other)
-        shared = self.cosine(other)
+        require(len(others) > 0, "project_out got no vector, give at least one.")
+        for other in others:
+            self._same_model(other)
+            self.cosine(other)
         out = dict(self.directions)
-        for layer in shared:
-            along = other.directions[layer]
-            require(float(along.norm()) > 0, f"the direction of layer {layer} to project out is 0.")
-            unit = along / along.norm()
-            out[layer] = out[layer] - (out[layer] @ unit) * unit
-        return replace(self, directions=out, axis=f"{self.axis} without {other.axis}")
+        for layer, v in out.items():
+            units = []
+            for other in (o for o in others if layer in o.directions):
+                along = other.directions[layer].double()
+                require(
+                    float(along.norm()) > 0,
+                    f"the direction of {other.axis} at layer {layer} is 0, it cannot be projected "
+                    "out.",
+                )
+                units.append(along / along.norm())
+            if units:
+                # Directions that depend on the others add no singular value of their own.
+                _, sizes, rows = torch.linalg.svd(torch.stack(units), full_matrices=False)
+                basis = rows[sizes > 1e-6]
+                out[layer] = (v.double() - (v.double() @ basis.T) @ basis).to(v)
+        names = ", ".join(other.axis for other in others)
+        return replace(self, directions=out, axis=f"{self.axis} without {names}")
 
     def _same_model(self, other: "SteeringVector") -> None:
         require(

@@ -8,6 +8,7 @@ from scipy.special import log_softmax, logsumexp
 
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.measure.stats import bootstrap
+from shl.utils.errors import require
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +147,13 @@ def log_mass(log_probs: np.ndarray) -> np.ndarray:
 def on_axis(shift: np.ndarray, expected: Mapping[str, int]) -> np.ndarray:
     """Mean shift of an axis's foundations in the expected direction: `[..., 7]` to `[...]`, nats.
 
+    Raises:
+        ShlError: no foundation is expected to move.
+
     Example:
         >>> import numpy as np
         >>> float(on_axis(np.array([0.5, 0, 0, -0.3, 0, 0, 0]), {"care": 1, "authority": -1}))
         0.4
     """
+    require(len(expected) > 0, "the axis expects no foundation to move, it has no shift on them.")
     return np.asarray(shift @ [expected.get(name, 0) for name in FOUNDATIONS] / len(expected))

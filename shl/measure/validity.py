@@ -119,7 +119,7 @@ def validity(
         base, plus, minus: `[item, paraphrase, foundation]`, log-probabilities in nats without a
             persona, and under the positive and the negative one; NaN where there is no answer.
         labels: the foundation that each vignette was written for.
-        expected: the axis's sign per foundation.
+        expected: the axis's sign per foundation; without any the instrument is not valid.
         calibrated: whether base's mean over vignettes is subtracted, as completions need it.
 
     Raises:
@@ -155,6 +155,8 @@ def validity(
     failed = []
     if not (p < CHANCE and j > 0):
         failed.append(f"informedness is {j:.2f} (permutation p {p:.4f}, must be below {CHANCE:g})")
+    if not expected:
+        failed.append("the axis expects no foundation to move")
     for name, sign in expected.items():
         k = FOUNDATIONS.index(name)
         pairs = np.stack([up[:, :, k], down[:, :, k]], -1).swapaxes(0, 1)

@@ -1,8 +1,8 @@
 """Axes: pairs of opposite personas with their contexts and prompts, read from TOML files."""
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +19,8 @@ class Axis:
 
     The vector is extracted on `contexts`, diverse everyday questions; completions answer `prompts`.
     `expected` holds the sign (+1, -1) of the positive persona's effect on each foundation that it
-    should change. `cloze`, if given, is an instrument of the trait.
+    should change, and may be empty. `cloze`, if given, is an instrument of the trait. An axis with
+    neither gives vectors, but no instrument reads its trait (`require_instrument`).
 
     Raises:
         ShlError: equal personas, empty contexts or prompts, or an expected sign that is neither
@@ -54,7 +55,6 @@ class Axis:
             require(all(text.strip() for text in texts), f"{where} has an empty text in {key}.")
             repeated = sorted({text for text in texts if texts.count(text) > 1})
             require(not repeated, f"{where} repeats {repeated[:1]} in {key}.")
-        require(len(self.expected) > 0, f"{where} expects no sign, name at least one foundation.")
         for foundation, sign in self.expected.items():
             require(
                 foundation in FOUNDATIONS,
@@ -66,12 +66,51 @@ class Axis:
             )
 
 
+NUISANCE = ("valence", "formality", "length")
+"""Built-in axes that another axis's vector should not be mistaken for."""
+
+
+def require_instrument(axis: Axis) -> None:
+    """Raise a `ShlError` unless the axis expects a foundation or has a cloze.
+
+    Example:
+        >>> require_instrument(load_axis("length"))
+        Traceback (most recent call last):
+        shl.utils.errors.ShlError: axis 'length' expects no foundation and ... reads its trait.
+    """
+    require(
+        bool(axis.expected) or axis.cloze is not None,
+        f"axis {axis.name!r} expects no foundation and has no cloze, so no instrument reads its "
+        "trait.",
+    )
+
+
+def nuisance_axes(axis: Axis, names: Sequence[str]) -> list[Axis]:
+    """Built-in axes by name, with the contexts of `axis`, which may not be among them.
+
+    Raises:
+        ShlError: a name is not that of a built-in axis, is that of `axis`, or is there twice.
+
+    Example:
+        >>> [other.name for other in nuisance_axes(load_axis("love"), NUISANCE)]
+        ['valence', 'formality', 'length']
+    """
+    allowed = [name for name in axis_names() if name != axis.name]
+    for name in names:
+        require(
+            name in allowed and names.count(name) == 1,
+            f"{name!r} cannot be removed from {axis.name!r}, give each of {', '.join(allowed)} at "
+            "most once.",
+        )
+    return [replace(load_axis(name), contexts=axis.contexts) for name in names]
+
+
 def axis_names() -> tuple[str, ...]:
     """Names of the built-in axes.
 
     Example:
         >>> axis_names()
-        ('care_auth', 'love')
+        ('care_auth', 'formality', 'length', 'love', 'valence')
     """
     files = sorted(entry.name for entry in (DATA / "axes").iterdir())
     return tuple(name.removesuffix(".toml") for name in files if name.endswith(".toml"))

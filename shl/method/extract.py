@@ -1,6 +1,7 @@
 """Steering vectors from a pair of personas."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from transformer_lens import HookedTransformer
 from shl.hooks.fingerprint import dtype_of, name_of, weights_hash
 from shl.hooks.sites import band
 from shl.hooks.vector import SteeringVector
-from shl.method.axes import Axis
+from shl.method.axes import Axis, nuisance_axes
 from shl.models.activations import residual_at_tag
 from shl.models.tokens import Prompt
 from shl.utils.errors import require
@@ -60,6 +61,7 @@ def extract_vector(
     rule: Rule = mean_difference,
     round: int | None = None,
     against: Literal["opposite", "no_persona"] = "opposite",
+    remove: Sequence[str] = (),
 ) -> SteeringVector:
     """Extract an axis's steering vector from the model with the hooks that are on.
 
@@ -69,9 +71,12 @@ def extract_vector(
         rule: `(positive, negative) -> direction`; row i of both is from context i.
         round: round of the loop, for the vector's file.
         against: the negative side, the opposite persona or the question alone.
+        remove: built-in axes whose vectors, of opposite personas on the same contexts, are
+            projected out at each layer; the vector's `rule` says so.
 
     Raises:
-        ShlError: a layer is out of range, the axis has fewer contexts, or residuals are not finite.
+        ShlError: a layer is out of range, the axis has fewer contexts, residuals are not finite, an
+            axis to remove is unknown or the axis itself, or nothing is left without them.
 
     Example:
         >>> from shl.method.axes import load_axis
@@ -98,7 +103,7 @@ def extract_vector(
     directions = {layer: rule(positive[layer], negative[layer]) for layer in sorted(set(layers))}
     for layer, v in directions.items():
         require(bool(torch.isfinite(v).all()), f"the vector of layer {layer} is not finite.")
-    return SteeringVector(
+    vector = SteeringVector(
         directions,
         name_of(model),
         axis.name,
@@ -109,3 +114,23 @@ def extract_vector(
         token="last prompt token",
         round=round,
     )
+    if not remove:
+        return vector
+    names = ", ".join(remove)
+    others = [
+        extract_vector(
+            model, other, layers, contexts=contexts, batch_size=batch_size, rule=rule, round=round
+        )
+        for other in nuisance_axes(axis, remove)
+    ]
+    left = vector.project_out(*others)
+    for layer, norm in left.norms().items():
+        require(
+            norm > VANISHED * vector.norms()[layer],
+            f"nothing of the vector of layer {layer} is left without {names}.",
+        )
+    return replace(left, axis=axis.name, rule=f"{vector.rule} without {names}")
+
+
+VANISHED = 1e-4
+"""A smaller share of a vector's norm is rounding error."""

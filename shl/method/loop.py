@@ -218,6 +218,7 @@ class Study:
                 batch_size=settings.batch_size,
                 round=index,
                 against=settings.against,
+                remove=settings.remove,
             )
             if settings.direction == "random":
                 # Walks end near the middle of the ladder; at its top both texts are incoherent.

@@ -7,6 +7,7 @@ from helpers import one_sentence, random_adapter
 from shl.analysis.cosines import (
     Student,
     bound,
+    nuisance_directions,
     random_cosines,
     shuffled_cosines,
     students,
@@ -94,6 +95,36 @@ def test_students_add_relative_norms_the_shift_and_both_nulls():
         random = bound(random_cosines(reference, states, draws=300, seed=4))
         shuffled = bound(shuffled_cosines(reference, differences, draws=300, seed=4))
         assert (cosine.random, cosine.shuffled) == pytest.approx((random, shuffled), abs=1e-6)
+
+
+def test_cosines_to_nuisance_directions_by_hand_with_the_nulls_of_the_round():
+    other = {"valence": vector([0.0, -2.0], [0.0, 0.0])}
+    found = [student(10 * i) for i in range(3)]
+    more = {"draws": 300, "seed": 4}
+    entries = {(e.round, e.layer): e for e in vector_entries(VECTORS, found, other, **more)}
+    # (3, 4), (4, 3) and (-6, -8) against (0, -2).
+    values = [entries[i, 1].to_nuisance["valence"].value for i in range(3)]
+    assert values == pytest.approx([-0.8, -0.6, 0.8])
+    assert entries[1, 2].to_nuisance == {"valence": None}
+    own, reference = found[1], torch.tensor([0.0, -2.0])
+    states = torch.cat([side - side.mean(0) for side in (own.positive[1], own.negative[1])])
+    cosine = entries[1, 1].to_nuisance["valence"]
+    assert cosine.random == bound(random_cosines(reference, states, **more))
+    assert cosine.shuffled == bound(shuffled_cosines(reference, own.differences(1), **more))
+    plain = list(vector_entries(VECTORS, None, other))
+    assert plain[0].to_nuisance["valence"].random is None
+    assert next(vector_entries(VECTORS)).to_nuisance == {}
+
+
+def test_nuisance_directions_are_those_of_base(gemma):
+    with baked(gemma, [random_adapter(gemma, ["down"], (0,), size=0.05)]):
+        found = nuisance_directions(gemma, AXIS, LAYERS, contexts=3)
+    assert list(found) == ["valence", "formality", "length"]
+    for name, v in found.items():
+        base = extract_vector(gemma, load_axis(name), LAYERS, contexts=3)
+        assert all(torch.equal(v.directions[i], base.directions[i]) for i in LAYERS)
+    own = nuisance_directions(gemma, load_axis("formality"), LAYERS, contexts=3)
+    assert list(own) == ["valence", "length"]
 
 
 def test_zero_direction_has_a_norm_and_no_cosine():

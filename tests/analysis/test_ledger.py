@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import lenient, one_sentence, random_adapter, small_loop
 
-from shl.analysis.cosines import students
+from shl.analysis.cosines import nuisance_directions, students
 from shl.analysis.ledger import Ledger
 from shl.hooks.vector import SteeringVector
 from shl.method.axes import load_axis
@@ -51,6 +51,11 @@ def test_folder_and_rounds_give_the_same_ledger(run):
         assert entry.to_first.value == pytest.approx(expected)
         assert 0 < entry.to_first.random <= 1
         assert 0 < entry.to_first.shuffled <= 1
+    base = nuisance_directions(model, AXIS, full.layers, contexts=3)
+    for name, other in base.items():
+        for r in rounds:
+            cosines = list(r.vector.cosine(other).values())
+            assert full.grid(name)[:, r.index] == pytest.approx(cosines, abs=1e-6)
     for entry in full.updates:
         assert entry.norm == pytest.approx(rounds[entry.round].adapter.norms()[entry.site])
 
@@ -69,6 +74,8 @@ def test_grids_hold_the_entries_and_nan_elsewhere(run):
     assert sites.shape == (6, 2)
     assert sites[3, 1] == ledger.updates[9].effective_rank
     assert ledger.site_grid("to_first")[0, 1] == ledger.updates[6].to_first.cosine
+    with pytest.raises(ShlError, match="no 'valence' per layer"):
+        ledger.grid("valence")
     for wrong in ("cosine", "singular_values"):
         with pytest.raises(ShlError) as error:
             ledger.site_grid(wrong)
@@ -82,6 +89,8 @@ def test_text_is_a_table(run):
     assert len([line for line in lines if line.count("(")]) >= 6
     assert "in brackets" in lines[1]
     assert "+1.00 (" in lines[4]
+    assert "cos valence" in "\n".join(lines)
+    assert "valence" not in str(Ledger(rounds))
     # Without a model there is nothing in brackets but the chance of the updates.
     assert "(" not in str(Ledger(rounds)).splitlines()[3]
 

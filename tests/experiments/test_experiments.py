@@ -16,9 +16,7 @@ from rich.console import Console
 
 from experiments import run as program
 from experiments.record import progress
-from experiments.record.journal import Journal
-from experiments.record.reader import RecordReader, read
-from experiments.record.resume import Resume
+from experiments.record.reader import read
 from experiments.record.settings import RunConfig
 from experiments.report.page import write_page
 from experiments.report.report import report
@@ -36,6 +34,7 @@ SMALL = """
   --rounds 2 --vector.contexts 3 --generate.max-new-tokens 8 --generate.min-new-tokens 4
   --dose.rungs 2 --dose.probe-size 2 --dose.min-train 6 --dose.batch-size 4 --heal.rank 2
   --heal.epochs 2 --heal.tau 0.01 --heal.lr 0.02 --eval.samples 3 --eval.bootstrap 20
+  --eval.nulls 0 --filter.min-topic 0
 """.split()  # noqa: SIM905
 
 
@@ -86,19 +85,6 @@ def test_files_and_events_of_a_finished_run(folder):
     assert all(t["reasons"] == [] and t["text"] for t in texts)
     versions = json.loads((folder / "versions.json").read_text("utf-8"))
     assert {"torch", "transformer-lens"} <= set(versions["packages"])
-
-
-def test_the_topic_is_on_record_and_records_from_before_it_are_readable(folder, tmp_path):
-    old = shutil.copytree(folder, tmp_path / "old")
-    texts = read(folder)[2]
-    assert {t["topic"] for t in texts} == {0.5}
-    (old / "texts.jsonl").unlink()
-    lines = [{key: t[key] for key in t if key != "topic"} for t in texts]
-    Journal(old / "texts.jsonl").append(lines)
-    with tiny_runs():
-        for path, topic in ((folder, 0.5), (old, None)):
-            stage = Resume(RecordReader(path), tiny_gemma(), LoopConfig()).load_stage(-1, "base")
-            assert [v.topic for v in stage.samples] == [topic] * 3
 
 
 def test_token_kl_matches_full_logits_of_the_generating_model(folder):

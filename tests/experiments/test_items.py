@@ -97,6 +97,21 @@ def test_a_cloze_that_does_not_separate_the_personas_is_not_used():
     assert found["selective"].verdict != "info"
 
 
+@pytest.mark.parametrize(
+    ("minus", "verdicts"),
+    [((-2.0,), {"yes"}), ((-2.0, -2.0, -2.0, 1.1), {"undecided"})],
+    ids=["valid", "not valid"],
+)
+def test_an_axis_without_foundations_has_the_shifts_of_its_cloze_in_any_case(minus, verdicts):
+    silent = replace(AXIS, expected={})
+    found = record(shifts=GOOD | {("prompted-", -1): np.array(minus)}, ratios=BROKEN)
+    found = {a.key: a for a in answer_all(*found, silent, CONFIG)}
+    assert found["Q3"].figures["shifts"] == pytest.approx([3.0, 3.5])
+    assert {found[key].verdict for key in ("Q1", "Q3", "prompting")} == verdicts
+    assert found["readable"].verdict == ("yes" if verdicts == {"yes"} else "no")
+    assert found["selective"].verdict == "info"
+
+
 def test_conflicts_that_base_does_not_follow_are_not_used():
     events, texts = record(shifts=GOOD, ratios=BROKEN)
     for e in events:

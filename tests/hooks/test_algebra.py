@@ -39,6 +39,18 @@ def test_project_out_leaves_the_orthogonal_component():
     assert got.axis == "a without b"
 
 
+def test_nothing_is_left_of_the_span_of_correlated_directions():
+    # Removing one after the other would bring back a part of the first: they are 45 degrees apart.
+    a = vector(l1=[3.0, 4.0, 5.0], l2=[1.0, 2.0, 3.0])
+    b, c = vector("b", l1=[2.0, 0.0, 0.0]), vector("c", l1=[1.0, 1.0, 0.0], l2=[0.0, 0.0, 1.0])
+    got = a.project_out(b, c)
+    assert got.directions[1].tolist() == pytest.approx([0, 0, 5], abs=1e-6)
+    assert as_lists(got)[2] == [1, 2, 0]
+    assert got.axis == "a without b, c"
+    # A direction twice, or one that others span, removes nothing more.
+    assert torch.allclose(a.project_out(b, c, 3 * b).directions[1], got.directions[1])
+
+
 def test_invalid_operands_are_rejected():
     a = vector(l1=[3.0, 4.0])
     for make in (lambda b: a + b, a.project_out):
@@ -46,8 +58,10 @@ def test_invalid_operands_are_rejected():
             make(vector("b", model="other", l1=[1.0, 1.0]))
     with pytest.raises(ShlError, match="share none"):
         a.project_out(vector("b", l2=[1.0, 1.0]))
-    with pytest.raises(ShlError, match="layer 1 to project out is 0"):
+    with pytest.raises(ShlError, match="of b at layer 1 is 0"):
         a.project_out(vector("b", l1=[0.0, 0.0]))
+    with pytest.raises(ShlError, match="got no vector"):
+        a.project_out()
 
 
 def test_sum_of_vectors_equals_nested_steering():

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shl.config import FOUNDATIONS, EvalConfig
+from shl.measure.evaluation import on_axis
 from shl.measure.validity import informedness, permutation_p, validity
 from shl.utils.errors import ShlError
 
@@ -141,3 +142,14 @@ def test_constant_choice_has_no_informedness(share, seed):
     chosen = (np.random.default_rng(seed).random(40) < share).astype(int)
     assert -1 <= informedness(chosen, labels) <= 1
     assert informedness(np.zeros(40, int), labels) == 0.0
+
+
+def test_an_axis_that_expects_nothing_is_not_measured():
+    # The same readings are valid for an axis that expects the two foundations which move.
+    readings = scores(), scores(push=1.0, seed=1), scores(push=-1.0, seed=2)
+    assert validity("demo", *readings, LABELS, EXPECTED, config=CONFIG).valid
+    found = validity("demo", *readings, LABELS, {}, config=CONFIG)
+    assert (found.valid, found.foundations) == (False, {})
+    assert found.reason == "the axis expects no foundation to move."
+    with pytest.raises(ShlError, match="expects no foundation to move"):
+        on_axis(np.ones(7), {})

@@ -1,6 +1,7 @@
 """Axis files: validation, and the contents of the built-in ones."""
 
 import re
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,16 @@ from helpers import one_sentence
 
 from shl.config import FOUNDATIONS
 from shl.measure.continuations import Cloze
-from shl.method.axes import Axis, axis_names, load_axis
+from shl.method.axes import (
+    NUISANCE,
+    Axis,
+    axis_names,
+    load_axis,
+    nuisance_axes,
+    require_instrument,
+)
 from shl.utils.errors import ShlError
+from shl.utils.files import DATA
 
 FILE = {
     "name": '"calm"',
@@ -58,7 +67,7 @@ def test_contexts_may_name_the_built_in_list(tmp_path):
 def test_an_unknown_axis_is_rejected_with_the_known_ones():
     text = error_of("kindness")
     assert "'kindness'" in text
-    assert "care_auth, love" in text
+    assert "care_auth, formality, length, love, valence" in text
 
 
 @pytest.mark.parametrize("key", FILE)
@@ -82,7 +91,6 @@ def test_a_missing_key_is_named(tmp_path, key):
         ({"expected": "{ care = 2 }"}, "expects 2 for care"),
         ({"expected": "{ care = true }"}, "expects True for care"),
         ({"expected": "{ kindness = 1 }"}, "expects 'kindness'"),
-        ({"expected": "{}"}, "expects no sign"),
         ({"expected": "1"}, "expected .* must be a table"),
         ({"name": '"unclosed'}, "cannot be read as TOML"),
     ],
@@ -123,6 +131,51 @@ def test_built_in_axes_follow_the_rules_of_the_method(name):
 def test_expected_signs_of_the_built_in_axes():
     assert dict(load_axis("care_auth").expected) == {"care": 1, "authority": -1}
     assert load_axis("love").expected["care"] == 1
+
+
+def test_expected_signs_may_be_missing_but_then_a_cloze_must_read_the_trait(tmp_path):
+    silent = load_axis(write(tmp_path, expected="{}"))
+    assert dict(silent.expected) == {}
+    with pytest.raises(ShlError, match="'calm' expects no foundation and has no cloze"):
+        require_instrument(silent)
+    require_instrument(load_axis(write(tmp_path)))
+    require_instrument(load_axis(write(tmp_path, expected="{}", cloze=CLOZE)))
+
+
+def test_nuisance_axes_are_built_in_and_share_the_contexts():
+    axis = replace(load_axis("love"), contexts=("Tea?", "Rain?"))
+    found = nuisance_axes(axis, NUISANCE)
+    assert [other.name for other in found] == ["valence", "formality", "length"]
+    assert {other.contexts for other in found} == {("Tea?", "Rain?")}
+    assert not any(other.expected for other in found)
+    for wrong in (["love"], ["kindness"], ["valence", "valence"]):
+        with pytest.raises(ShlError, match=f"{wrong[0]!r} cannot be removed from 'love'"):
+            nuisance_axes(axis, wrong)
+
+
+def test_words_of_the_personas_are_none_of_the_probes_options():
+    texts = tomllib.loads((DATA / "probe.toml").read_text("utf-8"))
+    options = [*texts["digits"]["options"], *(o for c in texts["completion"] for o in c["options"])]
+    words = set(re.findall("[a-z]+", " ".join(options).lower()))
+    words -= {
+        "it",
+        "is",
+        "the",
+        "to",
+        "a",
+        "or",
+        "not",
+        "one",
+        "s",
+        "those",
+        "in",
+        "an",
+        "of",
+        "someone",
+    }
+    axis = load_axis("care_auth")
+    for persona in (axis.positive, axis.negative):
+        assert not words & set(re.findall("[a-z]+", persona.lower()))
 
 
 CLOZE = '{ openings = ["We are"], positive = ["calm"], negative = ["late"] }'

@@ -8,6 +8,7 @@ import torch
 from helpers import lenient, small_loop
 
 from shl.config import DoseConfig, VectorConfig
+from shl.hooks.bake import baked
 from shl.measure.continuations import conflict_items
 from shl.measure.vignettes import vignettes
 from shl.method.axes import axis_names, load_axis
@@ -88,6 +89,27 @@ def test_against_no_persona_contrasts_with_the_question_alone():
         assert torch.equal(extracted.directions[layer], vector.directions[layer])
     opposite = extract_vector(model, axis, layers)
     assert not torch.allclose(opposite.directions[1], vector.directions[1], atol=1e-3)
+
+
+def test_removed_axes_are_projected_out_of_each_rounds_vector(monkeypatch):
+    model = tiny_gemma()
+    lenient(monkeypatch)
+    removed = VectorConfig(3, (2, 3), remove=("valence", "length"))
+    rounds = list(love(model, AXIS, small_loop(vector=removed)))
+    adapters = []
+    for done in rounds:
+        with baked(model, adapters):
+            whole = extract_vector(model, AXIS, (2, 3), contexts=3)
+            others = [
+                extract_vector(model, replace(load_axis(name), contexts=AXIS.contexts[:3]), (2, 3))
+                for name in ("valence", "length")
+            ]
+        assert done.vector.rule == "mean_difference without valence, length"
+        expected = whole.project_out(*others)
+        for layer, v in done.vector.directions.items():
+            assert torch.allclose(v, expected.directions[layer], atol=1e-6)
+            assert not torch.allclose(v, whole.directions[layer], atol=1e-3)
+        adapters.append(done.adapter)
 
 
 def test_the_random_vector_replaces_the_axis_in_every_round(monkeypatch):

@@ -85,12 +85,55 @@ def test_the_default_band_is_the_middle_third(gemma, axis):
     assert list(extract_vector(gemma, axis, contexts=1).directions) == [1, 2, 3]
 
 
+def test_removed_axes_leave_nothing_of_their_directions(gemma, axis, tmp_path):
+    layers, names = [2, 3], ("valence", "formality")
+    whole = extract_vector(gemma, axis, layers)
+    others = [
+        extract_vector(gemma, replace(load_axis(name), contexts=CONTEXTS), layers) for name in names
+    ]
+    left = extract_vector(gemma, axis, layers, remove=names)
+    # The two directions are not orthogonal.
+    assert min(map(abs, others[0].cosine(others[1]).values())) > 0.05
+    for layer, v in left.directions.items():
+        for other in others:
+            assert left.cosine(other)[layer] == pytest.approx(0, abs=1e-6)
+            assert abs(whole.cosine(other)[layer]) > 0.01
+        # What was taken away lies in their span.
+        span = torch.stack([other.directions[layer] for other in others]).T
+        gone = (whole.directions[layer] - v)[:, None]
+        weights = torch.linalg.lstsq(span, gone).solution
+        assert torch.allclose(span @ weights, gone, atol=1e-4)
+    assert (left.axis, left.rule) == ("love", "mean_difference without valence, formality")
+    left.save(tmp_path / "v.safetensors")
+    assert SteeringVector.load(tmp_path / "v.safetensors").rule == left.rule
+
+
+def test_removed_directions_come_from_the_model_with_its_hooks(gemma, axis):
+    valence = replace(load_axis("valence"), contexts=CONTEXTS)
+    with baked(gemma, [random_adapter(gemma, ["v", "down"], (0, 1))]):
+        now = extract_vector(gemma, valence, [3])
+        left = extract_vector(gemma, axis, [3], remove=("valence",))
+    before = extract_vector(gemma, valence, [3])
+    assert left.cosine(now)[3] == pytest.approx(0, abs=1e-6)
+    assert abs(left.cosine(before)[3]) > 1e-3
+
+
+def test_an_axis_that_lies_in_the_span_of_a_removed_one_is_rejected(gemma, axis):
+    valence = load_axis("valence")
+    same = replace(axis, positive=valence.positive, negative=valence.negative)
+    with pytest.raises(ShlError, match="nothing of the vector of layer 3 is left without valence"):
+        extract_vector(gemma, same, [3], remove=("valence",))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"contexts": 4}, "contexts is 4, axis 'love' has 3"),
         ({"layers": [4]}, "layer 4 is out of range"),
         ({"layers": []}, "layers is empty"),
+        ({"layers": [3], "remove": ("love",)}, "'love' cannot be removed from 'love'"),
+        ({"layers": [3], "remove": ("joy",)}, "'joy' cannot be removed from 'love'"),
+        ({"layers": [3], "remove": ("valence",), "rule": lambda p, n: 0 * p[0]}, "is 0, it cannot"),
         ({"layers": [1], "rule": lambda p, n: p[0] * torch.nan}, "not finite"),
     ],
 )
