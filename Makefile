@@ -2,7 +2,7 @@
 PYTHON ?= python3
 AXIS ?= care_auth
 MODEL ?= gemma-3-270m
-ROUNDS ?= 3
+ROUNDS ?= 2
 SEED ?= 42
 RUN ?=
 ARMS ?= core

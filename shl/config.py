@@ -109,10 +109,10 @@ class GenerateConfig(_Settings):
 
     Example:
         >>> GenerateConfig(temperature=0).max_new_tokens
-        64
+        48
     """
 
-    max_new_tokens: Count = 64
+    max_new_tokens: Count = 48
     """Longest completion [tokens]."""
     min_new_tokens: int = 0
     """The turn cannot end before this many tokens [tokens]."""
@@ -406,7 +406,7 @@ class LoopConfig(_Settings):
         4
     """
 
-    rounds: Count = 3
+    rounds: Count = 2
     """Rounds of steer, filter, heal [count]."""
     seed: Annotated[int, Range(0, 2**31 - 1)] = 42
     """Seed of all random numbers."""

@@ -257,7 +257,7 @@ class Recorder(Resume):
         self.progress.finished(name_of(line), index, line.get("batch"), loaded=False)
 
 
-NUISANCE_CONTEXTS = 32
+NUISANCE_CONTEXTS = 16
 """Contexts for base's nuisance directions and the nulls of cosines to them [count]."""
 
 Beside = tuple[Student | None, dict[str, SteeringVector]]
