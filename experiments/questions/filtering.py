@@ -30,8 +30,10 @@ def filters(m: Measurements) -> Finding:
         estimates.append(missing("trend over the dose ladder", why))
     else:
         ladder = [[t for t in probes if t["dose"] == dose] for dose in doses]
-        fall = m.survival_difference(ladder[0], ladder[-1])
-        what = "fall of survival from the lowest to the highest dose"
+        # Pooled, because a single rung has few texts.
+        lower = [t for t in probes if abs(t["dose"]) <= max(abs(doses[-1]) / 2, abs(doses[0]))]
+        fall = m.survival_difference(lower, ladder[-1])
+        what = "fall of survival from doses up to half the highest, to the highest"
         estimates += [Estimate(what, fall, FALLS, SHARES), _rises(m, probes)]
         rungs = [
             {

@@ -17,11 +17,13 @@ from experiments.questions.thresholds import COHERENT, COLLAPSED, KEEPS, MOVES
 from experiments.record.reader import Event, of_round
 
 
-@question("Q1", "does healing heal?", "COHERENT", "KEEPS", "MOVES")
+@question("Q1", "does the student keep the shift?", "COHERENT", "KEEPS", "MOVES")
 def heals(m: Measurements) -> Finding:
-    """Q1: is the healed student coherent where the steered one is not, with most of its shift?
+    """Q1: is the healed student as coherent as base, with most of the steered shift?
 
-    Decided in round 0, where both start from base; the share kept is given for every round.
+    Decided in round 0, where both start from base; the share kept is given for every round. Whether
+    there was anything to heal is said beside: at a dose that survives the filter the steered stage
+    may be as coherent as base.
     """
     if not m.steered:
         return Finding([missing("steered stage")])
@@ -31,20 +33,26 @@ def heals(m: Measurements) -> Finding:
         *(replace(e, what=f"healed {e.what}") for e in m.coherence(healed)),
         m.shift(kept, [steered, healed], lambda s: s[1] - KEEPS * s[0]),
         m.shift("steered on-axis shift", [steered], lambda s: s[0], MOVES),
-        _broken(m, steered),
     ]
+    broken = _broken(m, steered)
+    said = "less coherent than base"
+    said = said if broken.outcome == "yes" else f"not shown to be {said}"
     shares = [_kept(m, s, h) for s, h in zip(m.steered, m.healed, strict=False)]
     listed = ", ".join(
         f"round {e.round} "
         + ("{:.0%} ({:.0%} to {:.0%})".format(*e.limits) if e.limits else e.note)
         for e in shares
     )
-    note = f"share of the steered shift kept: {listed}"
-    return Finding(estimates, [note], {"kept": [e.as_json() for e in shares]})
+    notes = [
+        f"share of the steered shift kept: {listed}",
+        f"the steered stage is {said}: {broken}",
+    ]
+    figures = {"kept": [e.as_json() for e in shares], "broken": broken.as_json()}
+    return Finding(estimates, notes, figures)
 
 
 def _broken(m: Measurements, steered: Event) -> Estimate:
-    """That the steered stage is less coherent than base: otherwise there is nothing to heal."""
+    """That the steered stage is less coherent than base, without which there is nothing to heal."""
     what = f"steered COHERENCE short of {COHERENT:g} x base's"
     mass = m.ratio(what, [steered], 0.0, lambda r: COHERENT - float(r[0]))
     e = m.survival("steered survival short of base's", steered, m.base, COHERENT)

@@ -13,11 +13,11 @@ COLLAPSED = 2 / 3
 Earlier work on a larger model had token loops at 0.62 of base's mass; this is a little above."""
 
 KEEPS = 0.5
-"""Q1: share of the steered on-axis shift that healing must keep: more than half of it."""
+"""Q1: share of the steered on-axis shift that the student must keep: more than half of it."""
 
 FALLS = 0.1
-"""Q0: fall of survival from the lowest dose to the highest [share]. A filter that drops less than
-one completion in ten more gives the dose walk no signal."""
+"""Q0: fall of survival from the lower half of the doses to the highest [share]. A filter that drops
+less than one completion in ten more gives the dose walk no signal."""
 
 RISES = 0.1
 """Q0: rank correlation of dose and base perplexity over the ladder. Below 0.1 an effect is less

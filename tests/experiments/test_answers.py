@@ -62,7 +62,8 @@ def test_working_run_is_yes_throughout_with_figures_by_hand():
     assert "round 0 60% (60% to 60%)" in found["Q1"].sentence
     assert "round 1 80%" in found["Q1"].sentence  # 0.4 / 0.5
     # A mass of 0.5 is 0.47 short of 0.97.
-    assert figure(found["Q1"], "short of")["value"] == pytest.approx(0.47)
+    assert found["Q1"].figures["broken"]["value"] == pytest.approx(0.47)
+    assert "he steered stage is less coherent than base: " in found["Q1"].sentence
     gained = [figure(found["Q3"], "gained", k)["value"] for k in (0, 1)]
     assert gained == pytest.approx([0.3, 0.1])
     # Least squares through 0, 0.3, 0.4 at 0, 1, 2: (0.4 - 0) / 2.
@@ -96,7 +97,7 @@ CASES = {
     # 0.2 of 0.5 are kept; less than half of it
     "Q1 keeps little": (run(healed=(on(0.2), on(0.4))), "no"),
     "Q1 not coherent": (run(mass=0.9), "no"),
-    "Q1 nothing to heal": (run(steered=scores(on(0.5))), "undecided"),
+    "Q1 nothing to heal": (run(steered=scores(on(0.5))), "yes"),
     "Q1 wrong way": (run(steered=scores(on(-0.5), mass=0.5)), "no"),
     # 0.26 less 0.25, known to 0.13
     "Q1 keeps half?": (run(healed=(scores(on(0.26), wobble=0.55), on(0.4))), "undecided"),
@@ -166,7 +167,7 @@ def test_a_sentence_has_the_verdict_the_deciding_estimate_and_the_rest():
         "No. Healed on-axis shift less 0.5 x steered -0.050 nats (-0.050 to -0.050), must be above "
         "0. Holds: healed valid-answer mass over base's; "
     )
-    assert no["worked"].sentence.startswith("No. First no: Q1, does healing heal. ")
+    assert no["worked"].sentence.startswith("No. First no: Q1, does the student keep the shift. ")
     few = ask(run(kept=12, base_kept=16, total=16))["Q2"].sentence
     assert few.startswith("Undecided. Survival less base's (round 0) -0.25 (")
     assert (
@@ -436,7 +437,7 @@ def test_texts_of_a_steered_stage_are_those_at_its_dose():
     found += [t | {"stage": "batch"} for t in texts("batch", 0, 1, 32, dose=0.75)]
     found += texts("batch", 0, 32, 32, dose=0.3)
     # Its mass is base's, so only survival says that there is something to heal: 8 of 40.
-    broken = figure(ask((events, found))["Q1"], "steered survival short of")
+    broken = ask((events, found))["Q1"].figures["broken"]
     assert broken["note"] == "8 of 40, base 160 of 160"
     assert broken["value"] == pytest.approx(1 - 8 / 40)
     assert broken["verdict"] == "yes"

@@ -71,7 +71,7 @@ def test_trait_and_coherence_are_those_of_the_items():
     found = answers(record(shifts=GOOD, ratios=BROKEN))
     # 3 less half of 4, and 3.5 less the larger of 1 and half of 1 - -2.
     assert value(found["Q1"], "healed on-axis shift less 0.5 x steered") == pytest.approx(1.0)
-    assert value(found["Q1"], "steered use of context short of") == pytest.approx(0.97 - 0.5)
+    assert found["Q1"].figures["broken"]["value"] == pytest.approx(0.97 - 0.5)
     assert value(found["prompting"], "on-axis shift less", 1) == pytest.approx(2.0)
     assert value(found["Q2"], "use of context over base's", 1) == pytest.approx(1.0)
     assert found["Q3"].figures["shifts"] == pytest.approx([3.0, 3.5])
