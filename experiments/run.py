@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformer_lens import HookedTransformer
 
 from experiments.questions.agreement import validities
 from experiments.record.command import command, say, wide_console
@@ -44,6 +43,7 @@ from shl.method.loop import StarvedError, baselines, love
 from shl.models.load import load_model
 from shl.models.nan_checks import named
 from shl.utils.errors import require
+from shl.utils.model import Model
 
 
 def nothing_shared(name: str, index: int) -> tuple[()]:
@@ -54,7 +54,7 @@ def nothing_shared(name: str, index: int) -> tuple[()]:
 def run(
     config: RunConfig,
     record: RecordWriter,
-    model: HookedTransformer,
+    model: Model,
     axis: Axis,
     console: Console,
     shared: SharedStages,
@@ -120,7 +120,7 @@ def study(
     config: RunConfig,
     console: Console,
     *,
-    load: Callable[[], HookedTransformer] | None = None,
+    load: Callable[[], Model] | None = None,
     shared: SharedStages = nothing_shared,
 ) -> Path:
     """Run the study, or the rest of it, and return its folder.

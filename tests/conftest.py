@@ -34,18 +34,28 @@ def stock_gemma():
     return tiny_gemma(fast=False)
 
 
-@pytest.fixture(params=["gemma", "llama", "stock_gemma"])
+@pytest.fixture(scope="session")
+def bridge_gemma():
+    """The same Gemma on a TransformerBridge, with transformers' SDPA."""
+    model = tiny_gemma(engine="bridge")
+    model.original_model.set_attn_implementation("sdpa")
+    model(helpers.tokens_of(1, 2))  # the first forward adds TransformerLens's own pre-hooks
+    return model
+
+
+@pytest.fixture(params=["gemma", "llama", "stock_gemma", "bridge_gemma"])
 def model(request):
     """One tiny model after the other."""
     return request.getfixturevalue(request.param)
 
 
 def pytest_collection_modifyitems(items):
-    """Only hooks and models are tested on the stock classes as well."""
+    """Only hooks and models are tested on the stock classes and the bridge as well."""
     items[:] = [
         item
         for item in items
-        if "stock_gemma" not in getattr(item, "callspec", item).__dict__.get("params", {}).values()
+        if not {"stock_gemma", "bridge_gemma"}
+        & {str(x) for x in getattr(item, "callspec", item).__dict__.get("params", {}).values()}
         or item.path.parent.name in ("hooks", "models")
     ]
 
@@ -54,8 +64,11 @@ def pytest_collection_modifyitems(items):
 def no_hook_is_left(request):
     """Every test takes its hooks off again."""
     names = [
-        name for name in ("gemma", "llama", "stock_gemma", "model") if name in request.fixturenames
+        name
+        for name in ("gemma", "llama", "stock_gemma", "bridge_gemma", "model")
+        if name in request.fixturenames
     ]
     models = [request.getfixturevalue(name) for name in names]
+    before = [helpers.hook_count(model) for model in models]
     yield
-    assert [helpers.hook_count(model) for model in models] == [0] * len(models)
+    assert [helpers.hook_count(model) for model in models] == before

@@ -6,11 +6,11 @@ from functools import partial
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import Handle
 from shl.hooks.positions import Positions, Scope, caller_rows, track_positions
 from shl.utils.errors import require
+from shl.utils.model import Model
 from shl.utils.shapes import Bool
 
 
@@ -44,7 +44,7 @@ class Recorder(Handle):
 
     def __init__(
         self,
-        model: HookedTransformer,
+        model: Model,
         names: Iterable[str],
         *,
         mask: Bool[Tensor, "batch pos"] | None = None,
