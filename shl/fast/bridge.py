@@ -154,6 +154,7 @@ class Bridge(TransformerBridge):
         if past_kv_cache is None and stop_at_layer is None:
             kwargs.setdefault("use_cache", False)
             return super().forward(input, return_type, attention_mask=attention_mask, **kwargs)
+        kwargs.pop("output_attentions", None)  # run_with_cache sets it, and gets them by hooks
         used = [*kwargs, *([] if return_type == "logits" else ["return_type"])]
         require(
             not used, f"past_kv_cache and stop_at_layer exclude other arguments, such as {used}."
