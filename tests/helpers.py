@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from shl.config import (
     LINEAR_SITES,
@@ -44,6 +44,14 @@ def tiny_llama_hf(**changes):
     )
     hf = LlamaForCausalLM(config).eval().requires_grad_(False)
     fill(hf, seed=1)
+    return hf
+
+
+def tiny_other_hf(config):
+    """A random model of transformers, of any architecture."""
+    config._attn_implementation = "eager"
+    hf = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    fill(hf, seed=2)
     return hf
 
 
@@ -87,7 +95,7 @@ def random_adapter(model, sites=LINEAR_SITES, layers=None, *, seed=0, alpha=6.0,
 def merged(model, adapter):
     """A copy of the model whose weights carry s B A, as one would merge it by hand (SPEC)."""
     if isinstance(model, Bridge | MergedHF):
-        return MergedHF(model, adapter)
+        return MergedHF(getattr(model, "hf", None) or hf_of(model), adapter)
     out = copy.deepcopy(model)
     cfg = model.cfg
     d, d_head, heads, kv = cfg.d_model, cfg.d_head, cfg.n_heads, cfg.n_key_value_heads
@@ -118,15 +126,13 @@ def hf_of(model):
 
 
 class MergedHF:
-    """transformers' own tiny model, with adapters added to its weights."""
+    """transformers' own tiny model, with adapters added to its weights in place."""
 
-    def __init__(self, model, adapter):
-        self.hf = model.hf if isinstance(model, MergedHF) else hf_of(model)
+    def __init__(self, hf, adapter):
+        self.hf = hf
         for site in adapter.sites:
-            weight = self.hf.get_submodule(
-                f"model.layers.{site.layer}.{HF_NAMES[site.kind]}"
-            ).weight
-            weight += adapter.scale * adapter.up[site.name] @ adapter.down[site.name]
+            linear = hf.model.layers[site.layer].get_submodule(HF_NAMES[site.kind])
+            linear.weight += adapter.scale * adapter.up[site.name] @ adapter.down[site.name]
 
     def __call__(self, tokens, attention_mask=None):
         return self.hf(tokens, attention_mask=attention_mask).logits

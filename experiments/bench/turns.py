@@ -25,7 +25,7 @@ def model_per_case(name: str, hooks: Mapping[str, Hooks], stack: ExitStack) -> d
     """A model for each case, with its hooks on until `stack` closes; the embedding is shared."""
     models: dict[str, Any] = {}
     for case, attach in hooks.items():
-        model = load_model(name, engine="hooked")
+        model: Any = load_model(name, engine="hooked")
         if models:
             first = next(iter(models.values()))
             model.embed.W_E.data = first.embed.W_E.data

@@ -128,44 +128,37 @@ class Bridge(TransformerBridge):
             partial(_note_positions, vars(bridge)), with_kwargs=True
         )
         for block in bridge.blocks:
-            block.attn.__class__ = _native(type(block.attn))
+            kind: Any = type(block.attn)
+            block.attn.__class__ = _native(kind)
         return bridge
 
-    def forward(
-        self,
-        input: Any,
-        return_type: str | None = "logits",
-        *,
-        attention_mask: Tensor | None = None,
-        past_kv_cache: KVCache | None = None,
-        stop_at_layer: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """Logits `[batch, pos, d_vocab]`, or the residual stream before `stop_at_layer`.
 
         Args:
             input: token ids or text.
-            attention_mask: `[batch, pos]` of the new tokens, 1 where a token is real.
-            past_kv_cache: earlier tokens; the new ones are added to it.
-            stop_at_layer: number of layers to run, negative from the end.
-            return_type, kwargs: those of TransformerBridge, if there is neither a cache nor a
-                layer.
+            args, kwargs: those of TransformerBridge, or `attention_mask` (`[batch, pos]` of the new
+                tokens, 1 where a token is real), `past_kv_cache` (a `KVCache` of earlier tokens, to
+                which the new ones are added) and `stop_at_layer` (the number of layers to run,
+                negative from the end).
         """
-        if past_kv_cache is None and stop_at_layer is None:
+        held, stop = kwargs.pop("past_kv_cache", None), kwargs.pop("stop_at_layer", None)
+        if held is None and stop is None:
             kwargs.setdefault("use_cache", False)
-            return super().forward(input, return_type, attention_mask=attention_mask, **kwargs)
+            return super().forward(input, *args, **kwargs)
+        mask = kwargs.pop("attention_mask", None)
         kwargs.pop("output_attentions", None)  # run_with_cache sets it, and gets them by hooks
-        used = [*kwargs, *([] if return_type == "logits" else ["return_type"])]
+        kwargs = {k: v for k, v in kwargs.items() if (k, v) != ("return_type", "logits")}
+        used = [*args, *kwargs]
         require(
             not used, f"past_kv_cache and stop_at_layer exclude other arguments, such as {used}."
         )
         tokens = input if isinstance(input, Tensor) else self.to_tokens(input)
         n = self.cfg.n_layers
-        stop = n if stop_at_layer is None else stop_at_layer
-        require(-n <= stop <= n, f"stop_at_layer is {stop}, it must be from {-n} to {n}.")
-        stop = stop if stop >= 0 else n + stop
-        residual = self._residual(tokens, attention_mask, past_kv_cache, stop)
-        if stop_at_layer is not None:
+        end = n if stop is None else stop
+        require(-n <= end <= n, f"stop_at_layer is {end}, it must be from {-n} to {n}.")
+        residual = self._residual(tokens, mask, held, end if end >= 0 else n + end)
+        if stop is not None:
             return residual
         logits = self.unembed(self.ln_final(residual))
         cap = self.cfg.output_logits_soft_cap

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -39,14 +39,14 @@ from shl.models.weights import (
 from shl.utils.errors import ShlError, require
 from shl.utils.model import Model
 
-Engine = Literal["auto", "hooked", "bridge"]
+ENGINES = ("auto", "hooked", "bridge")
 DeviceMap = str | Mapping[str, str | int]
 
 
 def load_model(
     name: str = "gemma-3-270m",
     *,
-    engine: Engine = "auto",
+    engine: str = "auto",
     device: str | None = None,
     device_map: DeviceMap | None = None,
     dtype: torch.dtype | None = None,
@@ -99,7 +99,7 @@ def load_model(
     )
 
 
-def choose_engine(engine: Engine) -> Literal["hooked", "bridge"]:
+def choose_engine(engine: str) -> str:
     """The engine that a name in `load_model` stands for.
 
     Raises:
@@ -109,10 +109,7 @@ def choose_engine(engine: Engine) -> Literal["hooked", "bridge"]:
         >>> choose_engine("bridge")
         'bridge'
     """
-    require(
-        engine in get_args(Engine),
-        f"engine is {engine!r}, it must be one of {', '.join(get_args(Engine))}.",
-    )
+    require(engine in ENGINES, f"engine is {engine!r}, it must be one of {', '.join(ENGINES)}.")
     installed = find_spec("transformer_lens.HookedTransformer") is not None
     require(
         installed or engine != "hooked",

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from shl.models.load import Engine, build_bridge, build_model, choose_engine
+from shl.models.load import build_bridge, build_model, choose_engine
 from shl.utils.model import Model
 
 
@@ -60,7 +60,7 @@ def tiny_gemma(
     seed: int = 0,
     chat_template: str | None = None,
     fast: bool = True,
-    engine: Engine = "auto",
+    engine: str = "auto",
 ) -> Model:
     """The model of `tiny_hf` on either engine, with a character tokenizer.
 
