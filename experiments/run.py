@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from experiments.questions.agreement import validities
@@ -17,7 +18,7 @@ from experiments.record.command import command, say, wide_console
 from experiments.record.journal import read_lines
 from experiments.record.progress import StageProgress
 from experiments.record.reader import is_finished, require_same_run
-from experiments.record.settings import RunConfig, folder_of, settings_of
+from experiments.record.settings import RunConfig, engine_options, folder_of, settings_of
 from experiments.record.signals import Stop, Stopped
 from experiments.record.status import usage
 from experiments.record.writer import (
@@ -145,7 +146,7 @@ def study(
         with Stop() as stop:
             if load is None:
                 say(console, f"loading {config.model} (the first time takes a minute longer)")
-            model = load() if load else load_model(config.model, device=config.device)
+            model = load() if load else _load(config)
             with (
                 closing(RecordWriter(folder, settings, weights_hash(model), stop)) as record,
                 usage(folder, len(record.events)) as peak,
@@ -161,6 +162,13 @@ def study(
         say(console, f"stopped; {folder} holds {stages} finished events; to continue:\n{again}")
         raise
     return folder
+
+
+def _load(config: RunConfig) -> Model:
+    options = engine_options(config)
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    return load_model(config.model, device=config.device, **options)
 
 
 def main() -> None:
