@@ -1,9 +1,9 @@
 """A TransformerBridge that is called like a HookedTransformer and computes what transformers does.
 
-TransformerBridge wraps transformers' module tree and computes attention again, step by step, so
-that scores and pattern have HookPoints. Here transformers' own attention runs wherever none of
-those HookPoints has a hook. Gemma-2's soft-capped scores exist in its eager attention only, so such
-a model keeps that.
+TransformerBridge wraps transformers' module tree and computes attention and norms again, step by
+step, so that scores, pattern and scale have HookPoints. Here transformers' own attention and norms
+run wherever none of those HookPoints has a hook. Gemma-2's soft-capped scores exist in its eager
+attention only, so such a model keeps that.
 
 transformers 5.24 has renamed the argument `past_key_values` of its layers to `cache`, which the
 step-by-step attention of TransformerLens 4.3 does not read: a cached step would not see the prompt.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 from transformers import Cache
 
 from shl.fast.hooked import is_hooked
@@ -57,9 +58,22 @@ def _step_by_step(attention: Any) -> bool:
     return any(map(is_hooked, inner)) or any(getattr(config, name, False) for name in SPLIT)
 
 
+class NativeNorm(nn.Module):
+    """Mixin for a bridge's norm: transformers' own, without what only `hook_scale` and
+    `hook_normalized` need."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """`[..., d]` to `[..., d]`."""
+        own: Any = self
+        inner = (own.hook_scale, own.hook_normalized)
+        if any(map(is_hooked, inner)) or not own.use_native_layernorm_autograd:
+            return super().forward(hidden_states, **kwargs)
+        return own.hook_out(own.original_component(own.hook_in(hidden_states)))
+
+
 @cache
-def _native(kind: Any) -> type[nn.Module]:
-    return type(f"Native{kind.__name__}", (NativeAttention, kind), {})
+def _native(mixin: Any, kind: Any) -> Any:
+    return type(f"Native{kind.__name__}", (mixin, kind), {})
 
 
 class _Stopped(Exception):
@@ -127,9 +141,14 @@ class Bridge(TransformerBridge):
         bridge.decoder.register_forward_pre_hook(
             partial(_note_positions, vars(bridge)), with_kwargs=True
         )
+        kind: Any
         for block in bridge.blocks:
-            kind: Any = type(block.attn)
-            block.attn.__class__ = _native(kind)
+            kind = type(block.attn)
+            block.attn.__class__ = _native(NativeAttention, kind)
+        for module in bridge.modules():
+            kind = type(module)
+            if isinstance(module, NormalizationBridge):
+                module.__class__ = _native(NativeNorm, kind)
         return bridge
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
