@@ -20,7 +20,7 @@ STUDY = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --s
 DOCUMENTED = $(filter-out %.__init__ shl.kl.triton shl.utils.shapes, \
   $(subst /,.,$(basename $(wildcard shl/*.py shl/*/*.py))))
 # Without HookedTransformer all models are bridges; what needs the first is skipped, and counted.
-TL4_TESTS = tests/hooks $(addprefix tests/models/test_,bridge.py activations.py generate.py export.py)
+TL4_TESTS = $(patsubst %,tests/hooks/test_%.py,sites steering lora hooks) tests/models/test_bridge.py
 TL4_SKIPS = 0
 .PHONY: help install experiment arms smoke status report probe crash bench test check docs notebooks
 help:  ## list the targets
