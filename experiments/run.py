@@ -101,7 +101,7 @@ def run(
     record.event("end", loop.rounds - 1, {})
 
 
-def cloze_nulls(model: HookedTransformer, cloze: Cloze, loop: LoopConfig) -> dict[str, Any]:
+def cloze_nulls(model: Model, cloze: Cloze, loop: LoopConfig) -> dict[str, Any]:
     """The event with what random vectors at the run's layers do to the cloze."""
     layers = loop.vector.layers or tuple(band(model, 1 / 3, 2 / 3))
     with named("reading random vectors"):

@@ -264,7 +264,7 @@ Beside = tuple[Student | None, dict[str, SteeringVector]]
 """Base's residuals under the personas, for the nulls, and its nuisance directions."""
 
 
-def beside(model: HookedTransformer, axis: Axis, layers: Iterable[int]) -> Beside:
+def beside(model: Model, axis: Axis, layers: Iterable[int]) -> Beside:
     """What the vectors of a run on these layers are compared with, from base; there are no
     residuals for an axis of one context, which has no null distribution."""
     layers, contexts = sorted(layers), min(NUISANCE_CONTEXTS, len(axis.contexts))

@@ -201,7 +201,7 @@ class Cosine:
 
 
 def nuisance_directions(
-    model: HookedTransformer, axis: Axis, layers: Sequence[int], *, contexts: int
+    model: Model, axis: Axis, layers: Sequence[int], *, contexts: int
 ) -> dict[str, SteeringVector]:
     """Base's vectors of the axes in `NUISANCE` other than `axis`, on its first contexts.
 

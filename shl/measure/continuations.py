@@ -275,7 +275,7 @@ def item_instruments(cloze: Cloze | None, conflicts: int) -> dict[str, Instrumen
 
     on_base: list[Divergence] = []
 
-    def divergence(model: HookedTransformer, persona: str | None) -> dict[str, list[float]]:
+    def divergence(model: Model, persona: str | None) -> dict[str, list[float]]:
         if not on_base:
             with unhooked(model):
                 on_base.append(Divergence(model, NEUTRAL, tokens=TOKENS))

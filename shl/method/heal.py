@@ -190,7 +190,7 @@ def train_adapter(
 
 
 def learnt(
-    model: HookedTransformer, completion: Completion, positions: str, persona: str | None = None
+    model: Model, completion: Completion, positions: str, persona: str | None = None
 ) -> tuple[Completion, Completion]:
     """A completion as the student learns it, and as the teacher with a persona reads it: the same
     tokens after the prompts of either.
