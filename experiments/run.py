@@ -10,15 +10,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from transformer_lens import HookedTransformer
 
 from experiments.questions.agreement import validities
 from experiments.record.command import command, say, wide_console
 from experiments.record.journal import read_lines
 from experiments.record.progress import StageProgress
 from experiments.record.reader import is_finished, require_same_run
-from experiments.record.settings import RunConfig, folder_of, settings_of
+from experiments.record.settings import RunConfig, engine_options, folder_of, settings_of
 from experiments.record.signals import Stop, Stopped
 from experiments.record.status import usage
 from experiments.record.writer import (
@@ -44,6 +44,7 @@ from shl.method.loop import StarvedError, baselines, love
 from shl.models.load import load_model
 from shl.models.nan_checks import named
 from shl.utils.errors import require
+from shl.utils.model import Model
 
 
 def nothing_shared(name: str, index: int) -> tuple[()]:
@@ -54,7 +55,7 @@ def nothing_shared(name: str, index: int) -> tuple[()]:
 def run(
     config: RunConfig,
     record: RecordWriter,
-    model: HookedTransformer,
+    model: Model,
     axis: Axis,
     console: Console,
     shared: SharedStages,
@@ -100,7 +101,7 @@ def run(
     record.event("end", loop.rounds - 1, {})
 
 
-def cloze_nulls(model: HookedTransformer, cloze: Cloze, loop: LoopConfig) -> dict[str, Any]:
+def cloze_nulls(model: Model, cloze: Cloze, loop: LoopConfig) -> dict[str, Any]:
     """The event with what random vectors at the run's layers do to the cloze."""
     layers = loop.vector.layers or tuple(band(model, 1 / 3, 2 / 3))
     with named("reading random vectors"):
@@ -120,7 +121,7 @@ def study(
     config: RunConfig,
     console: Console,
     *,
-    load: Callable[[], HookedTransformer] | None = None,
+    load: Callable[[], Model] | None = None,
     shared: SharedStages = nothing_shared,
 ) -> Path:
     """Run the study, or the rest of it, and return its folder.
@@ -145,7 +146,7 @@ def study(
         with Stop() as stop:
             if load is None:
                 say(console, f"loading {config.model} (the first time takes a minute longer)")
-            model = load() if load else load_model(config.model, device=config.device)
+            model = load() if load else _load(config)
             with (
                 closing(RecordWriter(folder, settings, weights_hash(model), stop)) as record,
                 usage(folder, len(record.events)) as peak,
@@ -161,6 +162,13 @@ def study(
         say(console, f"stopped; {folder} holds {stages} finished events; to continue:\n{again}")
         raise
     return folder
+
+
+def _load(config: RunConfig) -> Model:
+    options = engine_options(config)
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    return load_model(config.model, device=config.device, **options)
 
 
 def main() -> None:

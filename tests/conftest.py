@@ -11,9 +11,11 @@ import helpers
 import pytest
 import torch
 
+from shl.models.load import choose_engine
 from shl.models.tiny import tiny_gemma
 
 torch.set_num_threads(1)
+HOOKED = choose_engine("auto") == "hooked"
 
 
 @pytest.fixture(scope="session")
@@ -34,28 +36,63 @@ def stock_gemma():
     return tiny_gemma(fast=False)
 
 
-@pytest.fixture(params=["gemma", "llama", "stock_gemma"])
+@pytest.fixture(scope="session")
+def bridge_gemma():
+    """The same Gemma on a TransformerBridge, with transformers' SDPA."""
+    model = tiny_gemma(engine="bridge")
+    model.original_model.set_attn_implementation("sdpa")
+    return model
+
+
+@pytest.fixture(params=["gemma", "llama", "stock_gemma", "bridge_gemma"])
 def model(request):
     """One tiny model after the other."""
     return request.getfixturevalue(request.param)
 
 
 def pytest_collection_modifyitems(items):
-    """Only hooks and models are tested on the stock classes as well."""
-    items[:] = [
-        item
-        for item in items
-        if "stock_gemma" not in getattr(item, "callspec", item).__dict__.get("params", {}).values()
-        or item.path.parent.name in ("hooks", "models")
-    ]
+    """Only hooks and models are tested on the stock classes and the bridge as well. Without
+    HookedTransformer every model is a bridge."""
+    kept = []
+    for item in items:
+        params = getattr(item, "callspec", None)
+        fixture = params.params.get("model") if params else None
+        own = item.get_closest_marker("hooked") is not None
+        if fixture in ("stock_gemma", "bridge_gemma"):
+            if item.path.parent.name not in ("hooks", "models"):
+                continue
+            if fixture == "bridge_gemma" and (own or not HOOKED):
+                continue
+        kept.append(item)
+        if not HOOKED and (own or fixture == "stock_gemma"):
+            reason = "needs HookedTransformer, which TransformerLens 4 does not have"
+            item.add_marker(pytest.mark.skip(reason=reason))
+    items[:] = kept
+
+
+def pytest_addoption(parser):
+    parser.addoption("--skips", type=int, help="fail unless this many tests are skipped")
+
+
+def pytest_sessionfinish(session):
+    """Fail if the number of skipped tests is not the expected one."""
+    expected = session.config.getoption("--skips")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = len(reporter.stats.get("skipped", []))
+    if expected is not None and skipped != expected:
+        reporter.write_line(f"{skipped} tests were skipped, {expected} must be", red=True)
+        session.exitstatus = 1
 
 
 @pytest.fixture(autouse=True)
 def no_hook_is_left(request):
     """Every test takes its hooks off again."""
     names = [
-        name for name in ("gemma", "llama", "stock_gemma", "model") if name in request.fixturenames
+        name
+        for name in ("gemma", "llama", "stock_gemma", "bridge_gemma", "model")
+        if name in request.fixturenames
     ]
     models = [request.getfixturevalue(name) for name in names]
+    before = [helpers.hook_count(model) for model in models]
     yield
-    assert [helpers.hook_count(model) for model in models] == [0] * len(models)
+    assert [helpers.hook_count(model) for model in models] == before

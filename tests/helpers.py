@@ -5,8 +5,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 import torch
-from transformer_lens.components import GroupedQueryAttention
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from shl.config import (
     LINEAR_SITES,
@@ -17,12 +16,12 @@ from shl.config import (
     LoopConfig,
     VectorConfig,
 )
-from shl.fast.attention import FastAttention
-from shl.fast.blocks import FASTER
+from shl.fast import Bridge, KVCache
 from shl.hooks.adapter import fresh_adapter
+from shl.hooks.sites import HF_NAMES
 from shl.measure.vignettes import vignettes
-from shl.models.load import build_model
-from shl.models.tiny import tiny_tokenizer
+from shl.models.load import build_bridge, build_model, choose_engine
+from shl.models.tiny import tiny_hf, tiny_tokenizer
 
 
 def tiny_llama_hf(**changes):
@@ -48,6 +47,14 @@ def tiny_llama_hf(**changes):
     return hf
 
 
+def tiny_other_hf(config):
+    """A random model of transformers, of any architecture."""
+    config._attn_implementation = "eager"
+    hf = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    fill(hf, seed=2)
+    return hf
+
+
 def fill(hf, seed):
     """Weights of size 0.15, norms away from 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,6 +71,8 @@ def save(folder, hf, **settings):
 
 def tiny_llama(**changes):
     hf = tiny_llama_hf(**changes)
+    if choose_engine("auto") == "bridge":
+        return build_bridge(hf, tiny_tokenizer(), name="tiny-llama")
     return build_model(hf.config, hf.state_dict(), tiny_tokenizer(), name="tiny-llama")
 
 
@@ -85,6 +94,8 @@ def random_adapter(model, sites=LINEAR_SITES, layers=None, *, seed=0, alpha=6.0,
 
 def merged(model, adapter):
     """A copy of the model whose weights carry s B A, as one would merge it by hand (SPEC)."""
+    if isinstance(model, Bridge | MergedHF):
+        return MergedHF(getattr(model, "hf", None) or hf_of(model), adapter)
     out = copy.deepcopy(model)
     cfg = model.cfg
     d, d_head, heads, kv = cfg.d_model, cfg.d_head, cfg.n_heads, cfg.n_key_value_heads
@@ -109,9 +120,41 @@ def merged(model, adapter):
     return out
 
 
+def hf_of(model):
+    """transformers' own tiny model of the same weights."""
+    return {"tiny-gemma": tiny_hf, "tiny-llama": tiny_llama_hf}[model.cfg.model_name]()
+
+
+class MergedHF:
+    """transformers' own tiny model, with adapters added to its weights in place."""
+
+    def __init__(self, hf, adapter):
+        self.hf = hf
+        for site in adapter.sites:
+            linear = hf.model.layers[site.layer].get_submodule(HF_NAMES[site.kind])
+            linear.weight += adapter.scale * adapter.up[site.name] @ adapter.down[site.name]
+
+    def __call__(self, tokens, attention_mask=None):
+        return self.hf(tokens, attention_mask=attention_mask).logits
+
+
+def empty_cache(model, batch):
+    """TransformerLens's own cache for a HookedTransformer, ours for a bridge."""
+    if isinstance(model, Bridge):
+        return KVCache.empty(model, batch)
+    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+    return TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", batch)
+
+
 @contextmanager
 def stock(model):
     """TransformerLens's own components on the same weights."""
+    from transformer_lens.components import GroupedQueryAttention
+
+    from shl.fast.attention import FastAttention
+    from shl.fast.blocks import FASTER
+
     slow = {fast: own for own, fast in FASTER.items()} | {FastAttention: GroupedQueryAttention}
     changed = [(module, type(module)) for module in model.modules() if type(module) in slow]
     for module, fast in changed:
@@ -124,8 +167,16 @@ def stock(model):
 
 
 def hook_count(model):
-    """Torch hooks on the model's modules, ours and TransformerLens's."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    """Torch hooks on the model's modules, ours and a user's; not those that a bridge is made of or
+    that transformers adds to collect attentions."""
+    parts = {h.id for block in model.blocks for h in vars(block).get("_capture_hook_handles", ())}
+    hooks = [
+        key
+        for module in model.modules()
+        for key, hook in (*module._forward_hooks.items(), *module._forward_pre_hooks.items())
+        if "output_captur" not in getattr(hook, "__qualname__", "")
+    ]
+    return len([key for key in hooks if key not in parts])
 
 
 def one_sentence(error):

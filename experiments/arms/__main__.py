@@ -14,7 +14,6 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from transformer_lens import HookedTransformer
 
 from experiments.arms.catalogue import ARMS, Arm, chosen
 from experiments.arms.doses import FILE as DOSES
@@ -35,8 +34,9 @@ from shl.method.axes import load_axis
 from shl.method.loop import StarvedError
 from shl.models.load import load_model
 from shl.utils.errors import require
+from shl.utils.model import Model
 
-Load = Callable[[], HookedTransformer]
+Load = Callable[[], Model]
 
 
 # Arms differ by less than a run does from base, so each stage is sampled twice as often.
@@ -85,7 +85,7 @@ def run_arms(config: ArmsConfig, console: Console) -> Path:
     folder = config.out or Path("runs") / name_for(settings_of(shared, axis), "arms")
 
     @cache
-    def load() -> HookedTransformer:
+    def load() -> Model:
         say(console, f"loading {config.model}")
         return load_model(config.model, device=config.device)
 

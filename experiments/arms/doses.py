@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from transformer_lens import HookedTransformer
-
 from experiments.record.journal import Journal, read_lines, write_error
 from experiments.record.reader import RecordReader
 from experiments.record.resume import scores
@@ -18,6 +16,7 @@ from shl.method.axes import Axis
 from shl.method.dose import ladder
 from shl.method.loop import measure
 from shl.utils.errors import require
+from shl.utils.model import Model
 
 FILE = "doses.jsonl"
 
@@ -25,7 +24,7 @@ FILE = "doses.jsonl"
 def measure_doses(
     path: Path,
     record: RecordReader,
-    model: HookedTransformer,
+    model: Model,
     axis: Axis,
     loop: LoopConfig,
     stop: Stop,

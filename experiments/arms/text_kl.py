@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from scipy import stats
-from transformer_lens import HookedTransformer
 
 from experiments.arms.doses import begun
 from experiments.record.journal import Line, read_lines
@@ -25,6 +24,7 @@ from shl.kl import aggregate
 from shl.method.filters import Verdict
 from shl.models.generate import without_persona
 from shl.models.scores import token_divergence
+from shl.utils.model import Model
 
 FILE = "kinds.jsonl"
 GROUPS = ("prompted", "kept", "incoherent")
@@ -34,7 +34,7 @@ SHORTEST = 20
 
 
 def measure_texts(
-    path: Path, past: RecordReader, model: HookedTransformer, loop: LoopConfig, stop: Stop
+    path: Path, past: RecordReader, model: Model, loop: LoopConfig, stop: Stop
 ) -> None:
     """Write one line per text: its group, dose and per-token KL.
 

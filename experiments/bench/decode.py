@@ -6,7 +6,6 @@ from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from experiments.bench import turns
@@ -20,6 +19,7 @@ from shl.models.generate import generate
 from shl.models.load import load_model
 from shl.models.tokens import Prompt, encode, pad_left
 from shl.models.weights import model_folder
+from shl.utils.model import Model
 
 MODEL = "gemma-3-270m"
 STEERED, BOTH = "steered at one layer", "steered + 8 rounds of rank 8"
@@ -47,7 +47,7 @@ def prompts(batch: int, length: int) -> list[Prompt]:
     return out
 
 
-def adapters(model: HookedTransformer, count: int, rank: int) -> list[Adapter]:
+def adapters(model: Model, count: int, rank: int) -> list[Adapter]:
     """Adapters at every linear site of every layer, with updates that are small but not zero."""
     out = []
     for k in range(count):
@@ -60,15 +60,17 @@ def adapters(model: HookedTransformer, count: int, rank: int) -> list[Adapter]:
     return out
 
 
-def vector(model: HookedTransformer, layers: range) -> SteeringVector:
+def vector(model: Model, layers: range) -> SteeringVector:
     """Small directions at `layers`."""
     generator = torch.Generator().manual_seed(0)
     directions = {i: torch.randn(model.cfg.d_model, generator=generator) for i in layers}
     return SteeringVector(directions, MODEL, "bench", 1)
 
 
-def stock(name: str, hf: PreTrainedModel, tokenizer: Any) -> HookedTransformer:
+def stock(name: str, hf: PreTrainedModel, tokenizer: Any) -> Any:
     """A HookedTransformer without any of our classes."""
+    from transformer_lens import HookedTransformer
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return HookedTransformer.from_pretrained_no_processing(

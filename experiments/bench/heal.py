@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM
 
 from experiments.bench.decode import MODEL, prompts
@@ -22,6 +21,7 @@ from shl.models.load import load_model
 from shl.models.scores import completion_hidden
 from shl.models.tokens import decode, encode
 from shl.models.weights import model_folder
+from shl.utils.model import Model
 
 NEW, BATCH = 64, 4
 CONFIG = HealConfig(tau=0.0)  # the barrier is open from the first step
@@ -30,7 +30,7 @@ MEMORY = ("ours / full PEFT, extra memory", "<= 0.33")
 ERROR = ("our gradient's relative error against PEFT in float64", "<= 1e-4")
 
 
-def completions(model: HookedTransformer) -> list[Completion]:
+def completions(model: Model) -> list[Completion]:
     """Completions of a typical length, cut from the vignettes instead of generated."""
     out = []
     for prompt, answer in zip(prompts(BATCH, 20), prompts(2 * BATCH, 80)[BATCH:], strict=True):
@@ -49,9 +49,7 @@ def loss_of(kl: Sequence[Tensor], nll: Sequence[Tensor]) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def our_step(
-    model: HookedTransformer, adapter: Adapter, texts: list[Completion]
-) -> Callable[[], Tensor]:
+def our_step(model: Model, adapter: Adapter, texts: list[Completion]) -> Callable[[], Tensor]:
     """Our step; the reference's states are computed once per training and so not timed."""
     with suspended(model):
         reference = completion_hidden(model, texts).detach()

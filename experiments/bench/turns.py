@@ -7,27 +7,25 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer
 
 from experiments.bench.measure import Row, Timing, timing
 from shl.hooks.bake import fused_decoding
 from shl.models.generate import next_logits, prefill, run
 from shl.models.load import load_model
 from shl.models.tokens import Prompt, encode
+from shl.utils.model import Model
 
-Hooks = Callable[[HookedTransformer], AbstractContextManager[Any]]
+Hooks = Callable[[Model], AbstractContextManager[Any]]
 
 TURNS = 25
 CONTEXT = 20  # tokens before the first step
 
 
-def model_per_case(
-    name: str, hooks: Mapping[str, Hooks], stack: ExitStack
-) -> dict[str, HookedTransformer]:
+def model_per_case(name: str, hooks: Mapping[str, Hooks], stack: ExitStack) -> dict[str, Model]:
     """A model for each case, with its hooks on until `stack` closes; the embedding is shared."""
-    models: dict[str, HookedTransformer] = {}
+    models: dict[str, Any] = {}
     for case, attach in hooks.items():
-        model = load_model(name)
+        model: Any = load_model(name, engine="hooked")
         if models:
             first = next(iter(models.values()))
             model.embed.W_E.data = first.embed.W_E.data
@@ -38,7 +36,7 @@ def model_per_case(
 
 
 @torch.no_grad()
-def steps(models: Mapping[str, HookedTransformer], prompts: list[Prompt]) -> dict[str, Timing]:
+def steps(models: Mapping[str, Model], prompts: list[Prompt]) -> dict[str, Timing]:
     """Wall and CPU time of a greedy step, its logits included: each case once per turn."""
     caches = {}
     stack = ExitStack()

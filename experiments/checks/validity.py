@@ -7,7 +7,6 @@ from functools import partial
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from transformer_lens import HookedTransformer
 
 from experiments.record.command import command, say, wide_console
 from shl.config import FOUNDATIONS
@@ -22,6 +21,7 @@ from shl.method.axes import Axis, load_axis
 from shl.method.extract import extract_vector
 from shl.models.load import load_model
 from shl.utils.errors import require
+from shl.utils.model import Model
 
 ItemReading = Callable[..., np.ndarray]
 """A reading of a model as it stands, one number per item; `persona=` puts one into the prompt."""
@@ -54,7 +54,7 @@ def probe(config: ProbeConfig) -> None:
 
 
 def odd_and_even(
-    model: HookedTransformer, read: ItemReading, vector: SteeringVector, dose: float
+    model: Model, read: ItemReading, vector: SteeringVector, dose: float
 ) -> tuple[float, float]:
     """Half the difference and half the sum of a reading's mean at +dose and -dose, from base's: the
     first is the trait, the second what any push does.
@@ -82,10 +82,10 @@ def readings(axis: Axis, names: Sequence[str]) -> dict[str, ItemReading]:
     """
     signs = np.array([axis.expected.get(name, 0) for name in FOUNDATIONS]) / len(axis.expected)
 
-    def vignettes(model: HookedTransformer, persona: str | None = None) -> np.ndarray:
+    def vignettes(model: Model, persona: str | None = None) -> np.ndarray:
         return np.asarray(evaluate(model, persona=persona).log_p @ signs)
 
-    def trait(model: HookedTransformer, persona: str | None = None) -> np.ndarray:
+    def trait(model: Model, persona: str | None = None) -> np.ndarray:
         return read_conflict(model, persona=persona).trait
 
     known: dict[str, ItemReading] = {"vignettes": vignettes, "trait": trait}
@@ -97,7 +97,7 @@ def readings(axis: Axis, names: Sequence[str]) -> dict[str, ItemReading]:
     return {name: known[name] for name in chosen}
 
 
-def show_items(console: Console, config: ProbeConfig, model: HookedTransformer, axis: Axis) -> None:
+def show_items(console: Console, config: ProbeConfig, model: Model, axis: Axis) -> None:
     """Print the use of context on base, and what personas, doses of the vector and random vectors
     of the same KL do to it and to the instruments."""
     conflict = read_conflict(model)
@@ -139,7 +139,7 @@ def show_items(console: Console, config: ProbeConfig, model: HookedTransformer, 
             continue
         odd, even = odd_and_even(model, read, vector, config.dose)
 
-        def mean(model: HookedTransformer, read: ItemReading = read) -> float:
+        def mean(model: Model, read: ItemReading = read) -> float:
             return float(read(model).mean())
 
         say(console, f"reading {config.nulls} random vectors with {name}")

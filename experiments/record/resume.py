@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from transformer_lens import HookedTransformer
 
 from experiments.record.journal import Line
 from experiments.record.reader import Event, RecordReader, samples
@@ -20,6 +19,7 @@ from shl.method.stages import InstrumentReading, Judged, Observer, Stage
 from shl.models.generate import Completion
 from shl.models.tokens import Prompt, encode
 from shl.utils.errors import require
+from shl.utils.model import Model
 
 
 class Resume(Observer):
@@ -28,7 +28,7 @@ class Resume(Observer):
     Its methods raise `ShlError` where a tensor file is missing, damaged or modified.
     """
 
-    def __init__(self, record: RecordReader, model: HookedTransformer, config: LoopConfig) -> None:
+    def __init__(self, record: RecordReader, model: Model, config: LoopConfig) -> None:
         self.record, self.model, self.config = record, model, config
 
     def find(self, name: str, index: int, batch: int | None = None) -> Line | None:

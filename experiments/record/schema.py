@@ -300,6 +300,9 @@ class Settings(Strict):
     axis: str
     model: str
     device: str
+    engine: Literal["auto", "hooked", "bridge"] = "auto"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    device_map: str | None = None
     loop: LoopConfig
     eval: Literal["vignettes", "tinymfv"] = "vignettes"
     tinymfv: TinymfvConfig = Field(default_factory=TinymfvConfig)

@@ -64,6 +64,12 @@ class RunConfig:
     """Run folder, a new one or one to continue; default runs/AXIS-MODEL-seedSEED-DIGEST."""
     device: str | None = None
     """Device of the model, such as cpu or cuda; default CUDA if there is any, else the CPU."""
+    engine: Literal["auto", "hooked", "bridge"] = "auto"
+    """TransformerLens's HookedTransformer or TransformerBridge; auto is the first if installed."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the weights; default float32 on a CPU, bfloat16 on CUDA."""
+    device_map: str | None = None
+    """Devices by module for the engine bridge, as in transformers, such as auto."""
     eval: Literal["vignettes", "tinymfv"] = "vignettes"
     """Instrument that reads each stage beside the vignettes; tinymfv is the public package, which
     the extra of that name installs."""
@@ -71,6 +77,14 @@ class RunConfig:
     """Settings of tinymfv."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
     """The settings of every stage."""
+
+
+def engine_options(config: RunConfig) -> dict[str, Any]:
+    """The options of `load_model` that a run chooses; those at their defaults are absent, as in the
+    records of earlier versions."""
+    options = {name: getattr(config, name) for name in ("engine", "dtype", "device_map")}
+    defaults = {"engine": "auto", "dtype": None, "device_map": None}
+    return {name: x for name, x in options.items() if x != defaults[name]}
 
 
 def device_of(name: str | None) -> str:
@@ -93,6 +107,8 @@ def settings_of(config: RunConfig, axis: Axis) -> dict[str, dict[str, Any]]:
     """The contents of the files in `reader.FILES`."""
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     settings.pop("out")
+    for name in {"engine", "dtype", "device_map"} - engine_options(config).keys():
+        del settings[name]
     packages: dict[str, str] = {}
     if config.eval == "vignettes":
         del settings["eval"], settings["tinymfv"]

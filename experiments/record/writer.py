@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformer_lens import HookedTransformer
 
 from experiments.record.journal import Journal, Line, finite, lock, read_lines, write, write_error
 from experiments.record.progress import StageProgress
@@ -42,6 +41,7 @@ from shl.models.generate import without_persona
 from shl.models.scores import token_divergence
 from shl.models.tokens import decode
 from shl.utils.errors import require
+from shl.utils.model import Model
 
 SAVE_EVERY = 20.0
 """Seconds of training between two saved states, which is the most that a killed run repeats."""
@@ -156,7 +156,7 @@ class Recorder(Resume):
     def __init__(
         self,
         record: RecordWriter,
-        model: HookedTransformer,
+        model: Model,
         config: LoopConfig,
         progress: StageProgress,
         shared: SharedStages,
@@ -264,7 +264,7 @@ Beside = tuple[Student | None, dict[str, SteeringVector]]
 """Base's residuals under the personas, for the nulls, and its nuisance directions."""
 
 
-def beside(model: HookedTransformer, axis: Axis, layers: Iterable[int]) -> Beside:
+def beside(model: Model, axis: Axis, layers: Iterable[int]) -> Beside:
     """What the vectors of a run on these layers are compared with, from base; there are no
     residuals for an axis of one context, which has no null distribution."""
     layers, contexts = sorted(layers), min(NUISANCE_CONTEXTS, len(axis.contexts))
@@ -372,9 +372,7 @@ def text_lines(stage: str, index: int, verdicts: Iterable[Verdict]) -> list[Line
     ]
 
 
-def token_curves(
-    model: HookedTransformer, finished: Round, before: Sequence[Adapter]
-) -> list[dict[str, Any]]:
+def token_curves(model: Model, finished: Round, before: Sequence[Adapter]) -> list[dict[str, Any]]:
     """Per-token KL to base of one kept, one dropped and one healed completion, each under the
     hooks with which it was generated: the median of its group by tail perplexity."""
     verdicts = (*finished.probes, *finished.dreams)

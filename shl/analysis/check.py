@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM
 
 from shl.config import HealConfig
@@ -12,10 +11,11 @@ from shl.hooks.adapter import fresh_adapter
 from shl.hooks.bake import baked
 from shl.hooks.handle import handles_on
 from shl.hooks.vector import SteeringVector
-from shl.models.generate import generate, prefill, run
+from shl.models.generate import generate, next_logits, prefill, run
 from shl.models.tokens import encode
 from shl.models.weights import model_folder
 from shl.utils.errors import ShlError
+from shl.utils.model import Model
 from shl.utils.seeds import generator_for
 
 PROMPTS = ("What helps you fall asleep after an exciting day at the sea?", "Hi, how are you?")
@@ -58,7 +58,7 @@ class CheckReport:
 
 
 @torch.no_grad()
-def check(model: HookedTransformer) -> CheckReport:
+def check(model: Model) -> CheckReport:
     """Compare a model with transformers and with itself; this takes seconds on a small model.
 
     Parity needs the folder or hub name that the model was loaded from.
@@ -83,7 +83,7 @@ def check(model: HookedTransformer) -> CheckReport:
     residual, cache = prefill(model, [row[:-1] for row in rows])
     last = torch.tensor([[row[-1]] for row in rows], device=residual.device)
     after = run(model, last, torch.ones_like(last), cache)
-    cached = model.unembed(model.ln_final(after))[:, 0].float()
+    cached = next_logits(model, after)[0]
     lines.append(_line("cached, padded logits equal whole ones", cached, torch.stack(whole), close))
 
     generator = generator_for(0, "check")
@@ -114,7 +114,7 @@ def _line(what: str, got: Tensor, expected: Tensor, allowed: float = 0.0) -> Che
     return CheckLine(what, float((got - expected).float().abs().max()), allowed)
 
 
-def _parity(model: HookedTransformer, row: list[int], ours: Tensor, close: float) -> CheckLine:
+def _parity(model: Model, row: list[int], ours: Tensor, close: float) -> CheckLine:
     what = "logits equal transformers"
     try:
         folder = model_folder(str(model.cfg.model_name))

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformer_lens import HookedTransformer
 
 from shl.analysis.weight_updates import NULL_COVERAGE
 from shl.hooks.adapter import Adapter
@@ -16,6 +15,7 @@ from shl.method.extract import extract_vector
 from shl.models.activations import residual_at_tag
 from shl.models.tokens import Prompt
 from shl.utils.errors import require
+from shl.utils.model import Model
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Direction, Float, Tensor
 
@@ -139,7 +139,7 @@ class Student:
 
 
 def students(
-    model: HookedTransformer,
+    model: Model,
     axis: Axis,
     adapters: Sequence[Sequence[Adapter]],
     layers: Sequence[int],
@@ -201,7 +201,7 @@ class Cosine:
 
 
 def nuisance_directions(
-    model: HookedTransformer, axis: Axis, layers: Sequence[int], *, contexts: int
+    model: Model, axis: Axis, layers: Sequence[int], *, contexts: int
 ) -> dict[str, SteeringVector]:
     """Base's vectors of the axes in `NUISANCE` other than `axis`, on its first contexts.
 

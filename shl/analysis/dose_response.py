@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import suspended
 from shl.hooks.sites import readout
@@ -15,6 +14,7 @@ from shl.models.generate import Completion
 from shl.models.scores import completion_hidden
 from shl.models.tokens import length_batches
 from shl.utils.errors import require
+from shl.utils.model import Model
 from shl.utils.shapes import Float, PerToken, Tensor
 
 
@@ -49,7 +49,7 @@ def require_tokens(completions: Sequence[Completion]) -> None:
 
 @torch.no_grad()
 def dose_response(
-    model: HookedTransformer,
+    model: Model,
     vector: SteeringVector,
     completions: Sequence[Completion],
     doses: Sequence[float],

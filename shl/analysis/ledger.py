@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformer_lens import HookedTransformer
 
 from shl.analysis.cosines import Cosine, nuisance_directions, students, vector_entries
 from shl.analysis.weight_updates import NULL_COVERAGE, update_entries
@@ -15,6 +14,7 @@ from shl.hooks.vector import SteeringVector
 from shl.method.axes import Axis
 from shl.method.loop import Round
 from shl.utils.errors import require
+from shl.utils.model import Model
 
 
 class Ledger:
@@ -52,7 +52,7 @@ class Ledger:
     def __init__(
         self,
         run: str | Path | Sequence[Round] | Sequence[tuple[SteeringVector, Adapter]],
-        model: HookedTransformer | None = None,
+        model: Model | None = None,
         axis: Axis | None = None,
         *,
         contexts: int | None = None,
@@ -172,7 +172,7 @@ def _cell(cosine: Cosine | None) -> str:
 
 def _rounds_of(
     run: str | Path | Sequence[Round] | Sequence[tuple[SteeringVector, Adapter]],
-    model: HookedTransformer | None,
+    model: Model | None,
     any_weights: bool,
 ) -> tuple[tuple[SteeringVector, Adapter], ...]:
     if not isinstance(run, str | Path):

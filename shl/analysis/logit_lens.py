@@ -10,12 +10,13 @@ from itertools import islice
 from statistics import NormalDist
 
 import torch
-from transformer_lens import HookedTransformer
 
 from shl.analysis.weight_updates import spectrum
 from shl.hooks.adapter import Adapter
+from shl.hooks.sites import norm_scale
 from shl.models.tokens import decode
 from shl.utils.errors import require
+from shl.utils.model import Model
 from shl.utils.shapes import Direction, Float, Tensor
 
 WRITES = {"o": "ln1_post", "down": "ln2_post", "resid": ""}
@@ -37,7 +38,7 @@ class LensTokens:
 
 @torch.no_grad()
 def logit_lens(
-    model: HookedTransformer,
+    model: Model,
     direction: Direction,
     k: int = 10,
     *,
@@ -69,7 +70,7 @@ def logit_lens(
     usable = bool(torch.isfinite(direction).all() and direction.any())
     require(usable, "the direction is 0 or not finite, it raises no token.")
     require(k >= 1, f"k is {k}, it must be at least 1.")
-    scaled = _scale(model.ln_final) * direction.to(model.W_U.device, torch.float32)
+    scaled = norm_scale(model, "ln_final") * direction.to(model.W_U.device, torch.float32)
     logits = (scaled.to(model.W_U.dtype) @ model.W_U).float()
     scores = ((logits - logits.mean()) / logits.std()).cpu()
     order = scores.argsort(descending=True).tolist()
@@ -82,7 +83,7 @@ def logit_lens(
 
 
 def written_directions(
-    model: HookedTransformer, adapter: Adapter, site: str, k: int = 1
+    model: Model, adapter: Adapter, site: str, k: int = 1
 ) -> Float[Tensor, "n d_model"]:
     """Directions that dW writes to the residual stream: its top left singular vectors, as rows.
 
@@ -115,13 +116,11 @@ def written_directions(
         kind in WRITES, f"{site} does not write to the residual stream; {', '.join(WRITES)} do."
     )
     written = spectrum(adapter.down[site], adapter.up[site], adapter.scale).left[:, :k].T.float()
-    written = written * _scale(getattr(model.blocks[layer], WRITES[kind], None)).cpu()
+    written = written * norm_scale(model, f"blocks.{layer}.{WRITES[kind]}").cpu()
     return written / written.norm(dim=1, keepdim=True)
 
 
-def strongest_directions(
-    model: HookedTransformer, adapter: Adapter, count: int = 8
-) -> dict[str, Direction]:
+def strongest_directions(model: Model, adapter: Adapter, count: int = 8) -> dict[str, Direction]:
     """The first written direction of each of the `count` sites with the largest singular values,
     by site name, in order of the forward pass.
 
@@ -157,8 +156,3 @@ def largest_by_chance(n: int) -> float:
         (0.0, 4.55)
     """
     return NormalDist().inv_cdf(0.5 ** (1 / n))
-
-
-def _scale(norm: object) -> Tensor:
-    """The learned scale of a norm, 1 without one."""
-    return getattr(norm, "w", torch.ones(())).float()

@@ -14,7 +14,6 @@ from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
-from transformer_lens import HookedTransformer
 
 from shl.analysis.dose_response import DoseResponse, require_tokens
 from shl.analysis.ledger import Ledger
@@ -24,6 +23,7 @@ from shl.models.generate import Completion
 from shl.models.scores import token_divergence
 from shl.models.tokens import decode
 from shl.utils.errors import require
+from shl.utils.model import Model
 from shl.utils.shapes import Direction
 
 __all__ = ["cosines", "divergence", "lens", "norms", "response"]
@@ -100,7 +100,7 @@ def drawable(text: str, font: FontProperties) -> str:
 
 
 def lens(
-    model: HookedTransformer,
+    model: Model,
     directions: Mapping[int, Direction] | Mapping[str, Direction],
     k: int = 5,
     *,
@@ -149,9 +149,7 @@ def lens(
     return figure
 
 
-def divergence(
-    model: HookedTransformer, completions: Sequence[Completion], *, tau: float = 0.5
-) -> Figure:
+def divergence(model: Model, completions: Sequence[Completion], *, tau: float = 0.5) -> Figure:
     """Per-token KL(model || base) over the text of each completion, with the hooks that are on.
 
     Args:

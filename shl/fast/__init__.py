@@ -1,16 +1,18 @@
-"""Faster classes for a HookedTransformer on a CPU.
+"""What makes each of TransformerLens's engines fast, and the key-value cache of both.
 
-`load_model(..., fast=False)` keeps TransformerLens's own classes; results agree up to rounding.
+A HookedTransformer gets faster classes for a CPU (`attention`, `blocks`); `load_model(...,
+fast=False)` keeps TransformerLens's own, and results agree up to rounding. A TransformerBridge gets
+transformers' own attention (`bridge`). `attention` and `blocks` need TransformerLens 3.9.
 """
 
-from shl.fast.attention import explicit_positions
-from shl.fast.blocks import is_fast, speed_up
-from shl.fast.hooked import is_hooked, read_only
-from shl.fast.kv_cache import KVCache
+from shl.fast.bridge import Bridge
+from shl.fast.hooked import is_fast, is_hooked, read_only
+from shl.fast.kv_cache import KVCache, explicit_positions
 from shl.fast.linear import onednn_linear
 from shl.fast.topk import shortlist_applies, top_logits
 
 __all__ = [
+    "Bridge",
     "KVCache",
     "explicit_positions",
     "is_fast",
@@ -18,6 +20,5 @@ __all__ = [
     "onednn_linear",
     "read_only",
     "shortlist_applies",
-    "speed_up",
     "top_logits",
 ]

@@ -9,68 +9,17 @@ that Gemma-3 and Llama do not use, TransformerLens's code runs. With a `KVCache`
 the new positions only.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformer_lens import HookedTransformer
 from transformer_lens.components import GroupedQueryAttention
 
 from shl.fast.hooked import is_hooked
-from shl.fast.kv_cache import LayerCache
+from shl.fast.kv_cache import LayerCache, PerForward
 from shl.fast.linear import linear
-from shl.utils.shapes import Int
-
-
-@dataclass
-class PerForward:
-    """Masks and rotary tables of the latest forward, shared by all layers.
-
-    `explicit_positions` sets `at` `[batch, pos]` and `visible` `[batch, key]`.
-    """
-
-    at: Tensor | None = None
-    visible: Tensor | None = None
-    key: tuple[Any, ...] = ()
-    held: Tensor | None = None
-    content: Tensor | None = None
-    made: dict[tuple[str, str], Any] = field(default_factory=dict)
-
-    def start(self, attention_mask: Tensor | None, offset: int, new: int, like: Tensor) -> None:
-        """Drop all tables unless mask, positions, device and dtype are those of the last call."""
-        mask = attention_mask
-        # Inference tensors have no version counter, so their content is compared.
-        content = mask.clone() if mask is not None and mask.is_inference() else None
-        version = None if mask is None or content is not None else mask._version
-        # Inference tensors cannot be saved for a later backward.
-        inference = torch.is_inference_mode_enabled()
-        key = (id(mask), version, offset, new, inference, like.device, like.dtype)
-        same = self.content is None or content is None or torch.equal(content, self.content)
-        if key != self.key or not same:
-            # A reference to the mask, so that no other tensor can get its id.
-            self.key, self.held, self.content, self.made = key, mask, content, {}
-
-
-@contextmanager
-def explicit_positions(
-    model: HookedTransformer,
-    at: Int[Tensor, "batch pos"],
-    visible: Int[Tensor, "batch key"] | None = None,
-) -> Iterator[None]:
-    """Set the positions of the new tokens of one cached forward, and which keys are visible, if
-    they do not follow from the attention mask. Needs a fast model."""
-    per_forward: Any = model.blocks[0].attn.per_forward
-    per_forward.at, per_forward.visible, per_forward.key = at, visible, ()
-    try:
-        yield
-    finally:
-        per_forward.at, per_forward.visible, per_forward.key = None, None, ()
-        per_forward.held, per_forward.made = None, {}
 
 
 class FastAttention(GroupedQueryAttention):
@@ -81,6 +30,7 @@ class FastAttention(GroupedQueryAttention):
         inv_freq: `[d_head / 2]`, transformers' inverse frequencies of the rotation.
     """
 
+    fast: ClassVar[bool] = True
     per_forward: PerForward
     inv_freq: Tensor
 

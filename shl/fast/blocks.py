@@ -1,17 +1,18 @@
 """TransformerLens's blocks, norms, MLPs and unembedding in fewer calls, with all HookPoints."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
-from transformer_lens import HookedTransformer
 from transformer_lens.components import GatedMLP, RMSNorm, TransformerBlock, Unembed
 
-from shl.fast.attention import FastAttention, PerForward
+from shl.fast.attention import FastAttention
 from shl.fast.hooked import inputs_are_read_only, is_hooked
+from shl.fast.kv_cache import PerForward
 from shl.fast.linear import linear
+from shl.utils.model import Model
 
 
 class FastBlock(TransformerBlock):
@@ -84,6 +85,8 @@ class FastGatedMLP(GatedMLP):
 class FastUnembed(Unembed):
     """`x W_U + b_U`, with TransformerLens's HookPoints."""
 
+    fast: ClassVar[bool] = True
+
     def forward(self, residual: Tensor) -> Tensor:
         """`[batch, pos, d_model]` to `[batch, pos, d_vocab]`."""
         return self.hook_out(linear(self.hook_in(residual), self.W_U.T, self.b_U))
@@ -97,7 +100,7 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def speed_up(model: HookedTransformer, inv_freq: Mapping[str, Tensor]) -> None:
+def speed_up(model: Model, inv_freq: Mapping[str, Tensor]) -> None:
     """Change the components of a Gemma-3 or Llama model to the fast classes, in place.
 
     Args:
@@ -113,8 +116,3 @@ def speed_up(model: HookedTransformer, inv_freq: Mapping[str, Tensor]) -> None:
         attention.per_forward = per_forward
         attention.inv_freq = inv_freq[attention.attn_type]
         attention._extend_rotary_embeddings(attention.rotary_cos.shape[0])
-
-
-def is_fast(model: HookedTransformer) -> bool:
-    """Whether `speed_up` was applied to a model."""
-    return all(isinstance(block.attn, FastAttention) for block in model.blocks)

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from shl.utils.model import Model
+
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module has any torch hook; TransformerLens's hooks are torch hooks too.
@@ -37,3 +39,14 @@ def inputs_are_read_only(module: nn.Module) -> bool:
         True
     """
     return all(getattr(h, "read_only", False) for h in module._forward_pre_hooks.values())
+
+
+def marked_fast(module: nn.Module) -> bool:
+    """Whether a module's class is one of `shl.fast`, by its attribute `fast`: TransformerLens 4
+    does not have the classes that most of them are made of."""
+    return bool(getattr(type(module), "fast", False))
+
+
+def is_fast(model: Model) -> bool:
+    """Whether all attentions of a model are those of `shl.fast`."""
+    return all(marked_fast(block.attn) for block in model.blocks)

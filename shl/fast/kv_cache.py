@@ -3,12 +3,16 @@
 TransformerLens's attention stores keys before rotation, the fast attention after it.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
+
+from shl.utils.model import Model
+from shl.utils.shapes import Int
 
 
 class LayerCache:
@@ -86,7 +90,7 @@ class KVCache:
     frozen: bool = False
 
     @classmethod
-    def empty(cls, model: HookedTransformer, batch: int, capacity: int = 0) -> "KVCache":
+    def empty(cls, model: Model, batch: int, capacity: int = 0) -> "KVCache":
         """An empty cache."""
         cfg = model.cfg
         heads = cfg.n_key_value_heads or cfg.n_heads
@@ -142,3 +146,49 @@ class KVCache:
         for entry in self.entries:
             entry.length = min(entry.length, length)
         self.mask = self.mask[:, :length]
+
+
+@dataclass
+class PerForward:
+    """Masks and rotary tables of the latest forward, shared by all layers.
+
+    `explicit_positions` sets `at` `[batch, pos]` and `visible` `[batch, key]`.
+    """
+
+    at: Tensor | None = None
+    visible: Tensor | None = None
+    key: tuple[Any, ...] = ()
+    held: Tensor | None = None
+    content: Tensor | None = None
+    made: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def start(self, attention_mask: Tensor | None, offset: int, new: int, like: Tensor) -> None:
+        """Drop all tables unless mask, positions, device and dtype are those of the last call."""
+        mask = attention_mask
+        # Inference tensors have no version counter, so their content is compared.
+        content = mask.clone() if mask is not None and mask.is_inference() else None
+        version = None if mask is None or content is not None else mask._version
+        # Inference tensors cannot be saved for a later backward.
+        inference = torch.is_inference_mode_enabled()
+        key = (id(mask), version, offset, new, inference, like.device, like.dtype)
+        same = self.content is None or content is None or torch.equal(content, self.content)
+        if key != self.key or not same:
+            # A reference to the mask, so that no other tensor can get its id.
+            self.key, self.held, self.content, self.made = key, mask, content, {}
+
+
+@contextmanager
+def explicit_positions(
+    model: Model,
+    at: Int[Tensor, "batch pos"],
+    visible: Int[Tensor, "batch key"] | None = None,
+) -> Iterator[None]:
+    """Set the positions of the new tokens of one cached forward, and which keys are visible, if
+    they do not follow from the attention mask. Needs a fast model."""
+    per_forward: Any = model.blocks[0].attn.per_forward
+    per_forward.at, per_forward.visible, per_forward.key = at, visible, ()
+    try:
+        yield
+    finally:
+        per_forward.at, per_forward.visible, per_forward.key = None, None, ()
+        per_forward.held, per_forward.made = None, {}

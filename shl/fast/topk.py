@@ -18,11 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformer_lens import HookedTransformer
 
-from shl.fast.blocks import FastUnembed
-from shl.fast.hooked import is_hooked
+from shl.fast.hooked import is_hooked, marked_fast
 from shl.fast.linear import linear
+from shl.utils.model import Model
 
 ONE_ROW, ROWS = torch.float16, torch.bfloat16
 """For one row torch is twice as fast in fp16 as in bf16; for several rows only bf16 uses the
@@ -66,12 +65,12 @@ class Rough:
 _ROUGH = WeakTensorKeyDictionary()
 
 
-def shortlist_applies(model: HookedTransformer) -> bool:
+def shortlist_applies(model: Model) -> bool:
     """Whether the 16-bit shortlist can be used and is faster: a fast model with fp32 weights on a
     CPU with bf16 instructions, without hooks on the logits."""
     unembed = model.unembed
     return (
-        isinstance(unembed, FastUnembed)
+        marked_fast(unembed)
         and model.W_U.device.type == "cpu"
         and model.W_U.dtype == torch.float32
         and not model.W_U.is_inference()  # inference tensors have no version counter

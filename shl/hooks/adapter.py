@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.config import SITE_KINDS, HealConfig
 from shl.hooks.fingerprint import Stored, dtype_of, name_of, weights_hash
 from shl.hooks.lora import LoRA
 from shl.hooks.positions import Positions, Scope
-from shl.hooks.sites import Site, band, sites_of
+from shl.hooks.sites import Site, band, device_of, sites_of
 from shl.utils.errors import require
 from shl.utils.files import MADE_ON, NONE, Schema, read_safetensors
+from shl.utils.model import Model
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Bool, Down, Float, Up
 
@@ -132,7 +132,7 @@ class Adapter(Stored):
 
     def attach(
         self,
-        model: HookedTransformer,
+        model: Model,
         *,
         dose: float | Float[Tensor, " batch"] = 1.0,
         mask: Bool[Tensor, "batch pos"] | None = None,
@@ -224,9 +224,7 @@ class Adapter(Stored):
         return adapter
 
     @classmethod
-    def load(
-        cls, path: str | Path, model: HookedTransformer, *, any_weights: bool = False
-    ) -> "Adapter":
+    def load(cls, path: str | Path, model: Model, *, any_weights: bool = False) -> "Adapter":
         """Read a file written by `save` and check that it was made for `model`.
 
         Args:
@@ -252,12 +250,12 @@ class Adapter(Stored):
         it = cls.read(path)
         it.check_made_for(model, path, any_weights=any_weights)
         check_fits(model, it)
-        device = model.W_U.device
-        down, up = ({k: x.to(device) for k, x in f.items()} for f in (it.down, it.up))
+        on = {site.name: device_of(model, site.layer) for site in it.sites}
+        down, up = ({k: x.to(on[k]) for k, x in f.items()} for f in (it.down, it.up))
         return replace(it, down=down, up=up)
 
 
-def check_fits(model: HookedTransformer, adapter: Adapter) -> None:
+def check_fits(model: Model, adapter: Adapter) -> None:
     """Raise unless every site of the adapter exists on the model with the same widths."""
     for site in adapter.sites:
         (expected,) = sites_of(model, [site.kind], [site.layer])
@@ -269,7 +267,7 @@ def check_fits(model: HookedTransformer, adapter: Adapter) -> None:
 
 
 def fresh_adapter(
-    model: HookedTransformer,
+    model: Model,
     config: HealConfig,
     *,
     seed: int = 0,
@@ -290,9 +288,10 @@ def fresh_adapter(
     # By default without the first and last sixth, which are closest to embedding and unembedding.
     layers = band(model, 1 / 6, 5 / 6) if config.layers is None else config.layers
     sites = sites_of(model, config.sites, layers)
-    rank, device = config.rank, model.W_U.device
+    rank = config.rank
     down, up = {}, {}
     for site in sites:
+        device = device_of(model, site.layer)
         draw = torch.rand(rank, site.d_in, generator=generator_for(seed, "adapter", site.name))
         a = ((2 * draw - 1) / site.d_in**0.5).to(device)
         down[site.name] = a.requires_grad_(True)

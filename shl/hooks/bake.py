@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 
 from shl.fast import is_fast
 from shl.hooks.adapter import Adapter, check_fits, common_value
@@ -20,6 +19,7 @@ from shl.hooks.lora import LoRA
 from shl.hooks.positions import Positions, Scope
 from shl.hooks.sites import as_linear, linear_input, linear_output
 from shl.utils.errors import require
+from shl.utils.model import Model
 from shl.utils.shapes import Bool, Float
 
 
@@ -64,7 +64,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     return Adapter(ordered, down, up, 1.0, models.pop(), **metadata)
 
 
-def _stack_for(model: HookedTransformer, adapters: Sequence[Adapter]) -> Adapter:
+def _stack_for(model: Model, adapters: Sequence[Adapter]) -> Adapter:
     """The stack of `adapters`, which must fit the model; without sites if there are none."""
     for adapter in adapters:
         check_fits(model, adapter)
@@ -81,7 +81,7 @@ class Baked(LoRA):
 
     def __init__(
         self,
-        model: HookedTransformer,
+        model: Model,
         adapters: Sequence[Adapter],
         scope: Scope | None = None,
         *,
@@ -106,7 +106,7 @@ class Materialised(Handle):
     Base's tensors are kept and put back by reference on removal.
     """
 
-    def __init__(self, model: HookedTransformer, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, model: Model, adapters: Sequence[Adapter]) -> None:
         stacked = _stack_for(model, adapters)
         require(
             not any(isinstance(h, Materialised) for h in handles_on(model)),
@@ -151,7 +151,7 @@ class Materialised(Handle):
 
 
 def baked(
-    model: HookedTransformer,
+    model: Model,
     adapters: Sequence[Adapter],
     *,
     materialise: bool = False,
@@ -192,7 +192,7 @@ def baked(
 
 
 @contextmanager
-def fused_decoding(model: HookedTransformer) -> Iterator[None]:
+def fused_decoding(model: Model) -> Iterator[None]:
     """Merge the baked stacks of `model` into the weights inside the body, instead of hooks.
 
     A decoding step is then as fast as base's. It applies to fast models with fp32 weights on a CPU

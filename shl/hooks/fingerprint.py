@@ -10,17 +10,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import suspended
+from shl.hooks.sites import base_parameters
 from shl.utils.errors import require
 from shl.utils.files import Schema, identity, require_metadata, write_safetensors
+from shl.utils.model import Model
 
 SAMPLED = 65_536
 """The largest number of elements of one parameter in the hash."""
 
 
-def weights_hash(model: HookedTransformer) -> str:
+def weights_hash(model: Model) -> str:
     """SHA-256 (64 hex digits) over the name, shape and up to 65,536 evenly strided elements (fp32)
     of each base parameter.
 
@@ -36,7 +37,7 @@ def weights_hash(model: HookedTransformer) -> str:
     """
     digest = hashlib.sha256()
     with suspended(model):  # restores base's tensors if a stack is merged into the weights
-        for name, parameter in sorted(model.named_parameters()):
+        for name, parameter in sorted(base_parameters(model)):
             digest.update(f"{name} {list(parameter.shape)}\n".encode())
             digest.update(_sampled(parameter.detach()).numpy().tobytes())
     return digest.hexdigest()
@@ -51,7 +52,7 @@ def _sampled(x: Tensor) -> Tensor:
     return x[torch.unravel_index(at, x.shape)].float().cpu()
 
 
-def name_of(model: HookedTransformer) -> str:
+def name_of(model: Model) -> str:
     """The model's name as stored in vectors and adapters; for a local folder its last part.
 
     Example:
@@ -64,7 +65,7 @@ def name_of(model: HookedTransformer) -> str:
     return path.resolve().name if path.is_absolute() or path.is_dir() else name
 
 
-def dtype_of(model: HookedTransformer) -> str:
+def dtype_of(model: Model) -> str:
     """The dtype of the model's weights, such as `float32`."""
     return str(model.W_U.dtype).removeprefix("torch.")
 
@@ -93,7 +94,7 @@ class Stored(ABC):
         require_metadata(path, metadata, self.SCHEMA)
         write_safetensors(path, self.FORMAT, tensors, metadata)
 
-    def check_made_for(self, model: HookedTransformer, what: object, *, any_weights: bool) -> None:
+    def check_made_for(self, model: Model, what: object, *, any_weights: bool) -> None:
         """Raise unless it was made on a model of the same name, weights and dtype as `model`.
 
         Args:

@@ -17,10 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformer_lens import HookedTransformer
 
 from shl.fast import read_only
 from shl.utils.errors import require
+from shl.utils.model import Model
 
 ROWS: ContextVar[Tensor | None] = ContextVar("shl_rows", default=None)
 """Indices of the current batch's rows in the caller's list, for per-row values. `generate` sets it
@@ -28,7 +28,7 @@ whenever it splits, reorders or shrinks batches."""
 PROMPTS: ContextVar[Tensor | None] = ContextVar("shl_prompts", default=None)
 """Number of prompt tokens of each row of the current batch; None if all tokens are prompt."""
 
-_HANDLES: "WeakKeyDictionary[HookedTransformer, list[Handle]]" = WeakKeyDictionary()
+_HANDLES: "WeakKeyDictionary[Model, list[Handle]]" = WeakKeyDictionary()
 H = TypeVar("H", bound="Handle")
 _SUSPENDED: ContextVar[frozenset[int]] = ContextVar("shl_suspended", default=frozenset())
 
@@ -59,7 +59,7 @@ class Handle:
     per_row: bool = False
     rows: int | None = None
 
-    def __init__(self, model: HookedTransformer) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self._torch_handles: list[RemovableHandle] = []
         _HANDLES.setdefault(model, []).append(self)
@@ -112,13 +112,13 @@ class Handle:
         self.remove()
 
 
-def handles_on(model: HookedTransformer) -> tuple[Handle, ...]:
+def handles_on(model: Model) -> tuple[Handle, ...]:
     """The active handles on `model`, oldest first."""
     return tuple(h for h in _HANDLES.get(model, []) if h.on)
 
 
 @contextmanager
-def suspended(model: HookedTransformer, *handles: Handle) -> Iterator[None]:
+def suspended(model: Model, *handles: Handle) -> Iterator[None]:
     """Pause `handles`, by default all handles on `model`, inside the body; hooks added through
     TransformerLens stay active.
 
@@ -142,7 +142,7 @@ def suspended(model: HookedTransformer, *handles: Handle) -> Iterator[None]:
 
 
 @contextmanager
-def unhooked(model: HookedTransformer) -> Iterator[None]:
+def unhooked(model: Model) -> Iterator[None]:
     """Run the body on the base model without any hook, TransformerLens's included.
 
     Example:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import Handle
 from shl.hooks.positions import Scope, track_positions
 from shl.hooks.sites import Site, linear_input, linear_output
 from shl.utils.errors import ShlError
+from shl.utils.model import Model
 from shl.utils.shapes import Down, Up
 
 
@@ -34,7 +34,7 @@ class LoRA(Handle):
 
     def __init__(
         self,
-        model: HookedTransformer,
+        model: Model,
         sites: Sequence[Site],
         down: Mapping[str, Down],
         up: Mapping[str, Up],

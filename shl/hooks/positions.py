@@ -12,27 +12,14 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import PROMPTS, ROWS, Handle, row_values
-from shl.hooks.sites import block_of
+from shl.hooks.sites import block_of, token_positions
 from shl.utils.errors import require
+from shl.utils.model import Model
 from shl.utils.shapes import Bool, Float, Int
 
 Positions = Sequence[int] | slice
-
-
-def positions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"]:
-    """Absolute positions of a block's input tokens, from its arguments; -1 is padding. Without an
-    attention mask no token is padding."""
-    residual = kwargs.get("resid_pre", *args[:1])
-    mask, entry = kwargs.get("attention_mask"), kwargs.get("past_kv_cache_entry")
-    batch, new = residual.shape[:2]
-    if mask is not None:
-        at = (mask.cumsum(1) - 1).masked_fill(mask == 0, -1)[:, -new:]
-        return at.to(residual.device)
-    before = entry.past_keys.shape[1] if entry is not None else 0
-    return torch.arange(before, before + new, device=residual.device).expand(batch, new)
 
 
 class Scope:
@@ -68,7 +55,7 @@ class Scope:
 
     def __init__(
         self,
-        model: HookedTransformer,
+        model: Model,
         dose: float | Float[Tensor, " batch"] = 1.0,
         *,
         mask: Bool[Tensor, "batch pos"] | None = None,
@@ -148,15 +135,15 @@ class Scope:
             tag = rearrange(prompts.to(at.device) - 1, "batch -> batch 1")
             out = out * 0.5 ** ((at - tag).clamp(min=0) / self.half_life)
         if self.mask is not None:
-            mask = row_values(self.mask, batch, "rows of a mask")
+            mask = row_values(self.mask.to(at.device), batch, "rows of a mask")
             width = mask.shape[1]
             real = real & (at < width) & mask.gather(1, at.clamp(0, width - 1))
         if self.allowed is not None:
-            real = real & self.allowed[at.clamp(min=0)]
+            real = real & self.allowed.to(at.device)[at.clamp(min=0)]
         return rearrange(torch.where(real, out, 0.0), "batch pos -> batch pos 1")
 
 
-def _allowed(model: HookedTransformer, positions: Positions) -> Bool[Tensor, " pos"]:
+def _allowed(model: Model, positions: Positions) -> Bool[Tensor, " pos"]:
     n_ctx = model.cfg.n_ctx
     if isinstance(positions, slice):
         ends = (positions.start, positions.stop, positions.step)
@@ -197,6 +184,6 @@ def track_positions(
     for layer in sorted(set(layers)):
 
         def hook(args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-            receive(layer, positions_of(args, kwargs))
+            receive(layer, token_positions(handle.model, args, kwargs))
 
         handle.add_pre_hook(block_of(handle.model, layer), hook)

@@ -1,16 +1,17 @@
 """A recorder of activations at HookPoints while a model runs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import Handle
 from shl.hooks.positions import Positions, Scope, caller_rows, track_positions
 from shl.utils.errors import require
+from shl.utils.model import Model
 from shl.utils.shapes import Bool
 
 
@@ -44,7 +45,7 @@ class Recorder(Handle):
 
     def __init__(
         self,
-        model: HookedTransformer,
+        model: Model,
         names: Iterable[str],
         *,
         mask: Bool[Tensor, "batch pos"] | None = None,
@@ -67,7 +68,8 @@ class Recorder(Handle):
         track_positions(self, layers.values(), self._at.__setitem__)
         for name in names:
             store = partial(self._store_selected, layers[name]) if layers else self._store
-            self.add_hook(model.hook_dict[name], partial(store, name))
+            point = model.hook_dict[name]
+            self.add_hook(point, partial(_as_for_hooks, point, partial(store, name)))
 
     def _store(self, name: str, x: Tensor) -> None:
         # A tensor cloned in inference mode could not be used in autograd.
@@ -85,6 +87,12 @@ class Recorder(Handle):
         row_of = rearrange(rows, "batch -> batch 1").expand(at.shape)
         self._store(name, x[selected])
         self.where[name].append(torch.stack([row_of[selected], at[selected]], 1).cpu())
+
+
+def _as_for_hooks(point: Any, store: Callable[[Tensor], None], x: Tensor) -> None:
+    """Store `x` in the shape that TransformerLens's own hooks get: a bridge splits heads."""
+    conversion = point.hook_conversion
+    store(x if conversion is None else conversion.convert(x))
 
 
 def _layer(name: str) -> int:

@@ -1,14 +1,20 @@
-"""Sites on a HookedTransformer (Gemma-3 and Llama): names, shapes, hooks and parameters."""
+"""Sites on a model: names, shapes, hooks and parameters.
 
-from collections.abc import Sequence
+This is the only module that asks which of TransformerLens's engines a model has.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 
 from shl.config import SITE_KINDS
+from shl.fast import Bridge
 from shl.utils.errors import require
+from shl.utils.model import Model
+from shl.utils.shapes import Float, Int
 
 HF_NAMES = {
     "q": "self_attn.q_proj",
@@ -21,33 +27,60 @@ HF_NAMES = {
 }
 """The linear sites' names in transformers, within `model.layers.i`."""
 
-HOOKS = {
-    "q": ("attn:query_input", "attn.hook_q"),
-    "k": ("attn:query_input", "attn.hook_k"),
-    "v": ("attn:query_input", "attn.hook_v"),
-    "o": ("attn.hook_z", "attn"),
-    "gate": ("mlp:x", "mlp.hook_pre"),
-    "up": ("mlp:x", "mlp.hook_pre_linear"),
-    "down": ("mlp.hook_post", "mlp"),
-    "resid": ("hook_resid_post", "hook_resid_post"),
-}
-"""Where a site's input is read and its update is added, within `blocks.i`: a module's output, or
-the argument after the colon. Together they equal an update of the weights (TransformerLens 3.9).
 
-Modules are hooked where no HookPoint has the linear's value: `hook_attn_out` and `hook_mlp_out`
-come after Gemma's post-norms, `hook_normalized` before the norm's learned scale. `hook_q` and
-`hook_k` come before the q/k norms, as required."""
+@dataclass(frozen=True)
+class Place:
+    """Where a site's input is read and its update is added, within `blocks.i`: a module's output,
+    or the argument after the colon; and its weight, with the einops pattern to `[out, in]`."""
 
-WEIGHTS = {
-    "q": ("W_Q", "head d d_head -> (head d_head) d"),
-    "k": ("_W_K", "head d d_head -> (head d_head) d"),
-    "v": ("_W_V", "head d d_head -> (head d_head) d"),
-    "o": ("W_O", "head d_head d -> d (head d_head)"),
-    "gate": ("W_gate", "d_in d_out -> d_out d_in"),
-    "up": ("W_in", "d_in d_out -> d_out d_in"),
-    "down": ("W_out", "d_in d_out -> d_out d_in"),
+    read: str
+    added: str
+    weight: str = ""
+    out_in: str = "d_out d_in -> d_out d_in"
+
+
+HEADS, TRANSPOSED = "head d d_head -> (head d_head) d", "d_in d_out -> d_out d_in"
+PLACES = {
+    "q": (
+        Place("attn:query_input", "attn.hook_q", "attn.W_Q", HEADS),
+        Place("attn.q.hook_in", "attn.q.hook_out", "attn.q.weight"),
+    ),
+    "k": (
+        Place("attn:query_input", "attn.hook_k", "attn._W_K", HEADS),
+        Place("attn.k.hook_in", "attn.k.hook_out", "attn.k.weight"),
+    ),
+    "v": (
+        Place("attn:query_input", "attn.hook_v", "attn._W_V", HEADS),
+        Place("attn.v.hook_in", "attn.v.hook_out", "attn.v.weight"),
+    ),
+    "o": (
+        Place("attn.hook_z", "attn", "attn.W_O", "head d_head d -> d (head d_head)"),
+        Place("attn.o.hook_in", "attn.o.hook_out", "attn.o.weight"),
+    ),
+    "gate": (
+        Place("mlp:x", "mlp.hook_pre", "mlp.W_gate", TRANSPOSED),
+        Place("mlp.gate.hook_in", "mlp.gate.hook_out", "mlp.gate.weight"),
+    ),
+    "up": (
+        Place("mlp:x", "mlp.hook_pre_linear", "mlp.W_in", TRANSPOSED),
+        Place("mlp.in.hook_in", "mlp.in.hook_out", "mlp.in.weight"),
+    ),
+    "down": (
+        Place("mlp.hook_post", "mlp", "mlp.W_out", TRANSPOSED),
+        Place("mlp.out.hook_in", "mlp.out.hook_out", "mlp.out.weight"),
+    ),
+    "resid": (
+        Place("hook_resid_post", "hook_resid_post"),
+        Place("hook_out", "hook_out"),
+    ),
 }
-"""A linear site's weight in its attention or MLP, and the einops pattern to `[out, in]`."""
+"""A column for a HookedTransformer (TransformerLens 3.9) and one for a TransformerBridge. Together,
+input and output equal an update of the weights.
+
+In the first, modules are hooked where no HookPoint has the linear's value: `hook_attn_out` and
+`hook_mlp_out` come after Gemma's post-norms, `hook_normalized` before the norm's learned scale.
+`hook_q` and `hook_k` come before the q/k norms, as required. In the second, every linear has its
+own HookPoints."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +104,18 @@ class Site:
 
     @property
     def hooks(self) -> tuple[str, str]:
-        """Full names of the hooks at the site's input and output.
+        """Full names of a HookedTransformer's hooks at the site's input and output; files have
+        these, whichever engine wrote them.
 
         Example:
             >>> Site("gate", 3, 640, 2048).hooks
             ('blocks.3.mlp:x', 'blocks.3.mlp.hook_pre')
         """
-        read, added = HOOKS[self.kind]
-        return f"blocks.{self.layer}.{read}", f"blocks.{self.layer}.{added}"
+        place = PLACES[self.kind][0]
+        return f"blocks.{self.layer}.{place.read}", f"blocks.{self.layer}.{place.added}"
 
 
-def sites_of(
-    model: HookedTransformer, kinds: Sequence[str], layers: Sequence[int]
-) -> tuple[Site, ...]:
+def sites_of(model: Model, kinds: Sequence[str], layers: Sequence[int]) -> tuple[Site, ...]:
     """The sites of `kinds` at `layers`, in the order of the forward pass.
 
     Raises:
@@ -121,7 +153,7 @@ def sites_of(
     )
 
 
-def check_layers(model: HookedTransformer, layers: Sequence[int]) -> None:
+def check_layers(model: Model, layers: Sequence[int]) -> None:
     """Raise unless every layer index exists in the model."""
     for layer in layers:
         require(
@@ -131,7 +163,7 @@ def check_layers(model: HookedTransformer, layers: Sequence[int]) -> None:
         )
 
 
-def band(model: HookedTransformer, low: float, high: float) -> tuple[int, ...]:
+def band(model: Model, low: float, high: float) -> tuple[int, ...]:
     """Layers between the fractions `low` and `high` of the depth, both ends included.
 
     Example:
@@ -143,54 +175,107 @@ def band(model: HookedTransformer, low: float, high: float) -> tuple[int, ...]:
     return tuple(range(round(low * n), min(n - 1, round(high * n)) + 1))
 
 
-def block_of(model: HookedTransformer, layer: int) -> Any:
+def block_of(model: Model, layer: int) -> Any:
     """The block of a layer; typed Any, because torch types attributes as Tensor | Module."""
     return model.blocks[layer]
 
 
-def residual_after(model: HookedTransformer, layer: int) -> nn.Module:
+def _place(model: Model, kind: str) -> Place:
+    return PLACES[kind][isinstance(model, Bridge)]
+
+
+def residual_after(model: Model, layer: int) -> nn.Module:
     """The HookPoint of the residual stream after `layer`, `[batch, pos, d_model]`."""
     check_layers(model, [layer])
-    return block_of(model, layer).hook_resid_post
+    return block_of(model, layer).get_submodule(_place(model, "resid").added)
 
 
-def linear_input(model: HookedTransformer, site: Site) -> tuple[nn.Module, str | None]:
+def device_of(model: Model, layer: int) -> torch.device:
+    """The device of a layer's weights."""
+    return next(block_of(model, layer).parameters()).device
+
+
+def linear_input(model: Model, site: Site) -> tuple[nn.Module, str | None]:
     """The module and argument that are a site's input; the argument None is the module's output."""
-    path, _, argument = HOOKS[site.kind][0].partition(":")
+    path, _, argument = _place(model, site.kind).read.partition(":")
     return block_of(model, site.layer).get_submodule(path), argument or None
 
 
-def linear_output(model: HookedTransformer, site: Site) -> nn.Module:
+def linear_output(model: Model, site: Site) -> nn.Module:
     """The module whose output is a site's output, before any norm."""
-    return block_of(model, site.layer).get_submodule(HOOKS[site.kind][1])
+    return block_of(model, site.layer).get_submodule(_place(model, site.kind).added)
 
 
-def as_linear(model: HookedTransformer, site: Site) -> tuple[nn.Parameter, str, dict[str, int]]:
+def as_linear(model: Model, site: Site) -> tuple[nn.Parameter, str, dict[str, int]]:
     """A linear site's parameter, and the einops pattern and sizes that rearrange it to `[out, in]`
     (as a view).
 
     Example:
+        >>> from einops import rearrange
         >>> from shl.models.tiny import tiny_gemma
         >>> model = tiny_gemma()
-        >>> as_linear(model, sites_of(model, ["q"], [0])[0])[1]
-        'head d d_head -> (head d_head) d'
+        >>> parameter, out_in, sizes = as_linear(model, sites_of(model, ["q"], [0])[0])
+        >>> rearrange(parameter, out_in, **sizes).shape
+        torch.Size([64, 32])
     """
     require(
-        site.kind in WEIGHTS,
-        f"{site.name} has no weight, the linear sites are {', '.join(WEIGHTS)}.",
+        site.kind in HF_NAMES,
+        f"{site.name} has no weight, the linear sites are {', '.join(HF_NAMES)}.",
     )
-    weight, out_in = WEIGHTS[site.kind]
-    component = HOOKS[site.kind][1].partition(".")[0]  # attention or MLP
+    place = _place(model, site.kind)
+    component, _, weight = place.weight.rpartition(".")
     parameter = getattr(block_of(model, site.layer).get_submodule(component), weight)
-    return parameter, out_in, {"d_head": model.cfg.d_head} if "d_head" in out_in else {}
+    sizes = {"d_head": model.cfg.d_head} if "d_head" in place.out_in else {}
+    return parameter, place.out_in, sizes
 
 
-def readout(model: HookedTransformer) -> dict[str, Any]:
+def token_positions(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Int[Tensor, "batch pos"]:
+    """Absolute positions of a block's input tokens, given the block's arguments, on their device;
+    -1 is padding. Without an attention mask no token is padding."""
+    if isinstance(model, Bridge):
+        residual = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return model.positions.to(residual.device)
+    residual = kwargs.get("resid_pre", *args[:1])
+    mask, entry = kwargs.get("attention_mask"), kwargs.get("past_kv_cache_entry")
+    batch, new = residual.shape[:2]
+    if mask is not None:
+        at = (mask.cumsum(1) - 1).masked_fill(mask == 0, -1)[:, -new:]
+        return at.to(residual.device)
+    before = entry.past_keys.shape[1] if entry is not None else 0
+    return torch.arange(before, before + new, device=residual.device).expand(batch, new)
+
+
+def base_parameters(model: Model) -> Iterable[tuple[str, Tensor]]:
+    """The base model's parameters by the names under which its hash has them."""
+    return model.stored() if isinstance(model, Bridge) else model.named_parameters()
+
+
+def wrapped_by(model: Model) -> Any:
+    """The model of transformers whose modules `model` runs; None for a HookedTransformer."""
+    return model.original_model if isinstance(model, Bridge) else None
+
+
+def norm_scale(model: Model, name: str) -> Float[Tensor, "..."]:
+    """The learned scale of a norm by its path (`ln_final`, `blocks.0.ln1_post`), fp32; 1 if the
+    model has no such norm."""
+    norm: Any = model
+    for part in name.split("."):
+        norm = getattr(norm, part, None)
+    scale = getattr(norm, "w", torch.ones(())).float()
+    # A bridge has Gemma's own weights, to which its norms add 1.
+    offset = isinstance(model, Bridge) and norm is not None and model.cfg.rmsnorm_uses_offset
+    return 1 + scale if offset else scale
+
+
+def readout(model: Model) -> dict[str, Any]:
     """Bias and soft cap of the logits, as keyword arguments of the functions of `shl.kl`."""
     # TransformerLens writes -1 for no soft cap.
     return {"bias": model.b_U, "soft_cap": max(0.0, float(model.cfg.output_logits_soft_cap))}
 
 
-def final_hidden(model: HookedTransformer, residual: Tensor) -> Tensor:
-    """The final norm of residual vectors `[n, d_model]`, in the dtype of `W_U`."""
-    return model.ln_final(residual[None])[0].to(model.W_U.dtype)
+def final_hidden(model: Model, residual: Tensor) -> Tensor:
+    """The final norm of residual vectors `[n, d_model]`, in the dtype and on the device of
+    `W_U`."""
+    return model.ln_final(residual[None])[0].to(model.W_U)

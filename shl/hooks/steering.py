@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import Handle, row_values
 from shl.hooks.positions import Applied, Positions, Scope, caller_rows, track_positions
-from shl.hooks.sites import check_layers, residual_after
+from shl.hooks.sites import check_layers, device_of, residual_after
 from shl.utils.errors import require
+from shl.utils.model import Model
 from shl.utils.shapes import Bool, Direction, Float, Resid
 
 Gate = Literal["cosine"]
@@ -35,7 +35,7 @@ class Steering(Handle):
 
     def __init__(
         self,
-        model: HookedTransformer,
+        model: Model,
         directions: Mapping[int, Direction],
         dose: float | Float[Tensor, " batch"],
         *,
@@ -58,7 +58,7 @@ class Steering(Handle):
         if not simple:
             track_positions(self, directions, self._at.__setitem__)
         for layer, v in directions.items():
-            v = v.to(model.W_U.device)
+            v = v.to(device_of(model, layer))
             add = partial(self._steer, v) if simple else partial(self._steer_tokens, layer, v)
             self.add_hook(residual_after(model, layer), add)
 
@@ -128,7 +128,7 @@ def openness(
     return 1 - signed.clamp(0, 1)
 
 
-def check_directions(model: HookedTransformer, directions: Mapping[int, Direction]) -> None:
+def check_directions(model: Model, directions: Mapping[int, Direction]) -> None:
     """Raise unless the model has every layer, and every direction has its width."""
     check_layers(model, list(directions))
     for layer, v in directions.items():

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.hooks.adapter import common_value
 from shl.hooks.fingerprint import Stored
@@ -17,6 +16,7 @@ from shl.hooks.positions import Positions
 from shl.hooks.steering import Gate, Steering, check_directions
 from shl.utils.errors import ShlError, require
 from shl.utils.files import MADE_ON, NONE, Schema, read_safetensors
+from shl.utils.model import Model
 from shl.utils.shapes import Bool, Direction, Float
 
 
@@ -88,7 +88,7 @@ class SteeringVector(Stored):
 
     def steering(
         self,
-        model: HookedTransformer,
+        model: Model,
         dose: float | Float[Tensor, " batch"] = 1.0,
         *,
         mask: Bool[Tensor, "batch pos"] | None = None,
@@ -225,7 +225,7 @@ class SteeringVector(Stored):
 
     @classmethod
     def load(
-        cls, path: str | Path, model: HookedTransformer | None = None, *, any_weights: bool = False
+        cls, path: str | Path, model: Model | None = None, *, any_weights: bool = False
     ) -> "SteeringVector":
         """Read a file written by `save`; with a model, check that the vector was made for it.
 

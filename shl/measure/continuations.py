@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import logsumexp
-from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import unhooked
 from shl.hooks.sites import final_hidden, readout
@@ -26,8 +25,9 @@ from shl.models.nan_checks import require_finite
 from shl.models.tokens import Prompt, encode, encode_text, is_chat, length_batches
 from shl.utils.errors import in_batches, require
 from shl.utils.files import DATA
+from shl.utils.model import Model
 
-Instrument = Callable[[HookedTransformer, str | None], Mapping[str, Any]]
+Instrument = Callable[[Model, str | None], Mapping[str, Any]]
 """Called with the model, its hooks on, and the persona in the prompt or None."""
 
 CELLS = (
@@ -45,7 +45,7 @@ CELLS = (
 
 @torch.no_grad()
 def option_scores(
-    model: HookedTransformer,
+    model: Model,
     prefixes: Sequence[Sequence[int]],
     options: Sequence[Sequence[Sequence[int]]],
     *,
@@ -124,7 +124,7 @@ class Cloze:
 
 
 def read_cloze(
-    model: HookedTransformer, cloze: Cloze, *, persona: str | None = None, batch_size: int = 32
+    model: Model, cloze: Cloze, *, persona: str | None = None, batch_size: int = 32
 ) -> np.ndarray:
     """Log-odds of the positive against the negative words after each opening, `[opening]`, nats.
 
@@ -207,7 +207,7 @@ class Conflict:
 
 
 def read_conflict(
-    model: HookedTransformer,
+    model: Model,
     items: Sequence[ConflictItem] | None = None,
     *,
     persona: str | None = None,
@@ -265,17 +265,17 @@ def item_instruments(cloze: Cloze | None, conflicts: int) -> dict[str, Instrumen
     items, `kl` the KL per token to base on neutral answers, at which random vectors are matched;
     `cloze` is there for an axis that has one."""
 
-    def context(model: HookedTransformer, persona: str | None) -> dict[str, list[float]]:
+    def context(model: Model, persona: str | None) -> dict[str, list[float]]:
         items = conflict_items()[:conflicts]
         return {"items": read_conflict(model, items, persona=persona, trait=False).context.tolist()}
 
-    def words(model: HookedTransformer, persona: str | None) -> dict[str, list[float]]:
+    def words(model: Model, persona: str | None) -> dict[str, list[float]]:
         assert cloze is not None
         return {"items": read_cloze(model, cloze, persona=persona).tolist()}
 
     on_base: list[Divergence] = []
 
-    def divergence(model: HookedTransformer, persona: str | None) -> dict[str, list[float]]:
+    def divergence(model: Model, persona: str | None) -> dict[str, list[float]]:
         if not on_base:
             with unhooked(model):
                 on_base.append(Divergence(model, NEUTRAL, tokens=TOKENS))
@@ -285,12 +285,12 @@ def item_instruments(cloze: Cloze | None, conflicts: int) -> dict[str, Instrumen
     return found if cloze is None else found | {"cloze": words}
 
 
-def _answer(model: HookedTransformer, question: str, begun: str, persona: str | None) -> list[int]:
+def _answer(model: Model, question: str, begun: str, persona: str | None) -> list[int]:
     """Ids of a question and the beginning of its answer, in the model's own format."""
     ids = encode(model, Prompt(question, persona))
     return ids + encode_text(model, begun if is_chat(model) else f" {begun}")
 
 
-def _plain(model: HookedTransformer, text: str, persona: str | None) -> list[int]:
+def _plain(model: Model, text: str, persona: str | None) -> list[int]:
     """Ids of running text."""
     return encode_text(model, f"{persona}\n\n{text}" if persona else text, bos=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.hooks.fingerprint import weights_hash
 from shl.hooks.handle import unhooked
@@ -27,6 +26,7 @@ from shl.models.tokens import Prompt, encode
 from shl.models.weights import cache_folder
 from shl.utils.errors import ShlError, require
 from shl.utils.files import read_safetensors, texts_in, write_safetensors
+from shl.utils.model import Model
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Direction, Float
 
@@ -52,7 +52,7 @@ FORMAT = "shl-nulls-1"
 
 Directions = Mapping[int, Direction]
 """A direction per layer."""
-Reading = Callable[[HookedTransformer], float]
+Reading = Callable[[Model], float]
 """A reading of a model as it stands, one number."""
 
 
@@ -72,16 +72,14 @@ class Divergence:
     """
 
     @torch.no_grad()
-    def __init__(
-        self, model: HookedTransformer, prompts: Sequence[str], *, tokens: int = 24
-    ) -> None:
+    def __init__(self, model: Model, prompts: Sequence[str], *, tokens: int = 24) -> None:
         texts = generate(model, prompts, max_new_tokens=tokens, min_new_tokens=1, temperature=0.0)
         self.texts = [text for text in texts if text.tokens]
         self._states = completion_hidden(model, self.texts)
         self._lse = logsumexp(self._states, model.W_U, model.b_U)
 
     @torch.no_grad()
-    def __call__(self, model: HookedTransformer, persona: str | None = None) -> np.ndarray:
+    def __call__(self, model: Model, persona: str | None = None) -> np.ndarray:
         """KL(model || reference), the mean per token of each text, `[text]`, in nats; with a
         persona in the model's prompts only."""
         texts = self.texts
@@ -141,7 +139,7 @@ def matching_scale(divergence: Callable[[float], float], aim: float, start: floa
 
 
 def random_like(
-    model: HookedTransformer,
+    model: Model,
     vector: SteeringVector,
     prompts: Sequence[str],
     *,
@@ -227,7 +225,7 @@ class Nulls:
 
 
 def matched_scales(
-    model: HookedTransformer, layers: Sequence[int], *, count: int, levels: Sequence[float]
+    model: Model, layers: Sequence[int], *, count: int, levels: Sequence[float]
 ) -> Float[Tensor, "level vector"]:
     """Scales of `count` random vectors at which the mean divergence of both signs is each level.
 
@@ -254,7 +252,7 @@ def matched_scales(
     return out
 
 
-def _units(model: HookedTransformer, layers: Sequence[int], count: int) -> list[Directions]:
+def _units(model: Model, layers: Sequence[int], count: int) -> list[Directions]:
     residual = residual_at_tag(model, [Prompt(text) for text in NEUTRAL], tuple(layers))
     norms = {layer: float(x.norm(dim=1).mean()) for layer, x in residual.items()}
     drawn = [random_directions(norms, model.cfg.d_model, number) for number in range(count)]
@@ -262,7 +260,7 @@ def _units(model: HookedTransformer, layers: Sequence[int], count: int) -> list[
 
 
 def nulls(
-    model: HookedTransformer,
+    model: Model,
     layers: Sequence[int],
     name: str,
     content: object,

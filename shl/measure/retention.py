@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import suspended
 from shl.hooks.sites import readout
@@ -25,6 +24,7 @@ from shl.kl.divergence import full_log_probs
 from shl.models.generate import Completion
 from shl.models.scores import completion_hidden
 from shl.models.tokens import Prompt, encode, encode_text
+from shl.utils.model import Model
 from shl.utils.shapes import Float, Hidden, Unembed
 
 ROWS = 32
@@ -95,7 +95,7 @@ def fisher_products(
 
 @torch.no_grad()
 def retention(
-    model: HookedTransformer,
+    model: Model,
     pairs: Sequence[tuple[Completion, Completion]],
     *,
     entered: Opened,
@@ -138,7 +138,7 @@ def retention(
     return Retention(*(tuple(column) for column in zip(*sums, strict=True)))
 
 
-def running_text(model: HookedTransformer, text: str) -> Completion:
+def running_text(model: Model, text: str) -> Completion:
     """A text as a completion of its first word.
 
     Example:

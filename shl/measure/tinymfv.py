@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 from scipy.special import log_softmax
-from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 from shl.config import FOUNDATIONS
@@ -29,6 +28,7 @@ from shl.measure.evaluation import by_foundation, nats_of
 from shl.models.as_hf import as_hf
 from shl.models.tokens import is_chat, tokenizer_of
 from shl.utils.errors import ShlError, require
+from shl.utils.model import Model
 
 PACKAGES = {"tinymfv": "tiny-mfv", "moralmaps": "moral-maps"}
 """Name to import: name of the distribution."""
@@ -120,7 +120,7 @@ class Tinymfv:
         self.config = config or TinymfvConfig()
         self.package = package()
 
-    def __call__(self, model: HookedTransformer, persona: str | None) -> dict[str, Any]:
+    def __call__(self, model: Model, persona: str | None) -> dict[str, Any]:
         """The fields of a `reading` event, except `shift`, which needs the result on base."""
         report = self.report(as_hf(model), tokenizer_for(model, persona))
         name, rows = self.package.__name__, report["per_row"]
@@ -192,7 +192,7 @@ def nats(scores: np.ndarray) -> dict[str, float]:
     return by_foundation(nats_of(log_softmax(scored.mean(1), axis=-1)))
 
 
-def tokenizer_for(model: HookedTransformer, persona: str | None) -> PreTrainedTokenizerBase:
+def tokenizer_for(model: Model, persona: str | None) -> PreTrainedTokenizerBase:
     """A copy of the model's tokenizer for tinymfv's chats.
 
     The persona is the system turn of a prompt with a generation prompt, or the start of the first

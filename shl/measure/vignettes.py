@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.fast import KVCache, is_hooked
@@ -33,6 +32,7 @@ from shl.models.nan_checks import require_finite
 from shl.models.tokens import Prompt, encode, encode_text, is_chat, length_batches
 from shl.utils.errors import in_batches, require
 from shl.utils.files import DATA
+from shl.utils.model import Model
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def probe_data() -> Mapping[str, Any]:
 
 @torch.no_grad()
 def read_completions(
-    model: HookedTransformer, items: Sequence[Vignette], persona: str | None, config: EvalConfig
+    model: Model, items: Sequence[Vignette], persona: str | None, config: EvalConfig
 ) -> Tensor:
     """`[item, stem, option]`: summed log-probabilities of whole options.
 
@@ -95,7 +95,7 @@ def read_completions(
 
 
 def _score_options(
-    model: HookedTransformer, start: KVCache, stem: list[int], options: list[list[int]], items: int
+    model: Model, start: KVCache, stem: list[int], options: list[list[int]], items: int
 ) -> Tensor:
     """`[item, option]`: log-probability of each option after the cached text and the stem."""
     device = model.W_U.device
@@ -118,7 +118,7 @@ def _score_options(
     return scores.cpu()
 
 
-def _log_probs(model: HookedTransformer, residual: Tensor, tokens: Tensor) -> Tensor:
+def _log_probs(model: Model, residual: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities of `tokens` `[row, n]` after the final residuals `[row, d_model]`."""
     return log_probs_at(final_hidden(model, residual), model.W_U, tokens, **readout(model))
 
@@ -133,7 +133,7 @@ def _pad_right(
 
 @torch.no_grad()
 def read_digits(
-    model: HookedTransformer, items: Sequence[Vignette], persona: str | None, config: EvalConfig
+    model: Model, items: Sequence[Vignette], persona: str | None, config: EvalConfig
 ) -> Tensor:
     """`[item, order, option]`: log-probability of the option's digit as the answer."""
     data = probe_data()["digits"]
@@ -164,12 +164,12 @@ def read_digits(
     return out.view(len(items), 2, n)
 
 
-_BASE: "WeakKeyDictionary[HookedTransformer, tuple[str, np.ndarray]]" = WeakKeyDictionary()
+_BASE: "WeakKeyDictionary[Model, tuple[str, np.ndarray]]" = WeakKeyDictionary()
 """Raw scores of base, with the hash of its weights."""
 
 
 def evaluate(
-    model: HookedTransformer, *, persona: str | None = None, config: EvalConfig | None = None
+    model: Model, *, persona: str | None = None, config: EvalConfig | None = None
 ) -> Evaluation:
     """Evaluate the model on the vignettes, hooks included.
 
@@ -244,7 +244,7 @@ def reading(
     return Evaluation(style, labels, log_probs, prior, base_mass)
 
 
-def remember_base(model: HookedTransformer, reading: Evaluation) -> None:
+def remember_base(model: Model, reading: Evaluation) -> None:
     """Use an earlier evaluation of base instead of computing it again.
 
     Raises:
@@ -267,7 +267,7 @@ def remember_base(model: HookedTransformer, reading: Evaluation) -> None:
     _BASE[model] = weights_hash(model), reading.log_probs
 
 
-def _style(model: HookedTransformer) -> str:
+def _style(model: Model) -> str:
     return "digits" if is_chat(model) else "completion"
 
 
@@ -275,6 +275,6 @@ def _labels() -> tuple[str, ...]:
     return tuple(v.foundation for v in vignettes())
 
 
-def _read(model: HookedTransformer, persona: str | None, config: EvalConfig) -> np.ndarray:
+def _read(model: Model, persona: str | None, config: EvalConfig) -> np.ndarray:
     read = read_digits if is_chat(model) else read_completions
     return read(model, vignettes(), persona, config).double().numpy()

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.config import HealConfig
 from shl.hooks.adapter import Adapter, singular_value_penalty
@@ -34,6 +33,7 @@ from shl.models.generate import Completion
 from shl.models.nan_checks import NotFiniteError, require_finite
 from shl.models.scores import completion_hidden, kl_values
 from shl.utils.errors import halve, in_batches
+from shl.utils.model import Model
 from shl.utils.shapes import Hidden, PerToken
 
 Reference = tuple[Hidden, PerToken]
@@ -82,7 +82,7 @@ class Barrier:
 
     def __init__(
         self,
-        model: HookedTransformer,
+        model: Model,
         adapter: Adapter,
         handle: Handle,
         batches: Sequence[Sequence[Completion]],

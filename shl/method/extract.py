@@ -8,7 +8,6 @@ import torch
 from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.hooks.fingerprint import dtype_of, name_of, weights_hash
 from shl.hooks.sites import band
@@ -17,6 +16,7 @@ from shl.method.axes import Axis, nuisance_axes
 from shl.models.activations import residual_at_tag
 from shl.models.tokens import Prompt
 from shl.utils.errors import require
+from shl.utils.model import Model
 from shl.utils.shapes import Direction
 
 Rule = Callable[[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]], Direction]
@@ -52,7 +52,7 @@ def first_component(
 
 
 def extract_vector(
-    model: HookedTransformer,
+    model: Model,
     axis: Axis,
     layers: Sequence[int] | None = None,
     *,

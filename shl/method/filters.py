@@ -14,14 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from transformer_lens import HookedTransformer
-
 from shl.config import FilterConfig
 from shl.hooks.handle import suspended
 from shl.models.generate import Completion
 from shl.models.scores import base_perplexities, token_nll
 from shl.models.tokens import Prompt, encode
 from shl.utils.files import texts_in
+from shl.utils.model import Model
 
 RULES = (
     "too_short",
@@ -205,7 +204,7 @@ def other_questions(questions: Sequence[str]) -> dict[str, list[str]]:
 
 
 def topic_scores(
-    model: HookedTransformer,
+    model: Model,
     completions: Sequence[Completion],
     perplexities: Sequence[float],
     others: Mapping[str, Sequence[str]],
@@ -245,7 +244,7 @@ def topic_scores(
 
 
 def judge(
-    model: HookedTransformer,
+    model: Model,
     completions: Sequence[Completion],
     config: FilterConfig | None = None,
     *,
@@ -299,7 +298,7 @@ def judge(
 
 
 def keep_coherent(
-    model: HookedTransformer, completions: Sequence[Completion], config: FilterConfig | None = None
+    model: Model, completions: Sequence[Completion], config: FilterConfig | None = None
 ) -> list[Completion]:
     """The completions on which no rule fires, in order.
 

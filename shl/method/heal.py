@@ -21,7 +21,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.config import HealConfig
 from shl.hooks.adapter import Adapter, fresh_adapter
@@ -31,6 +30,7 @@ from shl.models.nan_checks import named
 from shl.models.tokens import encode, length_batches
 from shl.utils.errors import ShlError, require
 from shl.utils.files import read_safetensors, write_safetensors
+from shl.utils.model import Model
 from shl.utils.seeds import generator_for
 
 Outcome = Literal["off", "never fired", "fired but did not bind", "bound"]
@@ -84,7 +84,7 @@ class Healed:
 
 
 def heal(
-    model: HookedTransformer,
+    model: Model,
     kept: Sequence[Completion],
     config: HealConfig | None = None,
     *,
@@ -117,7 +117,7 @@ def heal(
 
 
 def train_adapter(
-    model: HookedTransformer,
+    model: Model,
     kept: Sequence[Completion],
     config: HealConfig | None = None,
     *,
@@ -190,7 +190,7 @@ def train_adapter(
 
 
 def learnt(
-    model: HookedTransformer, completion: Completion, positions: str, persona: str | None = None
+    model: Model, completion: Completion, positions: str, persona: str | None = None
 ) -> tuple[Completion, Completion]:
     """A completion as the student learns it, and as the teacher with a persona reads it: the same
     tokens after the prompts of either.

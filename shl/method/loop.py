@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.config import LoopConfig
 from shl.hooks.adapter import Adapter
@@ -39,6 +38,7 @@ from shl.models.nan_checks import named
 from shl.models.tokens import Prompt
 from shl.utils.errors import ShlError
 from shl.utils.files import texts_in
+from shl.utils.model import Model
 from shl.utils.seeds import seed_for
 
 MATCHED_ON = 8
@@ -84,7 +84,7 @@ class Round:
 
 
 def baselines(
-    model: HookedTransformer,
+    model: Model,
     axis: Axis,
     config: LoopConfig | None = None,
     *,
@@ -123,7 +123,7 @@ def baselines(
 
 
 def love(
-    model: HookedTransformer,
+    model: Model,
     axis: Axis,
     config: LoopConfig | None = None,
     *,
@@ -159,7 +159,7 @@ def love(
 class Study:
     """The stages of a run in the order in which they run; what the observer has is not computed."""
 
-    model: HookedTransformer
+    model: Model
     axis: Axis
     config: LoopConfig
     observer: Observer
@@ -424,7 +424,7 @@ class Study:
 
 
 def measure(
-    model: HookedTransformer,
+    model: Model,
     axis: Axis,
     config: LoopConfig,
     name: str,

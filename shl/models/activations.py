@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import Handle, running, suspended
 from shl.hooks.recorder import Recorder
@@ -13,12 +12,13 @@ from shl.hooks.sites import check_layers, residual_after
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import Prompt, encode, length_batches, pad_left
 from shl.utils.errors import in_batches, require
+from shl.utils.model import Model
 from shl.utils.shapes import Float
 
 
 @torch.no_grad()
 def activations(
-    model: HookedTransformer,
+    model: Model,
     prompts: Sequence[str | Prompt],
     sites: Sequence[str],
     *,
@@ -82,7 +82,7 @@ def activations(
 
 
 def difference(
-    model: HookedTransformer,
+    model: Model,
     prompts: Sequence[str | Prompt],
     layers: Sequence[int],
     *,
@@ -115,7 +115,7 @@ def difference(
 
 @torch.no_grad()
 def residual_at_tag(
-    model: HookedTransformer,
+    model: Model,
     prompts: Sequence[str | Prompt],
     layers: Sequence[int],
     *,

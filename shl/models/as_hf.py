@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformer_lens.utilities.activation_functions import apply_softcap
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -20,9 +19,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shl.fast import KVCache, explicit_positions, is_fast
 from shl.hooks.handle import Handle, running
+from shl.hooks.sites import wrapped_by
 from shl.models.generate import run
 from shl.models.tokens import end_ids
 from shl.utils.errors import ShlError, require
+from shl.utils.model import Model
 from shl.utils.shapes import Int
 
 GROWTH = 64
@@ -42,7 +43,7 @@ class HookedCache(Cache):
         0
     """
 
-    def __init__(self, model: HookedTransformer, capacity: int = 0) -> None:
+    def __init__(self, model: Model, capacity: int = 0) -> None:
         super().__init__(layers=[])
         self.model = model
         self.capacity = capacity
@@ -135,15 +136,17 @@ class HookedCache(Cache):
         raise ShlError("this cache is filled by a HookedTransformer, not layer by layer.")
 
 
-def as_hf(model: HookedTransformer) -> "HookedForCausalLM":
+def as_hf(model: Model) -> PreTrainedModel:
     """A transformers view of a model of `shl.load_model`; hooks that are active when it runs apply.
 
-    No weight is copied: `.parameters()` are the HookedTransformer's. `.generate` declares the
-    prompt lengths to hooks, as `shl.generate` does.
+    No weight is copied. A TransformerBridge already is a view: the result is the model of
+    transformers that it wraps, for which `half_life` counts all tokens as prompt. For a
+    HookedTransformer, `.generate` declares the prompt lengths to hooks, as `shl.generate` does.
 
     Returns:
-        A `PreTrainedModel` with `GenerationMixin`. Unsupported arguments (`inputs_embeds`,
-        `output_attentions`, four-dimensional masks, other cache classes) raise ShlError.
+        A `PreTrainedModel` with `GenerationMixin`. On a HookedTransformer, unsupported
+        arguments (`inputs_embeds`, `output_attentions`, four-dimensional masks, other cache
+        classes) raise ShlError.
 
     Example:
         >>> import torch
@@ -155,7 +158,7 @@ def as_hf(model: HookedTransformer) -> "HookedForCausalLM":
 
     Source: the interface is that of https://huggingface.co/docs/transformers.
     """
-    return HookedForCausalLM(model)
+    return wrapped_by(model) or HookedForCausalLM(model)
 
 
 class _Config(PreTrainedConfig):
@@ -171,7 +174,7 @@ class HookedForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "hooked"
     _supports_sdpa = True
 
-    def __init__(self, model: HookedTransformer) -> None:
+    def __init__(self, model: Model) -> None:
         cfg = model.cfg
         ids: dict[str, Any] = {}
         if model.tokenizer is not None:
@@ -374,7 +377,7 @@ def _masks(given: Tensor | None, past: Tensor, ids: Tensor) -> tuple[Tensor, Ten
     return given[:, past.shape[1] :], None if same else given
 
 
-def _collect_residuals(model: HookedTransformer, hidden: list[Tensor]) -> Handle:
+def _collect_residuals(model: Model, hidden: list[Tensor]) -> Handle:
     """Append the residual stream before the first block and after each block to `hidden`."""
     handle = Handle(model)
     handle.add_pre_hook(

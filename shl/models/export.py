@@ -10,7 +10,6 @@ import torch
 from einops import einsum
 from safetensors.torch import save_file
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM
 
 from shl.hooks.adapter import Adapter, check_fits
@@ -20,6 +19,7 @@ from shl.hooks.sites import HF_NAMES, Site
 from shl.models.tokens import tokenizer_of
 from shl.models.weights import EMBEDDED
 from shl.utils.errors import require
+from shl.utils.model import Model
 
 
 def _linear_sites(adapter: Adapter) -> tuple[Site, ...]:
@@ -105,7 +105,7 @@ class Drift:
 
 @torch.no_grad()
 def export_hf(
-    model: HookedTransformer,
+    model: Model,
     adapters: Sequence[Adapter],
     folder: str | Path,
     source: str | Path,

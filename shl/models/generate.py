@@ -11,7 +11,6 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from shl.config import GenerateConfig
@@ -32,6 +31,7 @@ from shl.models.tokens import (
     pad_left,
 )
 from shl.utils.errors import in_batches, require
+from shl.utils.model import Model
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Float, Int, Mask, Tokens
 
@@ -42,14 +42,14 @@ LONG = 32
 
 
 def run(
-    model: HookedTransformer, tokens: Tokens, mask: Mask, cache: KVCache
+    model: Model, tokens: Tokens, mask: Mask, cache: KVCache
 ) -> Float[Tensor, "batch pos d_model"]:
     """The residual after the last layer for new tokens, which are added to the cache."""
     return model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=model.cfg.n_layers)
 
 
 def prefill(
-    model: HookedTransformer, rows: Sequence[Sequence[int]], *, reserve: int = 0
+    model: Model, rows: Sequence[Sequence[int]], *, reserve: int = 0
 ) -> tuple[Float[Tensor, "batch 1 d_model"], KVCache]:
     """The residual after the last layer at each row's last token, and the cache of all tokens.
 
@@ -77,7 +77,7 @@ def prefill(
     return run(model, tokens, mask, cache)[:, -1:], cache
 
 
-def _shared(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> int:
+def _shared(model: Model, rows: Sequence[Sequence[int]]) -> int:
     """The number of first tokens that may be run once for all rows."""
     if len(rows) < 2:
         return 0
@@ -93,7 +93,7 @@ def _shared(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> int:
 
 
 def next_logits(
-    model: HookedTransformer, residual: Float[Tensor, "batch 1 d_model"], *, k: int = 0
+    model: Model, residual: Float[Tensor, "batch 1 d_model"], *, k: int = 0
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """The `k` largest logits (descending, fp32) and their tokens, from the residual after the last
     layer at one position per row; with `k` 0 those of the whole vocabulary, in order of tokens.
@@ -175,7 +175,7 @@ class Completion:
     ended: bool = True
 
 
-def without_persona(model: HookedTransformer, completion: Completion) -> Completion:
+def without_persona(model: Model, completion: Completion) -> Completion:
     """The same answer with the persona removed from the prompt, for context distillation (Askell et
     al. 2021, arXiv:2112.00861, section 2.1).
 
@@ -193,7 +193,7 @@ def without_persona(model: HookedTransformer, completion: Completion) -> Complet
 
 
 def generate(
-    model: HookedTransformer,
+    model: Model,
     prompts: Sequence[str | Prompt],
     *,
     max_new_tokens: int = 64,
@@ -249,7 +249,7 @@ def generate(
     return [done[i] for i in range(len(rows))]
 
 
-def _doses(model: HookedTransformer, rows: int) -> list[float]:
+def _doses(model: Model, rows: int) -> list[float]:
     """The dose of the innermost steering for each row."""
     handles = handles_on(model)
     for handle in handles:
@@ -261,7 +261,7 @@ def _doses(model: HookedTransformer, rows: int) -> list[float]:
 
 
 def _decode_batch(
-    model: HookedTransformer,
+    model: Model,
     indices: list[int],
     rows: list[list[int]],
     config: GenerateConfig,
@@ -311,9 +311,7 @@ def _decode_batch(
     return list(zip(out, ended, strict=True))
 
 
-def _cut_turn_end(
-    model: HookedTransformer, ids: list[int], ends: frozenset[int], may_end: bool
-) -> bool:
+def _cut_turn_end(model: Model, ids: list[int], ends: frozenset[int], may_end: bool) -> bool:
     """Whether the turn has ended; removes the tokens of its end from `ids`."""
     if ids[-1] in ends:
         ids.pop()

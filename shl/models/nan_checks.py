@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import running
 from shl.utils.errors import ShlError
+from shl.utils.model import Model
 
 
 class NotFiniteError(ShlError):
@@ -36,7 +36,7 @@ def named(where: str) -> Iterator[None]:
 def require_finite(
     values: Tensor,
     what: str,
-    model: HookedTransformer,
+    model: Model,
     rows: Callable[[], Sequence[Sequence[int]]],
     numbers: Sequence[int] | None = None,
 ) -> None:
@@ -61,7 +61,7 @@ def require_finite(
 
 @torch.no_grad()
 def first_not_finite(
-    model: HookedTransformer,
+    model: Model,
     rows: Sequence[Sequence[int]],
     numbers: Sequence[int] | None = None,
 ) -> str:
@@ -92,7 +92,8 @@ def first_not_finite(
             with running(rows=[k if numbers is None else numbers[k]]):
                 model(torch.tensor([list(row)], device=model.W_U.device))
             if culprits:
-                return f"the first site with such a number is {culprits[0]}"
+                place = culprits[0].replace("._original_component", "")
+                return f"the first site with such a number is {place}"
     finally:
         for handle in handles:
             handle.remove()

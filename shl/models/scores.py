@@ -6,7 +6,6 @@ Prompt and padding positions are never unembedded.
 from collections.abc import Sequence
 
 import torch
-from transformer_lens import HookedTransformer
 
 from shl.hooks.handle import running, suspended
 from shl.hooks.sites import final_hidden, readout
@@ -15,12 +14,13 @@ from shl.models.generate import Completion
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import length_batches, pad_left
 from shl.utils.errors import in_batches, require
+from shl.utils.model import Model
 from shl.utils.shapes import Hidden, PerToken
 
 
 @torch.no_grad()
 def base_perplexities(
-    model: HookedTransformer, completions: Sequence[Completion], *, batch_size: int = 16
+    model: Model, completions: Sequence[Completion], *, batch_size: int = 16
 ) -> list[tuple[float, float]]:
     """Perplexity of each completion, and of its last quarter, under base given the prompt.
 
@@ -45,7 +45,7 @@ def base_perplexities(
 
 @torch.no_grad()
 def token_nll(
-    model: HookedTransformer, completions: Sequence[Completion], *, batch_size: int = 16
+    model: Model, completions: Sequence[Completion], *, batch_size: int = 16
 ) -> list[torch.Tensor]:
     """NLL per token `[tok]` (nats) of each completion under the model, hooks included."""
     out = [torch.empty(0)] * len(completions)
@@ -67,7 +67,7 @@ def token_nll(
     return out
 
 
-def completion_hidden(model: HookedTransformer, completions: Sequence[Completion]) -> torch.Tensor:
+def completion_hidden(model: Model, completions: Sequence[Completion]) -> torch.Tensor:
     """Hidden states `[tok, d_model]` after the final norm, at the positions that predict the
     completions' tokens, concatenated over completions."""
     tokens, mask = pad_left(model, [[*c.prompt_tokens, *c.tokens] for c in completions])
@@ -79,7 +79,7 @@ def completion_hidden(model: HookedTransformer, completions: Sequence[Completion
 
 @torch.no_grad()
 def kl_values(
-    model: HookedTransformer, student: Hidden, ref: Hidden, *, ref_lse: PerToken | None = None
+    model: Model, student: Hidden, ref: Hidden, *, ref_lse: PerToken | None = None
 ) -> PerToken:
     """KL(student || reference) per token (nats) from final hidden states, without a gradient.
 
@@ -97,7 +97,7 @@ def kl_values(
 
 @torch.no_grad()
 def token_divergence(
-    model: HookedTransformer, completion: Completion, reference: Completion | None = None
+    model: Model, completion: Completion, reference: Completion | None = None
 ) -> PerToken:
     """KL(hooked model || base) per token of one completion, in nats.
 

@@ -4,10 +4,10 @@ import string
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformer_lens import HookedTransformer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from shl.models.load import build_model
+from shl.models.load import build_bridge, build_model, choose_engine
+from shl.utils.model import Model
 
 
 def tiny_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -55,9 +55,14 @@ def tiny_hf(*, n_layers: int = 4, seed: int = 0) -> Gemma3ForCausalLM:
 
 
 def tiny_gemma(
-    *, n_layers: int = 4, seed: int = 0, chat_template: str | None = None, fast: bool = True
-) -> HookedTransformer:
-    """The model of `tiny_hf` as a HookedTransformer, with a character tokenizer.
+    *,
+    n_layers: int = 4,
+    seed: int = 0,
+    chat_template: str | None = None,
+    fast: bool = True,
+    engine: str = "auto",
+) -> Model:
+    """The model of `tiny_hf` on either engine, with a character tokenizer.
 
     Example:
         >>> model = tiny_gemma()
@@ -66,4 +71,6 @@ def tiny_gemma(
     """
     hf = tiny_hf(n_layers=n_layers, seed=seed)
     tokenizer = tiny_tokenizer(chat_template=chat_template)
+    if choose_engine(engine) == "bridge":
+        return build_bridge(hf, tokenizer, name="tiny-gemma")
     return build_model(hf.config, hf.state_dict(), tokenizer, name="tiny-gemma", fast=fast)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 from shl.utils.errors import ShlError, require
+from shl.utils.model import Model
 from shl.utils.shapes import Mask, Tokens
 
 TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
@@ -39,7 +39,7 @@ class Prompt:
     plain: bool = False
 
 
-def tokenizer_of(model: HookedTransformer) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
@@ -50,7 +50,7 @@ def tokenizer_of(model: HookedTransformer) -> PreTrainedTokenizerBase:
     return model.tokenizer
 
 
-def is_chat(model: HookedTransformer) -> bool:
+def is_chat(model: Model) -> bool:
     """Whether the tokenizer has a chat template, which prompts then use."""
     return bool(tokenizer_of(model).chat_template)
 
@@ -60,7 +60,7 @@ def as_prompt(prompt: str | Prompt) -> Prompt:
     return Prompt(prompt) if isinstance(prompt, str) else prompt
 
 
-def render(model: HookedTransformer, prompt: str | Prompt) -> str:
+def render(model: Model, prompt: str | Prompt) -> str:
     """The text of a prompt up to the assistant tag; without BOS if there is no chat template."""
     prompt = as_prompt(prompt)
     persona = f"{prompt.persona}\n\n" if prompt.persona else ""
@@ -79,7 +79,7 @@ def render(model: HookedTransformer, prompt: str | Prompt) -> str:
         return template([{"role": "user", "content": persona + prompt.text}])
 
 
-def encode_text(model: HookedTransformer, text: str, *, bos: bool = False) -> list[int]:
+def encode_text(model: Model, text: str, *, bos: bool = False) -> list[int]:
     """Token ids of `text`; `bos=True` prepends BOS if the model expects it."""
     tokenizer = tokenizer_of(model)
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -87,7 +87,7 @@ def encode_text(model: HookedTransformer, text: str, *, bos: bool = False) -> li
     return first + ids
 
 
-def encode(model: HookedTransformer, prompt: str | Prompt) -> list[int]:
+def encode(model: Model, prompt: str | Prompt) -> list[int]:
     """Token ids of a rendered prompt; the last one is the assistant tag.
 
     Raises:
@@ -103,12 +103,12 @@ def encode(model: HookedTransformer, prompt: str | Prompt) -> list[int]:
     return ids
 
 
-def decode(model: HookedTransformer, ids: Sequence[int]) -> str:
+def decode(model: Model, ids: Sequence[int]) -> str:
     """The text of completion tokens, special tokens included."""
     return str(tokenizer_of(model).decode(list(ids), skip_special_tokens=False))
 
 
-def end_ids(model: HookedTransformer) -> frozenset[int]:
+def end_ids(model: Model) -> frozenset[int]:
     """Tokens that end the assistant's turn."""
     tokenizer = tokenizer_of(model)
     vocab = tokenizer.get_added_vocab()
@@ -116,7 +116,7 @@ def end_ids(model: HookedTransformer) -> frozenset[int]:
     return frozenset(ids | {tokenizer.eos_token_id})
 
 
-def pad_left(model: HookedTransformer, rows: Sequence[Sequence[int]]) -> tuple[Tokens, Mask]:
+def pad_left(model: Model, rows: Sequence[Sequence[int]]) -> tuple[Tokens, Mask]:
     """Tokens and mask of rows of ids, padded on the left to the longest, on the model's device."""
     require(len(rows) > 0 and all(rows), "a batch needs at least one row, each with a token.")
     width = max(map(len, rows))

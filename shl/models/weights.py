@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,7 +24,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -158,7 +157,7 @@ def _assemble(pieces: list[Path], target: Path, source: Embedded) -> Path:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Disable the progress bars of transformers; its GGUF reader uses a plain tqdm."""
     enabled, tqdm = logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
     logging.disable_progress_bar()
@@ -171,7 +170,7 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@_no_progress_bars()
+@no_progress_bars()
 def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     """Write a GGUF's de-quantised fp32 weights, config and tokenizer as a Hugging Face folder."""
     model = AutoModelForCausalLM.from_pretrained(
@@ -246,12 +245,14 @@ ARCHITECTURES = ("gemma3", "gemma3_text", "llama")
 
 def hooked_config(
     hf_config: PretrainedConfig, *, name: str, device: str, dtype: torch.dtype
-) -> HookedTransformerConfig:
+) -> Any:
     """TransformerLens's config for a Gemma-3 or Llama config of transformers.
 
     Raises:
         ShlError: the architecture or the rotary scaling is not supported.
     """
+    from transformer_lens import HookedTransformerConfig
+
     kind = hf_config.model_type
     require(
         kind in ARCHITECTURES,
@@ -338,7 +339,7 @@ def _rope(rope: dict[str, Any], allowed: tuple[str, ...], name: str) -> dict[str
 
 
 def converter(
-    hf_config: PretrainedConfig, state: dict[str, Tensor], cfg: HookedTransformerConfig
+    hf_config: PretrainedConfig, state: Mapping[str, Tensor], cfg: Any
 ) -> Callable[[str], Tensor | None]:
     """A function from a TransformerLens parameter name to its tensor.
 
@@ -395,3 +396,33 @@ def converter(
         return None
 
     return convert
+
+
+def hooked_parameters(
+    hf_config: PretrainedConfig, state: Mapping[str, Tensor], cfg: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that a HookedTransformer of these weights has, by name, in the dtype of `cfg`.
+
+    Most of them are views of `state`; biases, which Gemma-3 and Llama do not have, are zeros.
+    """
+    convert, gemma = converter(hf_config, state, cfg), hf_config.model_type != "llama"
+    heads, kv_heads = ((n, cfg.d_head) for n in (cfg.n_heads, cfg.n_key_value_heads))
+    zeros: dict[str, tuple[int, ...]] = {
+        "attn.b_Q": heads,
+        "attn._b_K": kv_heads,
+        "attn._b_V": kv_heads,
+        "attn.b_O": (cfg.d_model,),
+        "mlp.b_in": (cfg.d_mlp,),
+        "mlp.b_out": (cfg.d_model,),
+    }
+    parts = [*zeros, "ln1.w", "ln2.w", "attn.W_Q", "attn._W_K", "attn._W_V", "attn.W_O"]
+    parts += ["mlp.W_gate", "mlp.W_in", "mlp.W_out"]
+    if gemma:
+        parts += ["ln1_post.w", "ln2_post.w", "attn.q_norm.w", "attn.k_norm.w"]
+    names = [f"blocks.{layer}.{part}" for layer in range(cfg.n_layers) for part in parts]
+    for name in ["embed.W_E", "unembed.W_U", "unembed.b_U", "ln_final.w", *names]:
+        value = convert(name)
+        if value is None:
+            shape = zeros.get(name.split(".", 2)[-1], (cfg.d_vocab,))
+            value = torch.zeros(shape)
+        yield name, value.to(cfg.dtype)

@@ -301,6 +301,7 @@ def test_doses_residual_sites_and_other_hooks_prevent_fusing(gemma, attach, hook
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.hooked
 def test_gradients_stock_classes_and_a_materialised_stack_prevent_fusing(gemma, stock_gemma):
     with baked(gemma, rounds(gemma)):
         with fused_decoding(gemma):  # derivatives are on

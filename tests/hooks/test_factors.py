@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from helpers import one_sentence, tokens_of
-from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from helpers import empty_cache, one_sentence, tokens_of
 
 from shl.fast import KVCache
 from shl.hooks.handle import Handle, running
@@ -134,7 +133,7 @@ def test_positions_with_masks_and_caches(model, tracked):
     new = torch.ones(2, 1, dtype=torch.long)
     caches = (
         KVCache.empty(model, 2),
-        TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2),
+        empty_cache(model, 2),
     )
     for cache in caches:
         model(tokens, attention_mask=mask, past_kv_cache=cache)
@@ -145,6 +144,7 @@ def test_positions_with_masks_and_caches(model, tracked):
         tracked.clear()
 
 
+@pytest.mark.hooked  # a bridge has no start_at_layer
 def test_positions_without_mask(model, tracked):
     model(tokens_of(1, 3))
     model.run_with_hooks(tokens_of(2, 2))

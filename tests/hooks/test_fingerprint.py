@@ -1,5 +1,6 @@
 """Fingerprints distinguish base weights, whatever hooks are on."""
 
+import pytest
 import torch
 from helpers import random_adapter
 
@@ -15,6 +16,7 @@ def test_hash_of_equal_and_different_weights(gemma, llama):
     assert len(seen) == 4
 
 
+@pytest.mark.hooked
 def test_change_in_place_and_dtype_change_the_hash():
     model = tiny_gemma()
     before = weights_hash(model)

@@ -156,6 +156,7 @@ def test_a_model_is_freed_once_its_handles_are_removed():
     assert gone() is None
 
 
+@pytest.mark.hooked
 def test_adapter_reads_positional_and_keyword_inputs(gemma):
     x = torch.ones(1, 1, 32)
     with random_adapter(gemma, ["up"], (0,)).attach(gemma):

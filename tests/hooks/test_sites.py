@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import one_sentence, tokens_of
+from helpers import hf_of, one_sentence, tokens_of
 
 from shl.config import LINEAR_SITES, SITE_KINDS
 from shl.hooks.sites import (
+    HF_NAMES,
     band,
     check_layers,
     final_hidden,
@@ -19,17 +20,9 @@ from shl.utils.errors import ShlError
 
 
 def weight_of(model, site):
-    """The linear's own matrix `[out, in]`, as merged weights lay it out."""
-    block = model.blocks[site.layer]
-    return {
-        "q": lambda: block.attn.W_Q.permute(0, 2, 1).reshape(-1, site.d_in),
-        "k": lambda: block.attn._W_K.permute(0, 2, 1).reshape(-1, site.d_in),
-        "v": lambda: block.attn._W_V.permute(0, 2, 1).reshape(-1, site.d_in),
-        "o": lambda: block.attn.W_O.permute(2, 0, 1).reshape(site.d_out, -1),
-        "gate": lambda: block.mlp.W_gate.T,
-        "up": lambda: block.mlp.W_in.T,
-        "down": lambda: block.mlp.W_out.T,
-    }[site.kind]()
+    """The linear's own matrix `[out, in]` in transformers."""
+    hf = hf_of(model)
+    return hf.get_submodule(f"model.layers.{site.layer}.{HF_NAMES[site.kind]}").weight
 
 
 @pytest.mark.parametrize("kind", LINEAR_SITES)
@@ -92,7 +85,10 @@ def test_residual_after_a_layer_is_the_next_layers_input(gemma):
     tokens = tokens_of(1, 9)
     _, cache = gemma.run_with_cache(tokens)
     for layer in range(3):
-        assert residual_after(gemma, layer).name == f"blocks.{layer}.hook_resid_post"
+        assert residual_after(gemma, layer).name in (
+            f"blocks.{layer}.hook_resid_post",
+            f"blocks.{layer}.hook_out",
+        )
         after = cache[residual_after(gemma, layer).name]
         assert torch.equal(after, cache[f"blocks.{layer + 1}.hook_resid_pre"])
 

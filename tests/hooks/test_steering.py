@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import one_sentence, tokens_of
-from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from helpers import empty_cache, one_sentence, tokens_of
 
+from shl.hooks.sites import residual_after
 from shl.hooks.vector import SteeringVector
 from shl.utils.errors import ShlError
 
@@ -26,7 +26,7 @@ def test_steering_changes_nothing_before_its_layer_and_adds_dose_v_at_it(model, 
     _, before = model.run_with_cache(TOKENS)
     with vector.steering(model, dose=0.75):
         logits, cache = model.run_with_cache(TOKENS)
-    at = list(cache).index(post(1))
+    at = list(cache).index(residual_after(model, 1).name)
     for name in list(cache)[:at]:
         assert torch.equal(cache[name], before[name]), name
     assert torch.equal(cache[post(1)], before[post(1)] + 0.75 * vector.directions[1])
@@ -61,7 +61,7 @@ def test_steering_is_the_same_in_cached_decoding(model, vector, dose):
         model.hooks(fwd_hooks=[(post(1), lambda h, hook: seen.append(h))]),
         vector.steering(model, dose=dose),
     ):
-        cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 3)
+        cache = empty_cache(model, 3)
         steps = [TOKENS[:, :12], *TOKENS[:, 12:].split(1, dim=1)]
         start = 0
         for step in steps:

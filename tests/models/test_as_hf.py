@@ -15,6 +15,8 @@ from shl.models.as_hf import HookedCache, as_hf
 from shl.models.tiny import tiny_hf
 from shl.utils.errors import ShlError
 
+pytestmark = pytest.mark.hooked
+
 TOKENS = tokens_of(3, 20)  # Gemma's window is 8
 LEFT = torch.ones_like(TOKENS)
 LEFT[0, :7], LEFT[1, :2] = 0, 0

@@ -14,6 +14,8 @@ from shl.models.tiny import tiny_hf, tiny_tokenizer
 from shl.models.weights import hooked_config
 from shl.utils.errors import ShlError
 
+pytestmark = pytest.mark.hooked
+
 TOKENS = tokens_of(2, 40)  # five windows of 8
 
 

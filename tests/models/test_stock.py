@@ -3,7 +3,6 @@
 import pytest
 import torch
 from helpers import lenient, random_adapter, small_loop, tokens_of
-from transformer_lens.components import GroupedQueryAttention, TransformerBlock
 
 from shl.config import HealConfig
 from shl.fast import is_fast
@@ -16,10 +15,14 @@ from shl.method.loop import love
 from shl.models.generate import generate
 from shl.models.tiny import tiny_gemma
 
+pytestmark = pytest.mark.hooked
+
 PROMPTS = ["Hello?", "And who are you?"]
 
 
 def test_fast_false_keeps_the_classes_of_transformerlens(gemma, stock_gemma):
+    from transformer_lens.components import GroupedQueryAttention, TransformerBlock
+
     assert is_fast(gemma)
     assert not is_fast(stock_gemma)
     assert {type(block) for block in stock_gemma.blocks} == {TransformerBlock}
