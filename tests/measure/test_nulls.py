@@ -81,6 +81,22 @@ def test_both_signs_are_matched_on_average_to_five_per_cent(gemma):
             assert np.mean(both) == pytest.approx(level, rel=0.05)
 
 
+def test_signs_of_uneven_divergence_are_matched_by_their_mean(gemma, monkeypatch):
+    """3 d^2 and d^2 for the two signs have a mean of 2 d^2, which is 0.02 at a scale of 0.1."""
+
+    class Uneven:
+        def __init__(self, *_, **__):
+            pass
+
+        def __call__(self, model):
+            (handle,) = handles_on(model)
+            return np.array([(3.0 if handle.dose > 0 else 1.0) * handle.dose**2])
+
+    monkeypatch.setattr("shl.measure.nulls.Divergence", Uneven)
+    scales = matched_scales(gemma, (1,), count=1, levels=(0.02,))
+    assert scales.item() == pytest.approx(0.1, rel=0.02)
+
+
 def test_readings_are_less_bases_and_kept_by_content(gemma, cache):
     calls = []
 
@@ -104,10 +120,15 @@ def test_readings_are_less_bases_and_kept_by_content(gemma, cache):
 
 def test_hooks_on_the_model_do_not_act(gemma):
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def read(model):
+        seen.append(len(handles_on(model)))
+        return residual(model)
+
     with Steering(gemma, {1: direction}, 3.0):
-        steered = nulls(gemma, (1,), "demo", "x", residual, count=1, levels=(0.01,))
-    (found,) = steered.values[0]
-    assert abs(found).max() < 1.0
+        nulls(gemma, (1,), "demo", "x", read, count=1, levels=(0.01,))
+    assert seen == [0, 1, 1]  # base, and each sign of the random vector alone
 
 
 def test_interval_by_hand():
