@@ -22,19 +22,19 @@ from shl.measure.stats import bootstrap
 def filters(m: Measurements) -> Finding:
     """Q0: do survival fall and perplexity rise with the dose, and does the steered model, which
     writes the texts, move along the axis? The kept texts themselves are not measured."""
-    probes = [t for t in m.texts if t["stage"] == "probe" and t["round"] == 0]
-    doses = sorted({t["dose"] for t in probes}, key=abs)
+    steered = [t for t in m.texts if t["stage"] in ("probe", "batch") and t["round"] == 0]
+    doses = sorted({t["dose"] for t in steered}, key=abs)
     estimates, rungs, listed = [], [], ""
     if len(doses) < 2:
         why = "no doses were probed, the walk was off or has not begun"
         estimates.append(missing("trend over the dose ladder", why))
     else:
-        ladder = [[t for t in probes if t["dose"] == dose] for dose in doses]
+        ladder = [[t for t in steered if t["dose"] == dose] for dose in doses]
         # Pooled, because a single rung has few texts.
-        lower = [t for t in probes if abs(t["dose"]) <= max(abs(doses[-1]) / 2, abs(doses[0]))]
+        lower = [t for t in steered if abs(t["dose"]) <= max(abs(doses[-1]) / 2, abs(doses[0]))]
         fall = m.survival_difference(lower, ladder[-1])
         what = "fall of survival from doses up to half the highest, to the highest"
-        estimates += [Estimate(what, fall, FALLS, SHARES), _rises(m, probes)]
+        estimates += [Estimate(what, fall, FALLS, SHARES), _rises(m, steered)]
         rungs = [
             {
                 "dose": dose,
@@ -55,8 +55,8 @@ def filters(m: Measurements) -> Finding:
     return Finding(estimates, [listed], {"ladder": rungs})
 
 
-def _rises(m: Measurements, probes: Sequence[Event]) -> Estimate:
-    pairs = np.array([[abs(t["dose"]), perplexity(t)] for t in probes])
+def _rises(m: Measurements, steered: Sequence[Event]) -> Estimate:
+    pairs = np.array([[abs(t["dose"]), perplexity(t)] for t in steered])
 
     def correlation(rows: np.ndarray) -> float:
         return spearman(rows[:, 0], rows[:, 1])
