@@ -1,6 +1,7 @@
 """Controls of the loop: no steering, prompting, a random vector, no opposite persona."""
 
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -10,15 +11,17 @@ from helpers import lenient, small_loop
 from shl.config import DoseConfig, VectorConfig
 from shl.hooks.bake import baked
 from shl.measure.continuations import conflict_items
+from shl.measure.retention import retention
 from shl.measure.vignettes import vignettes
 from shl.method.axes import axis_names, load_axis
 from shl.method.extract import extract_vector
 from shl.method.heal import train_adapter
-from shl.method.loop import love
+from shl.method.loop import READ, love
 from shl.models.generate import generate, without_persona
 from shl.models.tiny import tiny_gemma
 from shl.models.tokens import Prompt, encode
 from shl.utils.files import texts_in
+from shl.utils.seeds import seed_for
 
 AXIS = load_axis("care_auth")
 ONE = small_loop(rounds=1)
@@ -156,6 +159,12 @@ def test_the_soft_target_teaches_the_steered_student_at_the_walked_dose(monkeypa
     assert [c.prompt for c in own[5:]] == [
         Prompt(text, plain=True) for text in texts_in("openings.toml", "openings")[:3]
     ]
+    # Sampled from the whole distribution, without hooks.
+    whole = vars(ONE.generate) | {"top_k": 0, "top_p": 1.0}
+    expected = generate(
+        tiny_gemma(), [c.prompt for c in own], **whole, seed=seed_for(ONE.seed, "own", 0)
+    )
+    assert [c.tokens for c in own] == [c.tokens for c in expected]
     assert done.healing.steps[-1].nll < done.healing.steps[0].nll
 
 
@@ -210,3 +219,20 @@ def test_the_loop_reads_what_the_student_has_of_the_shift():
     assert done.retained["training"].share > 0.3
     still = first(replace(ONE, heal=replace(soft, lr=0.0, epochs=1)))
     assert still.retained["training"].share == pytest.approx(0.0, abs=1e-4)
+
+
+def test_retention_of_a_later_round_is_between_its_own_students():
+    soft = replace(ONE.heal, target="soft", positions="all", epochs=4)
+    model = tiny_gemma()
+    with pytest.MonkeyPatch.context() as patch:
+        lenient(patch)
+        one, two = love(model, AXIS, replace(ONE, rounds=2, heal=soft))
+    read = partial(
+        retention,
+        model,
+        [(c, c) for c in two.kept[:READ]],
+        steering=partial(two.vector.steering, model, two.dose),
+        student=partial(baked, model, [one.adapter, two.adapter]),
+    )
+    assert two.retained["training"] == read(entered=partial(baked, model, [one.adapter]))
+    assert two.retained["training"] != read(entered=partial(baked, model, []))
