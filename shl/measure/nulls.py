@@ -30,7 +30,7 @@ from shl.utils.model import Model
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Direction, Float
 
-RANGE = 64.0
+RANGE = 1024.0
 """Largest factor between a random direction's norm and the one that it starts from."""
 TRIES = 12
 """Scales that are tried before matching fails."""
@@ -112,7 +112,7 @@ def matching_scale(divergence: Callable[[float], float], aim: float, start: floa
     secant steps between the logarithms, from exponent 2.
 
     Raises:
-        ShlError: no scale within 64 times `start` comes that close.
+        ShlError: no scale within 1024 times `start` comes that close.
 
     Example:
         >>> round(matching_scale(lambda scale: 3 * scale**2, 12.0), 3)
@@ -159,7 +159,7 @@ def random_like(
         tokens: longest answer [tokens].
 
     Raises:
-        ShlError: the vector's divergence at `dose` is too small, or no scale within 64 times its
+        ShlError: the vector's divergence at `dose` is too small, or no scale within 1024 times its
             norms comes within a twentieth of it.
 
     Example:

@@ -103,9 +103,16 @@ def test_comparison_has_the_points_of_every_arm_and_dose(folder, monkeypatch):
     plus, minus = stages["prompted+", -1], stages["prompted-", -1]
     care, authority = (plus["nats"][f] - minus["nats"][f] for f in ("care", "authority"))
     assert found["persona"][42][1].trait == pytest.approx((care - authority) / 4, abs=1e-9)
-    # The dose at the top of the ladder is that of the round's own steered stage.
+    # One of the doses is that of the round's own steered stage.
+    steered = stages["steered", 0]
     lines = read_doses(folder / "steered" / "seed42" / "doses.jsonl")
-    assert lines[-1]["nats"] == pytest.approx(stages["steered", 0]["nats"], abs=1e-6)
+    (line,) = [e for e in lines if e["dose"] == pytest.approx(steered["dose"])]
+    assert line["nats"] == pytest.approx(steered["nats"], abs=1e-6)
+    own = {e["instrument"]: e["items"] for e in events if e["event"] == "items"
+           and (e["stage"], e["round"]) == ("steered", 0)}  # fmt: skip
+    for name, items in own.items():
+        assert line["items"][name] == pytest.approx(items, abs=1e-4)
+    assert {*own} == {"context", "kl"}
     files = {"arms.md", "arms.json", "arms.png", "text_kl.png", "report.html"}
     assert files <= {p.name for p in folder.iterdir()}
     written = json.loads((folder / "arms.json").read_text())

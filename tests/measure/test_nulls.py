@@ -61,7 +61,7 @@ def test_the_scale_is_found_for_any_growth(power):
 
 
 def test_a_level_out_of_reach_is_refused():
-    with pytest.raises(ShlError, match="no scale up to 64 times the first comes within 5%"):
+    with pytest.raises(ShlError, match="no scale up to 1024 times the first comes within 5%"):
         matching_scale(lambda scale: min(scale, 1.0), 3.0)
 
 
