@@ -317,7 +317,9 @@ class Measurements:
         if not reference:
             return missing(what, f"none of {len(theirs)} samples of {name} survive", round)
         limits = self.survival_difference(ours, theirs, share if scaled else 1.0)
-        margin = survival_margin(share, len(ours), self.config.confidence)
+        # The reference's survival, in as many samples as the stage has.
+        equal = int(reference * len(ours) / len(theirs) + 0.5)
+        margin = survival_margin(share, equal, len(ours), self.config.confidence)
         note = f"{kept} of {len(ours)}, {name} {reference} of {len(theirs)}"
         return Estimate(what, limits, 0.0 if scaled else -margin, SHARES, round, note)
 

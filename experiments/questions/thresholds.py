@@ -1,7 +1,8 @@
 """Thresholds between yes and no: every threshold of the study, each with its reason."""
 
 import math
-from statistics import NormalDist
+
+from experiments.questions.estimates import difference
 
 COHERENT = 0.97
 """Q1, Q2: share of base's valid-answer mass that a coherent student keeps, nearly all of
@@ -44,20 +45,27 @@ CHANCE = 1 / 7
 """Readability: share of the vignettes whose foundation one of seven options names by chance."""
 
 
-def survival_margin(share: float, samples: int, confidence: float) -> float:
+def survival_margin(share: float, kept: int, samples: int, confidence: float) -> float:
     """Drop in survival that a stage may have and still count as no worse [absolute share].
 
     A non-inferiority margin: yes if the interval of the difference to the reference lies above
-    -margin, no if it lies below. Wilson's lower limit of n of n is n / (n + z^2), z being the
-    two-sided normal quantile, and the upper limit of a reference of 1 is 1; so where both keep all
-    n samples, Newcombe's (1998) interval of the difference reaches down to -z^2 / (n + z^2). No
-    result could meet a smaller margin: the margin is that width, rounded up to the next hundredth,
-    and never less than 1 - `share`. It is within 1/3, where `COLLAPSED` begins, from n = 8 on.
+    -margin, no if it lies below. A stage that survives exactly as often as its reference, on other
+    prompts, must be able to meet it; so the margin is how far below 0 the interval of that
+    difference (Newcombe 1998) reaches, rounded up to the next hundredth, and never less than 1 -
+    `share`. Where the reference keeps all n samples that is z^2 / (n + z^2), z being the two-sided
+    normal quantile. Whether a stage has collapsed is decided apart (`COLLAPSED`).
+
+    Args:
+        kept, samples: how many of the reference's samples survive, of how many.
 
     Example:
-        >>> [survival_margin(0.97, n, 0.95) for n in (8, 16, 125)]
+        >>> [survival_margin(0.97, n, n, 0.95) for n in (8, 16, 125)]
         [0.33, 0.2, 0.03]
+        >>> survival_margin(0.97, 14, 16, 0.95)
+        0.27
     """
-    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
-    resolved = (math.floor(100 * z2 / (samples + z2)) + 1) / 100
+    reference = [i < kept for i in range(samples)]
+    equal = reference[::-1]
+    _, low, _ = difference(equal, reference, paired=True, confidence=confidence)
+    resolved = (math.floor(-100 * low) + 1) / 100
     return max(round(1 - share, 9), resolved)

@@ -90,6 +90,12 @@ def _survival(e: Event, confidence: float) -> tuple[float, Interval]:
     return share, wilson(round(share * samples), samples, confidence)
 
 
+def _margin(base: Event, confidence: float) -> float:
+    """The drop from base's survival that still counts as no worse."""
+    kept = round(base["survival"] * base["samples"])
+    return survival_margin(COHERENT, kept, base["samples"], confidence)
+
+
 @fig.styled
 def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) -> Figure:
     """Trait, coherence and survival per round, with reference lines.
@@ -128,7 +134,7 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
         (
             "survival [share of texts]",
             lambda e: _survival(e, confidence),
-            base["survival"] - survival_margin(COHERENT, base["samples"], confidence),
+            base["survival"] - _margin(base, confidence),
         ),
     ]
     figure, axes = fig.grid(len(panels), 2)
@@ -155,7 +161,7 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
                 panel,
                 [e["round"] + (-0.04 if e["stage"] == "steered" else 0.04) for e, _ in random],
                 [0.0] * len(random),
-                ("grey", "", ""),
+                ("grey", "_", ""),
                 "random vectors of the same KL",
                 y_spans=[span for _, span in random],
             )
