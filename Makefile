@@ -45,7 +45,7 @@ install: .venv/installed  ## install into .venv, pinned by constraints.txt
 experiment: install  ## run or continue the study: AXIS= MODEL= ROUNDS= SEED= ARGS="--heal.tau 1.0"
 	$(STUDY) --rounds $(ROUNDS) $(ARGS)
 
-arms: install  ## run the method, prompting and controls, and compare: AXIS= MODEL= ARMS="core|all|NAMES" SEEDS="42 43 44"
+arms: install  ## run the method, prompting and controls, and compare: AXIS= MODEL= ARMS="core|steps|far|all|NAMES" SEEDS="42 43 44"
 	$(BIN)/python -m experiments.arms --axis "$(AXIS)" --model "$(MODEL)" --arms $(ARMS) \
 	  --seeds $(SEEDS) --rounds $(ROUNDS) $(ARGS)
 
@@ -63,7 +63,7 @@ report: install  ## make table, answers, plots and report.html of a run again: R
 crash: install  ## kill and resume a small run, and compare it with an uninterrupted one
 	$(BIN)/python -m experiments.checks.crash --model "$(MODEL)" $(ARGS)
 
-probe: install  ## validity of the vignettes: AXIS= MODEL=
+probe: install  ## validity of the instruments, with random vectors beside: AXIS= MODEL=
 	$(BIN)/python -m experiments.checks.validity --axis "$(AXIS)" --model "$(MODEL)" $(ARGS)
 
 bench: install  ## compare speed and memory with other libraries: BENCH=kernel|decode|heal|start, default all
