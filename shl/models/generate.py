@@ -196,7 +196,7 @@ def generate(
     model: Model,
     prompts: Sequence[str | Prompt],
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 48,
     min_new_tokens: int = 0,
     temperature: float = 1.0,
     top_k: int = 64,

@@ -161,12 +161,12 @@ def test_progress_bars_are_disabled_during_the_conversion_only(capfd):
         return capfd.readouterr().err.count("a bar") > 1
 
     assert bars()
-    with weights._no_progress_bars():
+    with weights.no_progress_bars():
         assert not bars()
     assert bars()
     logging.disable_progress_bar()
     try:
-        with weights._no_progress_bars():
+        with weights.no_progress_bars():
             pass
         assert not logging.is_progress_bar_enabled()
     finally:
