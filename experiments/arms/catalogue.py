@@ -91,7 +91,7 @@ _STEPS = (
     ),
     Arm(
         "lr",
-        "not clipped, one pass at the method's rate and two-thirds of its steps",
+        "not clipped, one pass at the method's rate",
         lambda loop: replace(loop, heal=replace(_POSITIONS, epochs=METHOD.epochs, lr=METHOD.lr)),
     ),
     Arm("odd", "the method with the odd target", _set("heal", odd=True)),

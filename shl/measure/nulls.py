@@ -46,8 +46,7 @@ NEUTRAL = texts_in("contexts.toml", "everyday")[-4:]
 TOKENS = 16
 """Longest of these answers [tokens]."""
 LEVELS = (0.3,)
-"""Divergences at which nulls are read, near those of coherent doses [nats per token]. Each level
-takes about a minute on two cores."""
+"""Divergences at which nulls are read, near those of coherent doses [nats per token]."""
 FORMAT = "shl-nulls-1"
 
 Directions = Mapping[int, Direction]
