@@ -23,25 +23,23 @@ from shl.measure.vignettes import vignettes
 from shl.models.load import build_bridge, build_model, choose_engine
 from shl.models.tiny import tiny_hf, tiny_tokenizer
 
+SIZES = {
+    "vocab_size": 104,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+"""Config of tiny models of transformers."""
+
 
 def tiny_llama_hf(**changes):
-    config = LlamaConfig(
-        **{
-            "vocab_size": 104,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-5,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-            "bos_token_id": 2,
-            "attn_implementation": "eager",
-        }
-        | changes
-    )
+    own = {"max_position_embeddings": 512, "rms_norm_eps": 1e-5, "attn_implementation": "eager"}
+    config = LlamaConfig(**SIZES | own | changes)
     hf = LlamaForCausalLM(config).eval().requires_grad_(False)
     fill(hf, seed=1)
     return hf

@@ -4,6 +4,7 @@ architectures."""
 import pytest
 import torch
 from helpers import (
+    SIZES,
     MergedHF,
     lenient,
     one_sentence,
@@ -38,27 +39,16 @@ V = torch.randn(32, generator=torch.Generator().manual_seed(0))
 
 
 def qwen3():
-    return tiny_other_hf(Qwen3Config(head_dim=16, tie_word_embeddings=True, **SIZES))
+    return tiny_other_hf(Qwen3Config(head_dim=16, tie_word_embeddings=True, **LONG))
 
 
 def gemma2():
     """Scores and logits are soft-capped, low enough that it shows."""
     caps = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0, "sliding_window": 8}
-    return tiny_other_hf(Gemma2Config(head_dim=16, query_pre_attn_scalar=16, **caps, **SIZES))
+    return tiny_other_hf(Gemma2Config(head_dim=16, query_pre_attn_scalar=16, **caps, **LONG))
 
 
-SIZES = {
-    "vocab_size": 104,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
+LONG = SIZES | {"max_position_embeddings": 1024}
 MAKERS = {"gemma3": tiny_hf, "llama": tiny_llama_hf, "qwen3": qwen3, "gemma2": gemma2}
 
 
