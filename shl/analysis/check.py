@@ -10,6 +10,7 @@ from shl.config import HealConfig
 from shl.hooks.adapter import fresh_adapter
 from shl.hooks.bake import baked
 from shl.hooks.handle import handles_on
+from shl.hooks.sites import engine_name
 from shl.hooks.vector import SteeringVector
 from shl.models.generate import generate, next_logits, prefill, run
 from shl.models.tokens import encode
@@ -38,9 +39,14 @@ class CheckLine:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All checks of a model; prints as a table."""
+    """All checks of a model; prints as a table.
+
+    Attributes:
+        engine: TransformerLens's class, and for a bridge whether its compatibility mode is on.
+    """
 
     model_name: str
+    engine: str
     lines: tuple[CheckLine, ...]
 
     @property
@@ -54,7 +60,7 @@ class CheckReport:
             verdict = "ok" if line.ok else "NOT CHECKED" if line.deviation is None else "FAILED"
             size = "" if line.deviation is None else f"{line.deviation:.1e} (<= {line.allowed:g})"
             rows.append(f"{line.what:<44} {verdict:<12} {size} {line.note}".rstrip())
-        return "\n".join([self.model_name, *rows])
+        return "\n".join([f"{self.model_name} on a {self.engine}", *rows])
 
 
 @torch.no_grad()
@@ -107,7 +113,7 @@ def check(model: Model) -> CheckReport:
     lines.append(_line("logits return to those of base", model(tokens), plain))
     remaining = float(len(handles_on(model)) - before)
     lines.append(CheckLine("all added hooks are removed", remaining, 0.0))
-    return CheckReport(str(model.cfg.model_name), tuple(lines))
+    return CheckReport(str(model.cfg.model_name), engine_name(model), tuple(lines))
 
 
 def _line(what: str, got: Tensor, expected: Tensor, allowed: float = 0.0) -> CheckLine:

@@ -118,8 +118,12 @@ class Bridge(TransformerBridge):
     """The second engine of `shl.load_model`, see `shl.utils.model.Model`.
 
     Its weights are transformers' own, without a copy or processing. HookPoints have the bridge's
-    names (`blocks.3.hook_out`, `blocks.3.attn.q.hook_in`); after
-    `model.enable_compatibility_mode(no_processing=True)` they have HookedTransformer's as well.
+    names (`blocks.3.hook_out`, `blocks.3.attn.q.hook_in`) and HookedTransformer's
+    (`blocks.3.hook_resid_post`, `blocks.3.attn.hook_q`), with the same activations; those inside
+    the norms of q and k are `[batch, head, pos, ...]`, where a HookedTransformer has one dimension. `hook_attn_scores` holds the lowest
+    finite number where attention is masked; after
+    `model.enable_compatibility_mode(no_processing=True)` it holds -inf there, as in a
+    HookedTransformer. No other activation depends on the mode.
 
     Attributes:
         decoder: the module of transformers that runs the layers and the final norm.
@@ -138,6 +142,8 @@ class Bridge(TransformerBridge):
         hf: Any = bridge.original_model
         vars(bridge)["decoder"] = hf.get_decoder()
         vars(bridge)["stored"] = bridge.named_parameters
+        # TransformerLens reads every attribute, `positions` too, perhaps before any forward.
+        vars(bridge)["_running"] = None, None, 0, 0, 0, bridge.cfg.device
         bridge.decoder.register_forward_pre_hook(
             partial(_note_positions, vars(bridge)), with_kwargs=True
         )
@@ -161,6 +167,11 @@ class Bridge(TransformerBridge):
                 which the new ones are added) and `stop_at_layer` (the number of layers to run,
                 negative from the end).
         """
+        require(
+            kwargs.pop("start_at_layer", None) is None,
+            "start_at_layer is given, a bridge starts at the tokens; use engine='hooked' or a hook "
+            "on the layer's input.",
+        )
         held, stop = kwargs.pop("past_kv_cache", None), kwargs.pop("stop_at_layer", None)
         if held is None and stop is None:
             kwargs.setdefault("use_cache", False)
@@ -214,6 +225,35 @@ class Bridge(TransformerBridge):
         if given is not None:
             return given.expand(batch, new)
         return torch.arange(before, before + new, device=device).expand(batch, new)
+
+    def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's method, which ignores a name that the model does not have.
+
+        Raises:
+            ShlError: an unknown name.
+        """
+        self._require_known(fwd_hooks, bwd_hooks)
+        return super().hooks(fwd_hooks, bwd_hooks, *args, **kwargs)
+
+    def run_with_hooks(
+        self, input: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any
+    ) -> Any:
+        """TransformerLens's method, which ignores a name that the model does not have.
+
+        Raises:
+            ShlError: an unknown name.
+        """
+        self._require_known(fwd_hooks, bwd_hooks)
+        return super().run_with_hooks(input, fwd_hooks, bwd_hooks, *args, **kwargs)
+
+    def _require_known(self, *hooks: Any) -> None:
+        known = self.hook_dict
+        for name, _ in (pair for some in hooks for pair in some):
+            require(
+                not isinstance(name, str) or name in known,
+                f"there is no HookPoint {name!r}; model.hook_dict has the {len(known)} names, such "
+                "as 'blocks.0.hook_out'.",
+            )
 
     def enable_compatibility_mode(
         self, disable_warnings: bool = False, no_processing: bool = False, *rest: Any, **kw: Any

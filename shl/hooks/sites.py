@@ -257,6 +257,13 @@ def wrapped_by(model: Model) -> Any:
     return model.original_model if isinstance(model, Bridge) else None
 
 
+def engine_name(model: Model) -> str:
+    """TransformerLens's class, and for a bridge whether its compatibility mode is on."""
+    if not isinstance(model, Bridge):
+        return "HookedTransformer"
+    return f"TransformerBridge, compatibility mode {'on' if model.compatibility_mode else 'off'}"
+
+
 def norm_scale(model: Model, name: str) -> Float[Tensor, "..."]:
     """The learned scale of a norm by its path (`ln_final`, `blocks.0.ln1_post`), fp32; 1 if the
     model has no such norm."""

@@ -6,6 +6,7 @@ from helpers import hook_count, save
 
 from shl.analysis.check import check
 from shl.fast.kv_cache import LayerCache
+from shl.hooks.sites import engine_name
 from shl.models.load import load_model
 from shl.models.tiny import tiny_hf
 
@@ -25,6 +26,7 @@ def test_model_from_a_folder_passes_all_checks(loaded):
     assert report.ok, str(report)
     assert len(report.lines) == 8
     assert "FAILED" not in str(report)
+    assert str(report).startswith(f"{loaded.cfg.model_name} on a {engine_name(loaded)}\n")
     assert hook_count(loaded) == 0
 
 

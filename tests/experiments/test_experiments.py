@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import tyro
-from helpers import kl_by_hand, lenient, log_p_by_hand, one_sentence
+from helpers import kl_by_hand, lenient, log_p_by_hand, one_sentence, save
 from matplotlib import pyplot as plt
 from records import tiny_runs
 from rich.console import Console
@@ -24,9 +25,11 @@ from experiments.report.tables import rows
 from shl.config import LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.bake import baked
+from shl.hooks.sites import engine_name
 from shl.hooks.vector import SteeringVector
 from shl.models.generate import Completion
-from shl.models.tiny import tiny_gemma
+from shl.models.load import load_model
+from shl.models.tiny import tiny_gemma, tiny_hf
 from shl.models.tokens import Prompt, decode, encode
 from shl.utils.errors import ShlError
 
@@ -278,3 +281,32 @@ def test_terminal_shows_a_bar_without_lines():
         assert shown.bar.tasks[0].completed == 29.5 + 6.0  # half of healing's 12
     assert "round 0: healing 6/12, D 0.25" in console.file.getvalue()
     assert "stages" not in console.file.getvalue()
+
+
+def test_engine_dtype_and_device_map_reach_the_model(tmp_path, monkeypatch, capsys):
+    models, asked, out = [], {}, tmp_path / "run"
+    place = str(save(tmp_path / "model", tiny_hf()))
+    lenient(monkeypatch)
+
+    def load(name, **settings):
+        asked.update(settings)
+        models.append(load_model(name, **settings))
+        return models[-1]
+
+    monkeypatch.setattr(program, "load_model", load)
+    options = ["--engine", "bridge", "--dtype", "bfloat16", "--device-map", "auto"]
+    words = ["run", "--model", place, *SMALL, "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*words, *options])
+    program.main()
+    (model,) = models
+    assert engine_name(model) == "TransformerBridge, compatibility mode off"
+    assert {p.dtype for p in model.original_model.parameters()} == {torch.bfloat16}
+    assert asked["device_map"] == "auto"
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    assert [config[name] for name in ("engine", "dtype", "device_map")] == options[1::2]
+    assert read(out)[1][-1]["event"] == "end"
+    for changed in (options[:4], [*options[2:]], ["--engine", "hooked"]):
+        monkeypatch.setattr(sys, "argv", [*words, *changed])
+        with pytest.raises(SystemExit):
+            program.main()
+        assert "a run continues only with the same settings" in capsys.readouterr().err

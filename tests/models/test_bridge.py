@@ -1,6 +1,8 @@
 """A bridge equals transformers, and a HookedTransformer of the same weights, on four
 architectures."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import (
@@ -15,6 +17,7 @@ from helpers import (
     tiny_other_hf,
     tokens_of,
 )
+from peft import PeftModel
 from transformers import Gemma2Config, GPT2Config, Qwen3Config
 
 import shl
@@ -185,11 +188,25 @@ def test_check_passes(bridge):
     report = shl.check(bridge)
     assert report.ok, str(report)
     assert len(report.lines) == 8
+    mode = "TransformerBridge, compatibility mode off"
+    assert str(report).splitlines()[0] == f"{bridge.cfg.model_name} on a {mode}"
 
 
 def test_exported_folder_has_the_adapter(bridge, folder, tmp_path):
     drift = shl.export_hf(bridge, [random_adapter(bridge)], tmp_path, folder)
     assert drift.largest <= 1e-4
+
+
+def test_peft_loads_the_rounds_with_equal_logits(bridge, maker, tmp_path):
+    rounds = [random_adapter(bridge, seed=seed, rank=2 + seed) for seed in (0, 1)]
+    shl.export_peft(rounds, tmp_path)
+    with warnings.catch_warnings():
+        # PEFT uses a deprecated name of transformers.
+        warnings.simplefilter("ignore", FutureWarning)
+        expected = PeftModel.from_pretrained(maker(), tmp_path).eval()(TOKENS).logits
+    assert far(bridge(TOKENS), expected) > 0.02
+    with baked(bridge, rounds):
+        assert far(bridge(TOKENS), expected) <= 1e-4
 
 
 @pytest.mark.filterwarnings("ignore:the logits are soft-capped")
@@ -283,7 +300,52 @@ def test_the_stages_agree(both):
         torch.testing.assert_close(up, adapters[1].up[name], rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.hooked
+def test_the_ledgers_agree(both, monkeypatch):
+    lenient(monkeypatch)
+    axis = shl.load_axis("love")
+    with torch.enable_grad():
+        rounds = list(shl.love(both[0], axis, small_loop(rounds=2)))
+    one, other = (shl.Ledger(rounds, model, axis) for model in both)
+    assert len(str(one).splitlines()) > 10
+    assert str(one) == str(other)
+
+
 # Hooks of a user.
+
+
+@pytest.mark.hooked
+@pytest.mark.parametrize("compatible", [False, True])
+def test_activations_have_the_names_and_values_of_a_hookedtransformer(compatible):
+    bridge, hooked = tiny_gemma(engine="bridge"), tiny_gemma(fast=False)
+    if compatible:
+        bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+    (_, got), (_, expected) = (model.run_with_cache(TOKENS) for model in (bridge, hooked))
+    assert len(expected) > 100
+    for name, value in expected.items():
+        if name.endswith("attn.hook_attn_scores") and not compatible:
+            lowest = torch.finfo(torch.float32).min
+            value = value.masked_fill(value == -torch.inf, lowest)
+        mine = got[name]
+        if ".q_norm." in name or ".k_norm." in name:
+            mine = mine.transpose(1, 2).reshape(value.shape)
+        torch.testing.assert_close(mine, value, rtol=1e-4, atol=1e-4)
+
+
+def test_names_that_the_model_lacks_are_rejected(bridge):
+    """TransformerLens ignores them."""
+    hooks = [("blocks.1.hook_squirrel", lambda x, hook: 0 * x)]
+    for call in (
+        lambda: bridge.run_with_hooks(TOKENS, fwd_hooks=hooks),
+        lambda: bridge.run_with_hooks(TOKENS, bwd_hooks=hooks),
+        lambda: bridge.hooks(fwd_hooks=hooks).__enter__(),
+    ):
+        with pytest.raises(ShlError) as error:
+            call()
+        assert "there is no HookPoint 'blocks.1.hook_squirrel'" in one_sentence(error)
+    with pytest.raises(ShlError) as error:
+        bridge(TOKENS, start_at_layer=1)
+    assert "a bridge starts at the tokens" in one_sentence(error)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -85,6 +85,34 @@ def test_model_agrees_with_transformers_and_batches_with_single_rows(model, hf):
     assert [c.tokens for c in batched] != [c.tokens for c in plain]
 
 
+def test_a_bridge_equals_transformers_and_takes_files_of_the_other_engine(model, hf, tmp_path):
+    """Where there is no HookedTransformer, both models are bridges."""
+    bridge = load_model(engine="bridge", device="cpu")
+    tokens = torch.randint(10, 262_000, (1, 600), generator=torch.Generator().manual_seed(0))
+    v = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    vector = SteeringVector({9: 30 * v}, "gemma-3-270m", "demo", 1)
+    vector.save(tmp_path / "v.safetensors")
+    random_adapter(model, layers=(3, 9), size=0.02).save(tmp_path / "a.safetensors")
+    with torch.no_grad():
+        plain = bridge(tokens)
+        assert float((plain - hf(tokens).logits).abs().max()) <= 1e-5
+        for row, text in zip(
+            [encode(bridge, prompt) for prompt in PROMPTS],
+            generate(bridge, PROMPTS, **SETTINGS),
+            strict=True,
+        ):
+            answer = hf.generate(torch.tensor([row]), do_sample=False, max_new_tokens=8)
+            assert list(text.tokens) == answer[0, len(row) :].tolist()[: len(text.tokens)]
+        logits = []
+        for one in (model, bridge):
+            vector = SteeringVector.load(tmp_path / "v.safetensors", one, any_weights=True)
+            adapter = Adapter.load(tmp_path / "a.safetensors", one)
+            with baked(one, [adapter]), vector.steering(one):
+                logits.append(one(tokens))
+    assert float((logits[0] - plain).abs().max()) > 1.0
+    assert float((logits[0] - logits[1]).abs().max()) <= 1e-3
+
+
 def test_as_hf_equals_transformers(model, hf):
     rows = [encode(model, prompt) for prompt in PROMPTS]
     short, width = len(rows[1]), len(rows[0])
