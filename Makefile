@@ -66,7 +66,7 @@ crash: install  ## kill and resume a small run, and compare it with an uninterru
 probe: install  ## validity of the instruments, with random vectors beside: AXIS= MODEL=
 	$(BIN)/python -m experiments.checks.validity --axis "$(AXIS)" --model "$(MODEL)" $(ARGS)
 
-bench: install  ## compare speed and memory with other libraries: BENCH=kernel|decode|heal|start, default all
+bench: install  ## compare speed and memory with other libraries: BENCH=kernel|decode|heal|start|bridge, default all
 	$(BIN)/python -m experiments.bench $(BENCH) $(ARGS)
 
 ifeq ($(TL),4)

@@ -1,26 +1,31 @@
-"""Decoding: shl with hooks against `generate` of transformers and TransformerLens without."""
+"""Decoding, steps and whole calls: shl with hooks against transformers and TransformerLens."""
 
+import statistics
+import time
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from experiments.bench import turns
-from experiments.bench.measure import Around, Row, interleave, speedup
+from experiments.bench.measure import Around, Row, Timing, interleave, speedup, timing
 from shl.config import LINEAR_SITES, HealConfig
 from shl.hooks.adapter import Adapter, fresh_adapter
-from shl.hooks.bake import baked
+from shl.hooks.bake import baked, fused_decoding
 from shl.hooks.vector import SteeringVector
 from shl.measure.vignettes import vignettes
-from shl.models.generate import generate
+from shl.models.generate import generate, next_logits, prefill, run
 from shl.models.load import load_model
 from shl.models.tokens import Prompt, encode, pad_left
 from shl.models.weights import model_folder
 from shl.utils.model import Model
 
+Hooks = Callable[[Model], AbstractContextManager[Any]]
+
+TURNS = 25
+CONTEXT = 20  # tokens before the first step
 MODEL = "gemma-3-270m"
 STEERED, BOTH = "steered at one layer", "steered + 8 rounds of rank 8"
 COSTS = {
@@ -32,6 +37,8 @@ COSTS = {
     "8 rounds of rank 8 in the weights": "1",
 }
 """Largest allowed time of a step with these hooks over one without."""
+TARGETS = {"bare": "", STEERED: ">= 0.97", BOTH: ">= 0.88"}
+"""Smallest allowed time of transformers' call over ours."""
 SHAPES = {"short": (20, 16), "350 tokens": (350, 8)}  # length of the prompt, new tokens
 
 
@@ -80,16 +87,16 @@ def stock(name: str, hf: PreTrainedModel, tokenizer: Any) -> Any:
 
 def bench(repeats: int = 3) -> list[Row]:
     """The cost of hooks per step, then whole calls, prefill included, against the peers."""
-    return [*hook_costs(), *calls(repeats)]
+    return [*hook_costs(), *calls(repeats, stock_too=True)]
 
 
-def _baking(count: int, rank: int, **options: Any) -> turns.Hooks:
+def _baking(count: int, rank: int, **options: Any) -> Hooks:
     return lambda model: baked(model, adapters(model, count, rank), **options)
 
 
 def hook_costs() -> list[Row]:
     """A step with hooks over the same step without, batch 1 and 16."""
-    hooks: dict[str, turns.Hooks] = {
+    hooks: dict[str, Hooks] = {
         "bare": lambda _: nullcontext(),
         STEERED: lambda m: vector(m, range(9, 10)).steering(m, 0.5),
         "steered at all layers": lambda m: vector(m, range(m.cfg.n_layers)).steering(m, 0.5),
@@ -101,29 +108,86 @@ def hook_costs() -> list[Row]:
     }
     rows = []
     with ExitStack() as stack:
-        models = turns.model_per_case(MODEL, hooks, stack)
+        models = model_per_case(MODEL, hooks, stack)
         for batch in (1, 16):
-            t = turns.steps(models, prompts(batch, 20))
+            t = steps(models, prompts(batch, 20))
             rows += [
-                turns.row(f"a step, {case} / bare, batch {batch}", t[case], t["bare"], target)
+                step_row(f"a step, {case} / bare, batch {batch}", t[case], t["bare"], target)
                 for case, target in COSTS.items()
             ]
             eight, one = t["8 rounds of rank 8"], t["1 round of rank 64"]
             what = f"a step, 8 rounds of rank 8 / 1 of rank 64, batch {batch}"
-            rows.append(turns.row(what, eight, one, "1"))
+            rows.append(step_row(what, eight, one, "1"))
     return rows
 
 
-def calls(repeats: int) -> list[Row]:
-    """Ratios of wall times of whole calls, theirs over ours."""
-    model = load_model(MODEL)
-    device = model.W_U.device
+def transformers_model(model: Model) -> Any:
+    """transformers' own model, with the dtype and device of `model` and its default attention."""
     hf: Any = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=model.cfg.dtype)
-    hf.to(device=device).eval()
+    hf.to(device=model.W_U.device).eval()
     hf.generation_config.max_length = None
     hf.generation_config.top_k = hf.generation_config.top_p = None
+    return hf
+
+
+def model_per_case(name: str, hooks: Mapping[str, Hooks], stack: ExitStack) -> dict[str, Model]:
+    """A model for each case, with its hooks on until `stack` closes; the embedding is shared."""
+    models: dict[str, Any] = {}
+    for case, attach in hooks.items():
+        model: Any = load_model(name, engine="hooked")
+        if models:
+            first = next(iter(models.values()))
+            model.embed.W_E.data = first.embed.W_E.data
+            model.unembed.W_U = first.unembed.W_U
+        stack.enter_context(attach(model))
+        models[case] = model
+    return models
+
+
+@torch.no_grad()
+def steps(models: Mapping[str, Model], prompts: list[Prompt]) -> dict[str, Timing]:
+    """Wall and CPU time of a greedy step, its logits included: each case once per turn."""
+    caches = {}
+    stack = ExitStack()
+    for case, model in models.items():
+        rows = [encode(model, p)[:CONTEXT] for p in prompts]
+        caches[case] = prefill(model, rows, reserve=2 * TURNS)[1]
+        stack.enter_context(fused_decoding(model))
+    tokens = torch.full((len(prompts), 1), 1000, device=next(iter(models.values())).W_U.device)
+    measured: dict[str, list[tuple[float, float, float]]] = {case: [] for case in models}
+    with stack:
+        for turn in range(TURNS + 3):
+            for case, model in models.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                residual = run(model, tokens, torch.ones_like(tokens), caches[case])
+                float(next_logits(model, residual, k=3)[0].sum())  # waits for a GPU
+                if turn >= 3:
+                    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                    measured[case].append((wall, cpu, 0.0))
+    return {case: timing(turns) for case, turns in measured.items()}
+
+
+def step_row(what: str, with_hooks: Timing, without: Timing, target: str) -> Row:
+    """The median over turns of the ratio within a turn."""
+    pairs = zip(with_hooks.wall, without.wall, strict=True)
+    low, middle, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+    note = f"half of {TURNS} turns within {low:.2f} to {high:.2f}"
+    return Row(what, middle, target, 1e3 * with_hooks.seconds, 1e3 * without.seconds, "ms", note)
+
+
+def calls(
+    repeats: int,
+    *,
+    engine: str = "auto",
+    targets: Mapping[str, str] = TARGETS,
+    stock_too: bool = False,
+) -> list[Row]:
+    """Ratios of wall times of whole calls, theirs over ours, of the cases in `targets`."""
+    model = load_model(MODEL, engine=engine)
+    device, hf = model.W_U.device, transformers_model(model)
     eight, one_layer = adapters(model, 8, 8), vector(model, range(9, 10))
-    plain = stock(MODEL, hf, model.tokenizer) if device.type == "cpu" else None
+    stock_too = stock_too and device.type == "cpu"
+    plain = stock(MODEL, hf, model.tokenizer) if stock_too else None
 
     def theirs(questions: list[Prompt], new: int) -> Callable[[], Any]:
         tokens, mask = pad_left(model, [encode(model, p) for p in questions])
@@ -149,12 +213,12 @@ def calls(repeats: int) -> list[Row]:
         on.enter_context(baked(model, eight))
         return on
 
-    around: dict[str, Around] = {
+    known: dict[str, Around] = {
         "bare": nullcontext,
         STEERED: lambda: one_layer.steering(model, 0.5),
         BOTH: steered_and_baked,
     }
-    targets = {"bare": "", STEERED: ">= 0.97", BOTH: ">= 0.88"}
+    around = {case: known[case] for case in targets}
     rows = []
     for batch in (1, 16):
         for name, (length, new) in SHAPES.items():

@@ -129,11 +129,11 @@ def their_step(peft: Any, texts: list[Completion], *, sliced: bool) -> Callable[
     return run
 
 
-def bench(repeats: int = 3) -> list[Row]:
+def bench(repeats: int = 3, *, engine: str = "auto", step: tuple[str, str] = STEP) -> list[Row]:
     """Wall time and extra memory of a step, and the relative error of its gradient."""
     if importlib.util.find_spec("peft") is None:
-        return [Row(what, None, aim, note="install peft") for what, aim in (STEP, MEMORY, ERROR)]
-    model = load_model(MODEL)
+        return [Row(what, None, aim, note="install peft") for what, aim in (step, MEMORY, ERROR)]
+    model = load_model(MODEL, engine=engine)
     adapter = fresh_adapter(model, CONFIG)
     generator = torch.Generator().manual_seed(0)
     for b in adapter.up.values():
@@ -149,7 +149,7 @@ def bench(repeats: int = 3) -> list[Row]:
     off, their_off = errors(cases["ours"], adapter, peft, texts)
     note = spread_note(ours, full, sliced)
     return [
-        speedup(*STEP, ours, full, note),
+        speedup(*step, ours, full, note),
         speedup("sliced PEFT step / ours", "", ours, sliced, note),
         extra_memory(*MEMORY, ours, full),
         extra_memory("ours / sliced PEFT, extra memory", "", ours, sliced),

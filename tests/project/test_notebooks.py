@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import lenient
+from helpers import lenient, save, tiny_llama_hf
 from matplotlib.figure import Figure
 
 import shl
+from shl.models import weights
 from shl.models.tiny import tiny_gemma
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
@@ -55,7 +56,7 @@ def tiny(monkeypatch):
 
 
 def test_first_notebook_on_the_real_model(monkeypatch):
-    assert [name[:2] for name in NAMES] == ["01", "02", "03"]
+    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04"]
     # The stored outputs were computed on a CPU.
     monkeypatch.setattr(shl, "load_model", partial(shl.load_model, device="cpu"))
     space, outputs = run(NAMES[0], monkeypatch)
@@ -101,6 +102,16 @@ def test_third_notebook_trains_and_exports_an_adapter(monkeypatch):
     assert {site.kind for site in space["adapter"].sites} == {"o", "down"}
     assert space["vector"].rule == "median_difference"
     assert outputs[-2:] == ["['adapter_config.json', 'adapter_model.safetensors']", "True"]
+
+
+def test_fourth_notebook_runs_a_qwen_on_the_bridge(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights, "model_folder", lambda name: save(tmp_path, tiny_llama_hf()))
+    changes = {"max_new_tokens=32": "max_new_tokens=8, min_new_tokens=4"}
+    space, outputs = run(NAMES[3], monkeypatch, changes)
+    assert outputs[0] == ("qwen2", 3, 32)
+    assert space["report"].ok
+    assert outputs[-2:] == ["True", "['adapter_config.json', 'adapter_model.safetensors']"]
+    assert all(norm > 0 for norm in space["adapter"].norms().values())
 
 
 @pytest.mark.parametrize("name", NAMES)
