@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from shl.hooks.handle import PROMPTS, ROWS, Handle, row_values
-from shl.hooks.sites import block_of, token_positions
+from shl.hooks.sites import block_of, device_of, token_positions
 from shl.utils.errors import require
 from shl.utils.model import Model
 from shl.utils.shapes import Bool, Float, Int
@@ -184,6 +184,8 @@ def track_positions(
     for layer in sorted(set(layers)):
 
         def hook(args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-            receive(layer, token_positions(handle.model, args, kwargs))
+            # A block's arguments may still be on the device of the block before it.
+            at = token_positions(handle.model, args, kwargs)
+            receive(layer, at.to(device_of(handle.model, layer)))
 
         handle.add_pre_hook(block_of(handle.model, layer), hook)

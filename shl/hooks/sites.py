@@ -232,17 +232,15 @@ def as_linear(model: Model, site: Site) -> tuple[nn.Parameter, str, dict[str, in
 def token_positions(
     model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Int[Tensor, "batch pos"]:
-    """Absolute positions of a block's input tokens, given the block's arguments, on their device;
-    -1 is padding. Without an attention mask no token is padding."""
+    """Absolute positions of a block's input tokens, given the block's arguments; -1 is padding.
+    Without an attention mask no token is padding."""
     if isinstance(model, Bridge):
-        residual = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return model.positions.to(residual.device)
+        return model.positions
     residual = kwargs.get("resid_pre", *args[:1])
     mask, entry = kwargs.get("attention_mask"), kwargs.get("past_kv_cache_entry")
     batch, new = residual.shape[:2]
     if mask is not None:
-        at = (mask.cumsum(1) - 1).masked_fill(mask == 0, -1)[:, -new:]
-        return at.to(residual.device)
+        return (mask.cumsum(1) - 1).masked_fill(mask == 0, -1)[:, -new:]
     before = entry.past_keys.shape[1] if entry is not None else 0
     return torch.arange(before, before + new, device=residual.device).expand(batch, new)
 

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.big_modeling import attach_align_device_hook_on_blocks
 from helpers import (
     SIZES,
     MergedHF,
@@ -18,6 +19,7 @@ from helpers import (
     tokens_of,
 )
 from peft import PeftModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Gemma2Config, GPT2Config, Qwen3Config
 
 import shl
@@ -29,7 +31,7 @@ from shl.hooks.fingerprint import weights_hash
 from shl.hooks.handle import suspended
 from shl.hooks.sites import base_parameters
 from shl.hooks.vector import SteeringVector
-from shl.models.load import choose_engine, load_model
+from shl.models.load import build_bridge, choose_engine, load_model
 from shl.models.tiny import tiny_gemma, tiny_hf
 from shl.models.tokens import encode
 from shl.utils.errors import ShlError
@@ -218,21 +220,60 @@ def test_the_method_runs(bridge, monkeypatch):
     assert torch.isfinite(torch.from_numpy(shl.evaluate(bridge).log_probs)).all()
 
 
-def test_a_device_map_places_hooks_with_their_layer(folder, hf, monkeypatch):
-    """All places are the CPU; the request for each layer's device is what is checked."""
+def test_a_device_map_is_passed_on(folder, hf):
     devices = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
-    devices |= {"model.rotary_emb": "cpu"} | {f"model.layers.{i}": "cpu" for i in range(4)}
-    devices = {k: v for k, v in devices.items() if not k.endswith("3") or len(hf.model.layers) > 3}
+    devices |= {"model.rotary_emb": "cpu"}
+    devices |= {f"model.layers.{i}": "cpu" for i in range(len(hf.model.layers))}
     model = load_model(str(folder), engine="bridge", device_map=devices)
     assert far(model(TOKENS), hf(TOKENS).logits) <= 1e-5
-    asked = []
-    for module in ("adapter", "steering"):
-        place = f"shl.hooks.{module}.device_of"
-        monkeypatch.setattr(place, lambda m, i: asked.append(i) or torch.device("meta"))
-    adapter = shl.hooks.adapter.fresh_adapter(model, HealConfig(rank=2, layers=(0, 2)))
-    assert {p.device.type for p in adapter.parameters()} == {"meta"}
-    with SteeringVector({1: V}, "tiny", "demo", 1).steering(model):
-        assert set(asked) == {0, 1, 2}
+
+
+def placed(hf, devices):
+    """A model whose modules are on these devices, as accelerate places them."""
+    for at, device in devices.items():
+        for module in hf.get_submodule(at).modules():
+            for key, p in module.named_parameters(recurse=False):
+                empty = torch.empty(p.shape, device=device)
+                setattr(module, key, torch.nn.Parameter(empty, requires_grad=False))
+            for key, buffer in module.named_buffers(recurse=False):
+                setattr(module, key, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+    attach_align_device_hook_on_blocks(hf, devices, offload=dict.fromkeys(devices, False))
+    return hf
+
+
+def test_hooks_vectors_and_adapters_live_with_their_layer(maker, monkeypatch):
+    """Tensors without data on two devices: an operation across both raises."""
+    monkeypatch.setattr("shl.hooks.adapter.weights_hash", lambda model: "0" * 16)
+    first, last = "lazy:0", "lazy:1"
+    hf = maker()
+    half = len(hf.model.layers) // 2
+    devices = {"model.embed_tokens": first, "model.rotary_emb": first}
+    devices |= {f"model.layers.{i}": (first, last)[i >= half] for i in range(len(hf.model.layers))}
+    devices |= {"model.norm": last, "lm_head": last}
+    hf.config.tie_word_embeddings = False
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build_bridge(placed(hf, devices), None)
+        tokens = torch.zeros(2, 12, dtype=torch.long, device=first)
+        at = {half - 1: first, half: last}
+        vector = SteeringVector(dict.fromkeys(at, V), "tiny", "demo", 1)
+        adapter = shl.hooks.adapter.fresh_adapter(model, HealConfig(rank=2, layers=tuple(at)))
+        for site in adapter.sites:
+            for factors in (adapter.down, adapter.up):
+                assert str(factors[site.name].device) == at[site.layer]
+        for on in (
+            vector.steering(model, 0.5, positions=[2], gate="cosine"),
+            adapter.attach(model),
+            baked(model, [adapter.frozen()]),
+            baked(model, [adapter.frozen()], materialise=True),
+        ):
+            with on:
+                assert model(tokens).shape == (2, 12, 104)
+                assert str(model(tokens, stop_at_layer=half).device) == first
+                with suspended(model):
+                    model(tokens)
+        with torch.enable_grad(), adapter.attach(model):
+            model(tokens).sum().backward()
+        assert {str(p.grad.device) for p in adapter.parameters()} == {first, last}
 
 
 # What belongs to one engine belongs to the other.
