@@ -347,9 +347,12 @@ def test_the_ledgers_agree(monkeypatch):
     axis, both = shl.load_axis("love"), [tiny_gemma(), tiny_gemma(engine="bridge")]
     with torch.enable_grad():
         rounds = list(shl.love(both[0], axis, small_loop(rounds=2)))
-    one, other = (shl.Ledger(rounds, model, axis) for model in both)
-    assert len(str(one).splitlines()) > 10
-    assert str(one) == str(other)
+    one, other = (str(shl.Ledger(rounds, model, axis)).splitlines() for model in both)
+    # Layers 0 and 1 have windows of 8, so that at layer 1 the tag does not see the persona: the
+    # vector is 0 up to rounding.
+    one, other = ([x for x in lines if x.split()[1:2] != ["1"]] for lines in (one, other))
+    assert len(one) > 10
+    assert one == other
 
 
 # Hooks of a user.
