@@ -1,6 +1,7 @@
 """Files and printed summary of a run folder, from its record alone."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,8 +12,26 @@ from experiments.questions.answers import answer_all, as_json
 from experiments.record.journal import write
 from experiments.record.reader import axis_of, read
 from experiments.report.diary import diary
-from experiments.report.tables import ANSWER_COLUMNS, answer_row, cells, markdown, rows
+from experiments.report.tables import (
+    ANSWER_COLUMNS,
+    answer_row,
+    cells,
+    markdown,
+    readings,
+    rows,
+    trainings,
+)
 from shl.config import EvalConfig
+
+
+def _table(lines: Sequence[Mapping[str, str]]) -> Table:
+    columns, body = cells(lines)
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for line in body:
+        table.add_row(*line)
+    return table
 
 
 def report(folder: Path, console: Console) -> None:
@@ -27,13 +46,9 @@ def report(folder: Path, console: Console) -> None:
     config, events, texts = read(folder)
     axis = axis_of(folder)
     title = f"{config['model']}, axis {axis.name}, seed {config['loop']['seed']}"
-    columns, lines = cells(rows(events))
-    table = Table(title=escape(title))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+    console.print(f"[bold]{escape(title)}[/]", highlight=False)
+    for part in (readings(rows(events)), trainings(rows(events))):
+        console.print(_table(part))
     for e in (e for e in events if e["event"] == "validity"):
         verdict = "valid" if e["valid"] else "not valid"
         name, reason = escape(e["instrument"]), escape(e["reason"])

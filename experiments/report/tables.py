@@ -14,6 +14,9 @@ from shl.measure.retention import Retention
 ANSWER_COLUMNS = ("question", "answer", "deciding figure", "value", "interval", "threshold")
 """Columns of the table of answers."""
 
+TRAINING = ("kept/gen", "kappa", "beta", "rho", "D", "> tau", "lam")
+"""Columns of `rows` that describe the dose and the training."""
+
 
 def answer_row(answer: Answer) -> tuple[str, ...]:
     """A question's row under `ANSWER_COLUMNS`; the last four are empty where no estimate decides.
@@ -47,7 +50,7 @@ def rows(events: Sequence[Event]) -> list[dict[str, str]]:
             _column("care_nats", "care", events): f"{e['nats']['care']:.2f}",
             _column("auth_nats", "authority", events): f"{e['nats']['authority']:.2f}",
             **_items(events, e),
-            "coherence": f"{e['coherence']:.2f}",
+            "valid mass": f"{e['coherence']:.2f}",
             "survival": f"{e['survival']:.2f}",
             "base ppl": "-" if e["perplexity"] is None else f"{e['perplexity']:.1f}",
         }
@@ -64,15 +67,27 @@ def rows(events: Sequence[Event]) -> list[dict[str, str]]:
     return table
 
 
+def readings(table: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """What was measured at each stage: the columns of `rows` that are not of the training."""
+    return [{k: v for k, v in row.items() if k not in TRAINING} for row in table]
+
+
+def trainings(table: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The dose and the training of each stage that has one."""
+    found = [{k: row[k] for k in ("stage", *TRAINING) if k in row} for row in table]
+    return [row for row in found if len(row) > 1]
+
+
 def _items(events: Sequence[Event], stage: Event) -> dict[str, str]:
     found = {"S / base": ("context", ".2f"), "cloze": ("cloze", "+.2f"), "KL": ("kl", ".2f")}
     read = {key: (items_of(events, name, stage), form) for key, (name, form) in found.items()}
     row = {key: format(e["value"], form) for key, (e, form) in read.items() if e is not None}
     tables = [e for e in events if e["event"] == "nulls" and e["instrument"] == "cloze"]
     kl = read["KL"][0]
-    if tables and kl is not None and kl["value"] > 0:
+    if tables and kl is not None:
         table = Nulls(tuple(tables[0]["levels"]), np.array(tables[0]["values"]))
-        row["random"] = f"+-{table.interval(kl['value'])[1]:.2f}"
+        moved = f"+-{table.interval(kl['value'])[1]:.2f}" if kl["value"] > 0 else ""
+        row = {k: row[k] for k in ("cloze",) if k in row} | {"random": moved} | row
     return row
 
 

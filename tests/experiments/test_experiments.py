@@ -132,7 +132,7 @@ def test_table_has_a_row_per_stage_with_the_numbers_of_its_event(folder):
     table = rows(events)
     names = ["base", "prompted+", "prompted-", "steered 0", "healed 0", "steered 1", "healed 1"]
     assert [row["stage"] for row in table] == names
-    assert table[0]["coherence"] == "1.00"
+    assert table[0]["valid mass"] == "1.00"
     assert (table[3]["kept/gen"], table[3]["kappa"]) == ("6/8", "1.00")
     healing = [e for e in events if e["event"] == "healing"]
     assert table[6]["D"] == f"{healing[1]['epochs'][-1]['d']:.2f}"

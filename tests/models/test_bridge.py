@@ -110,11 +110,17 @@ def test_logits_equal_transformers(bridge, hf):
 
 
 @pytest.mark.parametrize("own_attention", [True, False])
-def test_padded_and_cached_tokens_equal_rows_without_padding(bridge, hf, own_attention):
+def test_padded_and_cached_tokens_equal_rows_without_padding(bridge, hf, own_attention, request):
     """The second case has a hook on the pattern, so TransformerLens computes the attention."""
     layers = range(0 if own_attention else bridge.cfg.n_layers)
     hooks = [(f"blocks.{i}.attn.hook_pattern", lambda x, hook: x) for i in layers]
     whole = [alone(hf, *pair) for pair in zip(TOKENS, LEFT, strict=True)]
+    # Rotary attention does not change with the start; learned positions would.
+    given = []
+    watch = bridge.decoder.register_forward_pre_hook(
+        lambda m, a, kw: given.append(kw.get("position_ids")), with_kwargs=True
+    )
+    request.addfinalizer(watch.remove)
     with bridge.hooks(fwd_hooks=hooks):
         at_once = bridge(TOKENS, attention_mask=LEFT)
         cache = KVCache.empty(bridge, 2)
@@ -124,6 +130,9 @@ def test_padded_and_cached_tokens_equal_rows_without_padding(bridge, hf, own_att
     for got in (at_once, torch.cat(parts, 1)):
         assert far(got[0, 13:], whole[0]) <= 2e-5
         assert far(got[1], whole[1]) <= 2e-5
+    cached = torch.cat(given[1:], 1)
+    assert cached[0, 13:].tolist() == list(range(27))
+    assert cached[1].tolist() == list(range(40))
 
 
 def test_residuals_equal_transformers_hidden_states(bridge, hf):
@@ -410,6 +419,19 @@ def test_hooks_on_scores_pattern_and_norms_act(bridge_gemma):
     assert far(pattern, bridge_gemma(TOKENS)) > 0.01
     assert far(pattern, z) <= 1e-5
     assert far(scores, bridge_gemma(TOKENS)) > 0.01
+
+
+def test_hooks_on_inputs_and_outputs_act_on_transformers_own_modules(bridge_gemma):
+    """Attention's input is ln1's output, and ln2's input the residual stream without it."""
+
+    def run(*names):
+        hooks = [(f"blocks.1.{name}", lambda x, hook: x + V) for name in names]
+        return bridge_gemma.run_with_hooks(TOKENS, fwd_hooks=hooks)
+
+    assert far(run("attn.hook_in"), run("ln1.hook_out")) == 0
+    assert far(run("attn.hook_in"), run()) > 0.01
+    assert far(run("attn.hook_out"), run("ln1_post.hook_in")) == 0
+    assert far(run("attn.hook_out"), run()) > 1e-4
 
 
 def test_compatibility_mode_changes_no_number():
