@@ -120,8 +120,8 @@ class Bridge(TransformerBridge):
     Its weights are transformers' own, without a copy or processing. HookPoints have the bridge's
     names (`blocks.3.hook_out`, `blocks.3.attn.q.hook_in`) and HookedTransformer's
     (`blocks.3.hook_resid_post`, `blocks.3.attn.hook_q`), with the same activations; those inside
-    the norms of q and k are `[batch, head, pos, ...]`, where a HookedTransformer has one dimension. `hook_attn_scores` holds the lowest
-    finite number where attention is masked; after
+    the norms of q and k are `[batch, head, pos, ...]`, where a HookedTransformer has one dimension.
+    `hook_attn_scores` holds the lowest finite number where attention is masked; after
     `model.enable_compatibility_mode(no_processing=True)` it holds -inf there, as in a
     HookedTransformer. No other activation depends on the mode.
 
