@@ -143,7 +143,7 @@ def study(
         require_same_run(folder, settings)
         say(console, f"{folder} is finished; to run it again name another folder with --out")
         return folder
-    require_usable(folder)
+    require_usable(folder, settings)
     try:
         with Stop() as stop:
             if load is None:

@@ -48,11 +48,11 @@ SAVE_EVERY = 20.0
 """Seconds of training between two saved states, which is the most that a killed run repeats."""
 
 
-def require_usable(folder: Path) -> None:
+def require_usable(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise unless a run may be kept in a folder, which need not exist yet.
 
     Raises:
-        ShlError: the folder holds something else, or cannot be written.
+        ShlError: the folder holds something else or another run, or cannot be written.
     """
     try:
         names = {path.name for path in folder.iterdir()}
@@ -68,6 +68,8 @@ def require_usable(folder: Path) -> None:
     require(
         os.access(existing, os.W_OK), f"{folder} cannot be written, {existing} is not writable."
     )
+    if read_lines(folder / "events.jsonl"):
+        require_same_run(folder, settings)
 
 
 class RecordWriter(RecordReader):
@@ -89,7 +91,7 @@ class RecordWriter(RecordReader):
     ) -> None:
         self.folder = folder
         self._delayed = stop.delayed if stop is not None else nullcontext
-        require_usable(folder)
+        require_usable(folder, settings)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -118,7 +120,6 @@ class RecordWriter(RecordReader):
             files = {name: digest(folder / name) for name in FILES}
             self.event("start", -1, {"files": files, "weights": weights})
             return
-        require_same_run(folder, settings)
         require_unmodified(folder, self.events[0])
         before = self.events[0]["weights"]
         require(

@@ -29,7 +29,7 @@ from shl.models.tiny import tiny_hf
 ROOT = Path(__file__).parents[2]
 SMALL = """
   --rounds 1 --vector.contexts 3 --generate.max-new-tokens 8 --generate.min-new-tokens 4
-  --dose.rungs 2 --dose.probe-size 2 --dose.min-train 2 --dose.batch-size 4 --heal.rank 2
+  --dose.rungs 2 --dose.probe-size 2 --dose.min-train 6 --dose.batch-size 4 --heal.rank 2
   --heal.sites q down --heal.unsteered 0 --heal.narrative 0 --eval.samples 3 --eval.bootstrap 20
   --eval.nulls 0 --eval.conflicts 2 --eval.batch-size 84 --filter.min-words 0
   --filter.max-tail-perplexity 1e30 --filter.min-perplexity 1 --filter.max-word-share 1
@@ -102,9 +102,11 @@ def begun(alone, folder, event):
     shutil.copytree(alone, folder)
     path = folder / "events.jsonl"
     lines = path.read_text("utf-8").splitlines(keepends=True)
-    count = 1 + next(
-        i for i, e in enumerate(read(alone)[1]) if event in (e["event"], e.get("stage"))
-    )
+    events = read(alone)[1]
+    count = 1 + next(i for i, e in enumerate(events) if event in (e["event"], e.get("stage")))
+    texts = folder / "texts.jsonl"
+    written = texts.read_bytes().splitlines(keepends=True)[: events[count - 1]["texts"]]
+    texts.write_bytes(b"".join(written))
     path.write_text("".join(lines[:count]) + lines[count][:30], "utf-8")
     return folder
 
@@ -131,7 +133,7 @@ SETTINGS = [
     (("--device", "meta"), "device is 'meta', it must be cpu, cuda or cuda:N"),
     (("--device", "abacus"), "device is 'abacus', it must be cpu, cuda or cuda:N"),
     (("--out", "."), "holds something else"),
-    (("--out", "taken"), "taken cannot be "),
+    (("--out", "taken"), "taken/events.jsonl cannot be read (Not a directory)"),
 ]
 
 
@@ -306,7 +308,7 @@ def other_vector(model, folder, seed, axis):
 
 
 EDITS = {
-    "texts": ("batch", lambda f, _: edit(f / "texts.jsonl", b"care", b"cart"), "checksum mismatch"),
+    "texts": ("batch", lambda f, _: edit(f / "texts.jsonl", b"manager", b"manages"), "checksum mismatch"),
     "events": ("batch", lambda f, _: edit(f / "events.jsonl", b"0", b"1"), "checksum mismatch"),
     "config": ("batch", lambda f, _: edit(f / "config.json", b"20", b"21"), "this run has 20"),
     "adapter": (
@@ -328,11 +330,12 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_edited_files_are_refused(name, local, alone, call, tmp_path):
+def test_edited_files_are_refused(name, local, alone, call, tmp_path, capsys):
     event, change, sentence = EDITS[name]
     folder = begun(alone, tmp_path / "run", event)
     change(folder, local)
     before = content(folder)
+    capsys.readouterr()  # what is printed when a model is saved
     result = call("--out", folder)
     refused(result, "")
     assert re.search(sentence, result[1])
@@ -346,10 +349,7 @@ def test_folder_of_somebody_else_is_refused(alone, call, tmp_path):
     folder = begun(alone, tmp_path / "run", "base")
     before = content(folder)
     refused(call("--out", folder, "--seed", 7), "has loop.seed 42, this run has 7")
-    assert (
-        content(folder).items()
-        >= (before | {Path(".lock"): content(folder)[Path(".lock")]}).items()
-    )
+    assert content(folder) == before
 
 
 NAME = "<img src=x onerror=alert(1)>[/red]{{ 7 * 7 }}</title>"
