@@ -308,7 +308,11 @@ def other_vector(model, folder, seed, axis):
 
 
 EDITS = {
-    "texts": ("batch", lambda f, _: edit(f / "texts.jsonl", b"manager", b"manages"), "checksum mismatch"),
+    "texts": (
+        "batch",
+        lambda f, _: edit(f / "texts.jsonl", b"manager", b"manages"),
+        "checksum mismatch",
+    ),
     "events": ("batch", lambda f, _: edit(f / "events.jsonl", b"0", b"1"), "checksum mismatch"),
     "config": ("batch", lambda f, _: edit(f / "config.json", b"20", b"21"), "this run has 20"),
     "adapter": (

@@ -1,0 +1,130 @@
+"""Put known defects into a copy of the code, one at a time: each must fail one of its tests.
+
+`make defects` does so with the list in tests/defects.toml, whose edits no operator of a mutation
+tool makes. Libraries are imported once; each defect has a process of its own.
+"""
+
+import contextlib
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.record.command import command
+from shl.utils.errors import ShlError, require
+
+ROOT = Path(__file__).parents[2]
+LIBRARIES = ("scipy.stats", "hypothesis", "matplotlib.pyplot", "pydantic", "tyro", "rich.table")
+
+
+@dataclass(frozen=True)
+class Defect:
+    """An edit: `old` occurs once in `file` and becomes `new`; one of `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def put_into(self, tree: Path) -> None:
+        """Edit the file in a copy of the code."""
+        text = (tree / self.file).read_text("utf-8")
+        count = text.count(self.old)
+        require(count == 1, f"{self.file} has {self.old!r} {count} times, it must have it once.")
+        (tree / self.file).write_text(text.replace(self.old, self.new), "utf-8")
+
+
+@dataclass(frozen=True)
+class DefectsConfig:
+    """Which defects, and how many at a time."""
+
+    list: Path = ROOT / "tests" / "defects.toml"
+    """The defects."""
+    only: str = ""
+    """Part of the names of those to try."""
+    processes: int = 2
+    """Defects tried at a time [count]."""
+
+
+def defects(config: DefectsConfig) -> None:
+    """Try every defect; exits with status 1 if one survives or cannot be tried."""
+    rows = tomllib.loads(config.list.read_text("utf-8"))["defect"]
+    listed = [Defect(**row | {"tests": tuple(row["tests"])}) for row in rows]
+    listed = [defect for defect in listed if config.only in defect.name]
+    require(bool(listed), f"no defect's name holds {config.only!r}.")
+    tests = tuple(sorted({test for defect in listed for test in defect.tests}))
+    # Every test must pass where there is no defect.
+    waiting = [Defect("none", "README.md", "", "", tests), *listed]
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    began, running, survived = time.monotonic(), {}, []
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, defect in enumerate(waiting):
+            if len(running) == config.processes:
+                survived += _ended(running)
+            running[_start(defect, Path(scratch) / str(number))] = defect
+        while running:
+            survived += _ended(running)
+    print(f"{len(listed) - len(survived)} of {len(listed)} defects are noticed, "
+          f"{time.monotonic() - began:.0f} s")  # fmt: skip
+    sys.exit(bool(survived))
+
+
+def _start(defect: Defect, tree: Path) -> int:
+    """Start the tests of a defect in a process of their own; its id."""
+    for name in ("shl", "experiments", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tree)
+    if defect.old:
+        defect.put_into(tree)
+    if (process := os.fork()) == 0:
+        try:
+            os._exit(_test(defect, tree))
+        finally:
+            os._exit(70)
+    return process
+
+
+def _test(defect: Defect, tree: Path) -> int:
+    """Run tests on a copy of the code, as which `shl` and `experiments` are imported anew."""
+    for name in [n for n in sys.modules if n.split(".")[0] in ("shl", "experiments")]:
+        del sys.modules[name]
+    sys.path[:] = [str(tree), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    sys.dont_write_bytecode = True
+    os.chdir(tree)
+    import pytest
+
+    with (tree / "output").open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            return int(pytest.main(["-x", "-p", "no:cacheprovider", *defect.tests]))
+
+
+def _ended(running: dict[int, Defect]) -> list[str]:
+    """Wait for a process; the name of its defect if that was not noticed."""
+    process, status = os.wait()
+    defect, code = running.pop(process), os.waitstatus_to_exitcode(status)
+    if not defect.old:
+        if code:
+            raise ShlError("a test of the list fails without a defect; run `make test`.")
+        return []
+    outcome = {0: "SURVIVED", 1: "noticed"}.get(code, f"the tests did not run (status {code})")
+    print(f"{outcome:9} {defect.name}", flush=True)
+    return [] if code == 1 else [defect.name]
+
+
+def main() -> None:
+    """The command line."""
+    command(defects, DefectsConfig, __doc__)
+
+
+if __name__ == "__main__":
+    main()
