@@ -388,7 +388,9 @@ def test_differences_of_two_runs_are_found(alone, tmp_path):
     (folder / "events.jsonl").unlink()
     Journal(folder / "events.jsonl").append(events)
     assert differences(alone, folder)[-1] == f"differs: events.jsonl from line {number + 1}"
-    (folder / "texts.jsonl").write_bytes((folder / "texts.jsonl").read_bytes() + b"\n")
+    (folder / "texts.jsonl").write_bytes(
+        (folder / "texts.jsonl").read_bytes() + b"{"
+    )  # a torn line
     assert "differs: texts.jsonl" in differences(alone, folder)
 
 
