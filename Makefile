@@ -19,10 +19,12 @@ STUDY = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --s
 # Triton kernels have no docstrings, and shapes re-exports those of jaxtyping.
 DOCUMENTED = $(filter-out %.__init__ shl.kl.triton shl.utils.shapes, \
   $(subst /,.,$(basename $(wildcard shl/*.py shl/*/*.py))))
+# A file's tests share its models and runs.
+PARALLEL = -n 2 --dist loadfile
 # Without HookedTransformer all models are bridges; what needs the first is skipped, and counted.
 TL4_TESTS = $(patsubst %,tests/hooks/test_%.py,sites steering lora hooks) tests/models/test_bridge.py
 TL4_SKIPS = 46
-.PHONY: help install experiment arms smoke status report probe crash bench test check docs notebooks
+.PHONY: help install experiment arms smoke status report probe crash bench test defects check docs notebooks
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
 	@echo "variables: AXIS=$(AXIS) MODEL=$(MODEL) ROUNDS=$(ROUNDS) SEED=$(SEED) ARGS=\"--help\""
@@ -39,7 +41,7 @@ install: .venv/installed  ## install into .venv, pinned by constraints.txt
 .venv-tl4/installed: pyproject.toml constraints-tl4.txt
 	$(PYTHON) -m venv .venv-tl4
 	.venv-tl4/bin/pip install --quiet -c constraints-tl4.txt "$$(grep ^torch== constraints-tl4.txt)"
-	.venv-tl4/bin/pip install --quiet -c constraints-tl4.txt -e ".[export]" pytest hypothesis
+	.venv-tl4/bin/pip install --quiet -c constraints-tl4.txt -e ".[export]" pytest pytest-xdist hypothesis
 	@touch $@
 
 experiment: install  ## run or continue the study: AXIS= MODEL= ROUNDS= SEED= ARGS="--heal.tau 1.0"
@@ -71,11 +73,14 @@ bench: install  ## compare speed and memory with other libraries: BENCH=kernel|d
 
 ifeq ($(TL),4)
 test: .venv-tl4/installed
-	.venv-tl4/bin/python -m pytest -p no:cacheprovider $(TL4_TESTS) --skips $(TL4_SKIPS)
+	.venv-tl4/bin/python -m pytest $(PARALLEL) -p no:cacheprovider $(TL4_TESTS) --skips $(TL4_SKIPS)
 else
 test: install  ## run all tests with coverage; TL=4: those of hooks and models on TransformerLens 4
-	$(BIN)/python -m pytest --cov=shl --cov-report=term:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest $(PARALLEL) --cov=shl --cov-report=term:skip-covered --cov-fail-under=95
 endif
+
+defects: install  ## put known defects into a copy of the code: each must fail a test
+	$(BIN)/python -m experiments.checks.defects $(ARGS)
 
 check: install  ## check format, lint and static types
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -27,6 +27,7 @@ from experiments.record.writer import (
     RecordWriter,
     SharedStages,
     beside,
+    require_usable,
     round_numbers,
     token_curves,
 )
@@ -40,7 +41,7 @@ from shl.measure.continuations import Cloze, item_instruments, read_cloze
 from shl.measure.nulls import nulls
 from shl.measure.tinymfv import Tinymfv
 from shl.method.axes import Axis, load_axis, nuisance_axes, require_instrument
-from shl.method.loop import StarvedError, baselines, love
+from shl.method.loop import StarvedError, baselines, love, require_fits
 from shl.models.load import load_model
 from shl.models.nan_checks import named
 from shl.utils.errors import require
@@ -142,11 +143,13 @@ def study(
         require_same_run(folder, settings)
         say(console, f"{folder} is finished; to run it again name another folder with --out")
         return folder
+    require_usable(folder, settings)
     try:
         with Stop() as stop:
             if load is None:
                 say(console, f"loading {config.model} (the first time takes a minute longer)")
             model = load() if load else _load(config)
+            require_fits(model, config.loop)
             with (
                 closing(RecordWriter(folder, settings, weights_hash(model), stop)) as record,
                 usage(folder, len(record.events)) as peak,

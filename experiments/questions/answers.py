@@ -27,7 +27,7 @@ def answer_all(
     `config` gives the resamples and the confidence of the intervals.
 
     Raises:
-        ShlError: more resamples than can be held, or scores of different shapes.
+        ShlError: scores of different shapes.
     """
     m = Measurements(events, texts, axis, config)
     claims = [question(m) for question in CLAIMS]

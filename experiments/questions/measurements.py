@@ -36,14 +36,11 @@ from shl.measure.nulls import Nulls
 from shl.measure.stats import bootstrap
 from shl.measure.vignettes import reading
 from shl.method.axes import Axis
-from shl.utils.errors import require
 
 Profiles = np.ndarray
 """`[stage, 7 + paraphrase]`: log mean probability per foundation, then log valid-answer mass per
 paraphrase; base is the first stage."""
 
-MAX_RESAMPLES = 100_000
-"""84 vignettes in so many resamples take 70 MB, and more do not narrow an interval."""
 NO_ROUND = "no round was finished"
 
 
@@ -53,11 +50,6 @@ class Measurements:
     def __init__(
         self, events: Sequence[Event], texts: Sequence[Event], axis: Axis, config: EvalConfig
     ) -> None:
-        require(
-            config.bootstrap <= MAX_RESAMPLES,
-            f"eval.bootstrap is {config.bootstrap:,}, answers take at most {MAX_RESAMPLES:,} "
-            "resamples.",
-        )
         self.events, self.texts, self.axis, self.config = events, texts, axis, config
         measured = bool(stages(events, "base"))
         self.healed = self._readable("healed") if measured else []

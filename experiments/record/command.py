@@ -1,5 +1,7 @@
 """What all commands share: parsing, exit status, and the console."""
 
+import contextlib
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -21,12 +23,29 @@ def command(main: Callable[[C], None], config: type[C], description: str | None)
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        main(tyro.cli(config, description=description))
+        main(_parsed(config, description))
     except ShlError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
         sys.exit(128 + stopped.number)
+
+
+def _parsed(config: type[C], description: str | None) -> C:
+    """Parse the command line; the sentence of a setting is raised without the frame and the hints
+    that tyro prints around it."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(config, description=description)
+    except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause is not None:
+            if isinstance(cause, ShlError):
+                raise cause from None
+            cause = cause.__context__
+        print(printed.getvalue(), end="", file=sys.stderr)
+        raise
 
 
 def wide_console() -> Console:

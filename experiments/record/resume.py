@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from shl.models.generate import Completion
 from shl.models.tokens import Prompt, encode
 from shl.utils.errors import require
 from shl.utils.model import Model
+
+Made = TypeVar("Made", SteeringVector, Adapter)
 
 
 class Resume(Observer):
@@ -53,8 +57,11 @@ class Resume(Observer):
 
     def load_vector(self, index: int) -> SteeringVector | None:
         """Return the vector of a round."""
-        found = self.find("vector", index) is not None
-        return SteeringVector.load(self.record.path_of(index, "vector")) if found else None
+        line = self.find("vector", index)
+        if line is None:
+            return None
+        path = self.record.path_of(index, "vector")
+        return _as_recorded(SteeringVector.load(path, self.model), line, path)
 
     def load_probe(self, index: int) -> Judged | None:
         """Return the judged rows of the dose ladder."""
@@ -74,7 +81,8 @@ class Resume(Observer):
         line = self.find("healing", index)
         if line is None:
             return None
-        adapter = Adapter.load(self.record.path_of(index, "adapter"), self.model)
+        path = self.record.path_of(index, "adapter")
+        adapter = _as_recorded(Adapter.load(path, self.model), line, path)
         return Healed(adapter, tuple(HealStep(**step) for step in line["steps"]), self.config.heal)
 
     def load_retention(self, index: int) -> dict[str, Retention] | None:
@@ -124,6 +132,17 @@ class Resume(Observer):
             f"{self.model.cfg.d_vocab}.",
         )
         return Completion(prompt, t["text"], tuple(t["tokens"]), ids, t["dose"], t["ended"])
+
+
+def _as_recorded(found: Made, line: Line, path: Path) -> Made:
+    """A vector or adapter, unless its norms differ from those in the event of its stage."""
+    norms, recorded = ({str(k): v for k, v in x.items()} for x in (found.norms(), line["norms"]))
+    require(
+        norms.keys() == recorded.keys()
+        and all(math.isclose(norms[k], recorded[k], rel_tol=1e-4) for k in norms),
+        f"the norms of {path} differ from those on record: the file was replaced.",
+    )
+    return found
 
 
 def scores(line: Event) -> np.ndarray:

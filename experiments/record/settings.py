@@ -20,7 +20,7 @@ from experiments.record.reader import INFORMATIONAL
 from shl.config import LoopConfig
 from shl.measure.tinymfv import TinymfvConfig, package, version_of
 from shl.method.axes import Axis
-from shl.utils.errors import ShlError, require
+from shl.models.load import choose_device
 
 PACKAGES = ("torch", "transformer-lens", "transformers", "numpy", "einops", "safetensors")
 ROOT = Path(__file__).parent.parent.parent
@@ -87,22 +87,6 @@ def engine_options(config: RunConfig) -> dict[str, Any]:
     return {name: x for name, x in options.items() if x != defaults[name]}
 
 
-def device_of(name: str | None) -> str:
-    """The device of a run, by default CUDA if there is any, else the CPU."""
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    name = name or ("cuda" if available else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ShlError(f"device is {name!r}, it must be cpu, cuda or cuda:N.") from error
-    require(device.type in ("cpu", "cuda"), f"device is {name!r}, it must be cpu, cuda or cuda:N.")
-    require(
-        device.type == "cpu" or (device.index or 0) < available,
-        f"device is {name!r}, torch finds {available} CUDA devices.",
-    )
-    return name
-
-
 def settings_of(config: RunConfig, axis: Axis) -> dict[str, dict[str, Any]]:
     """The contents of the files in `reader.FILES`."""
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -115,7 +99,7 @@ def settings_of(config: RunConfig, axis: Axis) -> dict[str, dict[str, Any]]:
     else:
         module = package()
         packages = {module.__name__: version_of(module)}
-    settings["device"] = device_of(config.device)
+    settings["device"] = choose_device(config.device)
     return {
         "config.json": settings,
         "axis.json": vars(axis)
@@ -138,5 +122,7 @@ def name_for(settings: Mapping[str, Mapping[str, Any]], kind: str) -> str:
     digest = hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:8]
     model = settings["config.json"]["model"].rstrip("/").split("/")[-1]
     # The name in an axis file may be anything, even a path.
-    axis, model = (re.sub(r"[^\w.-]+", "_", x) for x in (settings["axis.json"]["name"], model))
+    parts = (re.sub(r"[^\w.-]+", "_", x) for x in (settings["axis.json"]["name"], model))
+    # A folder's name has at most 255 bytes.
+    axis, model = (part.encode()[:90].decode(errors="ignore") for part in parts)
     return f"{axis}-{model}-{kind}-{digest}"

@@ -1,6 +1,7 @@
 """Write a run folder: each finished stage is on the disk before the next begins."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -47,6 +48,30 @@ SAVE_EVERY = 20.0
 """Seconds of training between two saved states, which is the most that a killed run repeats."""
 
 
+def require_usable(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise unless a run may be kept in a folder, which need not exist yet.
+
+    Raises:
+        ShlError: the folder holds something else or another run, or cannot be written.
+    """
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        names = set()
+    except OSError as error:
+        raise write_error(folder, error) from error
+    require(
+        "config.json" in names or not names - {".lock", ".config.json.tmp"},
+        f"the run folder {folder} holds something else, name a new one with --out.",
+    )
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    require(
+        os.access(existing, os.W_OK), f"{folder} cannot be written, {existing} is not writable."
+    )
+    if read_lines(folder / "events.jsonl"):
+        require_same_run(folder, settings)
+
+
 class RecordWriter(RecordReader):
     """Appends to a run folder, after what it holds; one process at a time.
 
@@ -66,15 +91,11 @@ class RecordWriter(RecordReader):
     ) -> None:
         self.folder = folder
         self._delayed = stop.delayed if stop is not None else nullcontext
+        require_usable(folder, settings)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in folder.iterdir()}
         except OSError as error:
             raise write_error(folder, error) from error
-        require(
-            "config.json" in names or not names - {".lock", ".config.json.tmp"},
-            f"the run folder {folder} holds something else, name a new one with --out.",
-        )
         self._lock = lock(folder)
         try:
             self._open(settings, weights)
@@ -99,7 +120,6 @@ class RecordWriter(RecordReader):
             files = {name: digest(folder / name) for name in FILES}
             self.event("start", -1, {"files": files, "weights": weights})
             return
-        require_same_run(folder, settings)
         require_unmodified(folder, self.events[0])
         before = self.events[0]["weights"]
         require(

@@ -266,6 +266,18 @@ def check_fits(model: Model, adapter: Adapter) -> None:
         )
 
 
+def adapter_sites(model: Model, config: HealConfig) -> tuple[Site, ...]:
+    """The sites of an adapter with these settings; raises as `fresh_adapter`."""
+    # By default without the first and last sixth, which are closest to embedding and unembedding.
+    layers = band(model, 1 / 6, 5 / 6) if config.layers is None else config.layers
+    width = model.cfg.d_model
+    require(
+        config.rank <= width,
+        f"rank is {config.rank}, it must be at most {width}, the width of {model.cfg.model_name}.",
+    )
+    return sites_of(model, config.sites, layers)
+
+
 def fresh_adapter(
     model: Model,
     config: HealConfig,
@@ -277,7 +289,7 @@ def fresh_adapter(
     """A trainable fp32 adapter: A uniform in +-1/sqrt(d_in), as in nn.Linear and PEFT, and B zero.
 
     Raises:
-        ShlError: the model does not have a site or layer.
+        ShlError: the model does not have a site or layer, or the rank is above its width.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -285,10 +297,7 @@ def fresh_adapter(
         >>> [tuple(p.shape) for p in adapter.parameters()]
         [(2, 32), (64, 2)]
     """
-    # By default without the first and last sixth, which are closest to embedding and unembedding.
-    layers = band(model, 1 / 6, 5 / 6) if config.layers is None else config.layers
-    sites = sites_of(model, config.sites, layers)
-    rank = config.rank
+    sites, rank = adapter_sites(model, config), config.rank
     down, up = {}, {}
     for site in sites:
         device = device_of(model, site.layer)

@@ -23,8 +23,8 @@ class Axis:
     neither gives vectors, but no instrument reads its trait (`require_instrument`).
 
     Raises:
-        ShlError: equal personas, empty contexts or prompts, or an expected sign that is neither
-            +1 nor -1 or names no foundation.
+        ShlError: a name that files and tables cannot hold, equal personas, empty contexts or
+            prompts, or an expected sign that is neither +1 nor -1 or names no foundation.
 
     Example:
         >>> axis = load_axis("care_auth")
@@ -42,7 +42,17 @@ class Axis:
     cloze: Cloze | None = None
 
     def __post_init__(self) -> None:
+        require(
+            len(self.name) <= 100,
+            f"the name of an axis has {len(self.name)} characters, it must have at most 100.",
+        )
         where = f"axis {self.name!r}"
+        # Vectors, adapters and their folders carry it.
+        require(
+            self.name.isprintable(),
+            f"the name of {where} has a character that is not printable, such as a tab, a no-break "
+            "space or a joiner; it must have none.",
+        )
         for key in ("name", "positive", "negative"):
             require(bool(getattr(self, key).strip()), f"{where} has an empty {key}.")
         require(

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from shl.config import LoopConfig
-from shl.hooks.adapter import Adapter
+from shl.hooks.adapter import Adapter, adapter_sites
 from shl.hooks.bake import baked
+from shl.hooks.sites import check_layers
 from shl.hooks.vector import SteeringVector
 from shl.measure.continuations import Instrument, conflict_items
 from shl.measure.nulls import random_like
@@ -155,6 +156,12 @@ def love(
         yield finished
 
 
+def require_fits(model: Model, config: LoopConfig) -> None:
+    """Raise a `ShlError` at the first setting that does not fit the model."""
+    check_layers(model, config.vector.layers or ())
+    adapter_sites(model, config.heal)
+
+
 @dataclass(frozen=True)
 class Study:
     """The stages of a run in the order in which they run; what the observer has is not computed."""
@@ -164,6 +171,9 @@ class Study:
     config: LoopConfig
     observer: Observer
     instruments: Mapping[str, Instrument]
+
+    def __post_init__(self) -> None:
+        require_fits(self.model, self.config)
 
     @property
     def persona(self) -> str | None:

@@ -74,18 +74,20 @@ def load_model(
         A model without weight processing, with the same logits as in transformers.
 
     Raises:
-        ShlError: the model is unknown, access is denied, the checksum is wrong, the disk is full,
-            the engine is not installed or does not know the architecture, or the device map leaves
-            a module out.
+        ShlError: the model or device is unknown, access is denied, the checksum is wrong, the disk
+            is full, the engine is not installed or does not know the architecture, or the device
+            map leaves a module out.
 
     Example:
         >>> model = load_model("gemma-3-270m", device="cpu")
         >>> model("The capital of France is").shape
         torch.Size([1, 6, 262144])
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     chosen = choose_engine(engine)
+    # Vectors and adapters carry the name.
+    require(name.isprintable(), f"the model name {name!r} has a character that is not printable.")
     folder = model_folder(name)
     if chosen == "bridge":
         return _load_bridge(name, folder, device, device_map, dtype)
@@ -97,6 +99,30 @@ def load_model(
     return build_model(
         hf_config, state, tokenizer, name=name, device=device, dtype=dtype, fast=fast
     )
+
+
+def choose_device(name: str | None) -> str:
+    """The device that a name in `load_model` stands for, by default CUDA if there is any.
+
+    Raises:
+        ShlError: the name is unknown, or torch does not find the device.
+
+    Example:
+        >>> choose_device("cpu")
+        'cpu'
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = name or ("cuda" if available else "cpu")
+    kind, colon, index = name.partition(":")
+    require(
+        name == "cpu" or (kind == "cuda" and index.isdecimal() == bool(colon)),
+        f"device is {name!r}, it must be cpu, cuda or cuda:N.",
+    )
+    require(
+        name == "cpu" or int(index or 0) < available,
+        f"device is {name!r}, torch finds {available} CUDA devices.",
+    )
+    return name
 
 
 def choose_engine(engine: str) -> str:

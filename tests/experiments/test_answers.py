@@ -403,8 +403,6 @@ def test_malformed_scores_and_settings_are_rejected():
             answer_all([stage("base", -1, changed), *events[1:]], found, AXIS, FEW)
     with pytest.raises(ShlError, match="the labels name"):
         answer_all([events[0] | {"labels": ["cares"] * 84}, *events[1:]], found, AXIS, FEW)
-    with pytest.raises(ShlError, match="resamples"):
-        answer_all(events, found, AXIS, EvalConfig(bootstrap=2**70))
 
 
 def test_labels_come_from_the_record():
@@ -441,3 +439,11 @@ def test_texts_of_a_steered_stage_are_those_at_its_dose():
     assert broken["note"] == "8 of 40, base 160 of 160"
     assert broken["value"] == pytest.approx(1 - 8 / 40)
     assert broken["verdict"] == "yes"
+
+
+def test_the_gain_of_a_round_is_over_the_round_before():
+    cosines = ({"6": 1.0}, {"6": 0.9}, {"6": 0.8})
+    found = ask(run(healed=(on(0.3), on(0.5), on(0.4)), cosines=cosines))["Q3"]
+    gains = [figure(found, "on-axis shift gained", index)["value"] for index in range(3)]
+    assert gains == pytest.approx([0.3, 0.2, -0.1])
+    assert found.verdict == "no"

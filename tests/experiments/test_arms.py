@@ -12,13 +12,13 @@ from rich.console import Console
 from experiments.arms import __main__ as program
 from experiments.arms.__main__ import ArmsConfig, run_arms
 from experiments.arms.catalogue import ARMS, GROUPS, chosen
-from experiments.arms.compare import Point, against, points, reach, spread
+from experiments.arms.compare import Point, _measured, _point, against, points, reach, spread
 from experiments.arms.doses import read_doses
 from experiments.arms.plots import plane, text_kl
 from experiments.arms.stage_cache import same_result
 from experiments.arms.tables import sentence
 from experiments.arms.text_kl import read_texts, summary
-from experiments.record.reader import read
+from experiments.record.reader import RecordReader, read
 from experiments.record.settings import RunConfig
 from experiments.run import study
 from shl.config import DoseConfig, LoopConfig
@@ -306,3 +306,10 @@ def test_finished_arm_of_other_settings_and_own_seed_are_rejected(
     with pytest.raises(ShlError) as error:
         run(monkeypatch, folder, "rmse", loop=loop, load=lambda: pytest.fail("loaded"))
     assert message in one_sentence(error)
+
+
+def test_survival_is_that_of_base(folder):
+    past = RecordReader(folder / "rmse" / "seed42")
+    base, healed = (next(e for e in past.events if e.get("stage") == s) for s in ("base", "healed"))
+    base["survival"], healed["survival"] = 0.8, 0.2
+    assert _point(_measured(past), "rmse", 42, "1", healed).survival == pytest.approx(0.25)

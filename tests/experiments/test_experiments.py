@@ -179,38 +179,6 @@ def test_modified_settings_are_rejected(name, folder, tmp_path):
     assert "was modified after the run began" in one_sentence(error)
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (("--axis", "nonsense"), "unknown axis 'nonsense'"),
-        (("--model", "nonsense"), "unknown model 'nonsense'"),
-        (("--vector.layers", "7"), "layer 7 is out of range"),
-        (("--vector.contexts", "9999"), "contexts is 9999"),
-        (("--out", "."), "holds something else"),
-        (("--heal.aggregate", "median"), "aggregate is 'median'"),
-        (("--rounds", "0"), "rounds is 0"),
-        (("--seed", "100000000000000000000"), "seed is 100000000000000000000"),
-        (("--model", "[/red]"), "unknown model '[/red]'"),
-        (("--device", "cuda:99"), "device is 'cuda:99', torch finds"),
-        (("--device", "abacus"), "device is 'abacus', it must be cpu, cuda or cuda:N"),
-    ],
-)
-def test_bad_input_ends_in_one_sentence_and_status_two(
-    words, sentence, call, monkeypatch, capsys, tmp_path
-):
-    lenient(monkeypatch)
-    (tmp_path / "taken").write_text("x")
-    with pytest.raises(SystemExit) as stop:
-        call(*words)
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert sentence in " ".join(err.split())
-    assert "Traceback" not in err
-    if "aggregate" not in sentence:  # tyro frames the errors of nested settings
-        assert err.count("\n") == 1
-        assert err.startswith("error: ")
-
-
 def test_starved_run_ends_with_status_two(call, monkeypatch, capsys, tmp_path):
     lenient(monkeypatch, reasons=lambda text: ["soup"])
     with pytest.raises(SystemExit) as stop:

@@ -1,5 +1,6 @@
 """Journals: checksums, torn ends, full disks, folders that cannot be written or are gone."""
 
+import hashlib
 import json
 import resource
 import shutil
@@ -175,3 +176,21 @@ def test_folder_with_other_files_is_rejected(tmp_path):
     with pytest.raises(ShlError, match="cannot be written"):
         RecordWriter(tmp_path / "thesis.tex", {})
     assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_every_checksum_covers_the_lines_before(tmp_path):
+    """A line written to another beginning, or later on, is not the same line."""
+    first, second = Journal(tmp_path / "one"), Journal(tmp_path / "two")
+    first.append([{"a": 1}, {"b": 2}])
+    second.append([{"a": 3}])
+    second.append([{"b": 2}])
+    one, two = ((tmp_path / name).read_bytes().splitlines(keepends=True) for name in ("one", "two"))
+    assert one[1] != two[1]
+    chain = ""
+    for line in one:
+        body = line.decode().rsplit(', "check"', 1)[0]
+        chain = hashlib.sha256((chain + body).encode()).hexdigest()[:16]
+        assert json.loads(line)["check"] == chain
+    (tmp_path / "two").write_bytes(two[0] + one[1])
+    with pytest.raises(ShlError, match="checksum mismatch in line 2"):
+        read_lines(tmp_path / "two")

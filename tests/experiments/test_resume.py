@@ -20,8 +20,11 @@ from experiments import run as program
 from experiments.checks.crash import differences
 from experiments.record import journal, settings, writer
 from experiments.record.journal import Journal, lock
+from experiments.record.reader import RecordReader
+from experiments.record.resume import Resume
 from experiments.record.schema import name_of
 from experiments.record.settings import RunConfig, folder_of, settings_of
+from experiments.record.signals import Stop, Stopped
 from experiments.record.status import status
 from experiments.record.writer import Recorder, RecordWriter
 from experiments.report.report import report
@@ -353,3 +356,50 @@ def test_status_without_permission_to_open_the_lock(alone, tmp_path, monkeypatch
 
     monkeypatch.setattr(journal.FileLock, "acquire", refuse)
     assert "process    unknown, no permission to open" in status(folder)
+
+
+def test_signal_during_a_write_stops_at_its_end():
+    written = []
+
+    def write():
+        with Stop() as stop, stop.delayed():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            written.append("whole")
+
+    with pytest.raises(Stopped):
+        write()
+    assert written == ["whole"]
+
+
+def test_differences_of_two_runs_are_found(alone, tmp_path):
+    folder = shutil.copytree(alone, tmp_path / "run")
+    assert differences(alone, folder) == []
+    (folder / "table.md").write_text("")
+    (folder / "more").touch()
+    events = Journal(folder / "events.jsonl").lines
+    events[4]["seconds"] += 1.0  # computing time may differ
+    events[-1]["seconds"] += 1.0
+    (folder / "events.jsonl").unlink()
+    Journal(folder / "events.jsonl").append(events)
+    assert differences(alone, folder) == ["only in one: more", "only in one: table.md"]
+    (number,) = [i for i, e in enumerate(events) if name_of(e) == "healing" and e["round"] == 0]
+    events[number]["tau"] += 0.5
+    (folder / "events.jsonl").unlink()
+    Journal(folder / "events.jsonl").append(events)
+    assert differences(alone, folder)[-1] == f"differs: events.jsonl from line {number + 1}"
+    (folder / "texts.jsonl").write_bytes(
+        (folder / "texts.jsonl").read_bytes() + b"{"
+    )  # a torn line
+    assert "differs: texts.jsonl" in differences(alone, folder)
+
+
+def test_walk_is_loaded_with_its_own_rung(alone):
+    record = RecordReader(alone)
+    resumed = Resume(record, tiny_gemma(), CONFIG.loop)
+    line = record.find("probe", 0)
+    # kappa 1 and 0.2; the first is in use
+    assert [rung["kappa"] for rung in line["ladder"]] == [1.0, 0.2]
+    assert resumed.load_probe(0).walk.kappa == line["kappa"] == 1.0
+    line["kappa"] = 0.2
+    assert (resumed.load_probe(0).walk.rung, resumed.load_probe(0).walk.kappa) == (1, 0.2)

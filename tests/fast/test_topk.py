@@ -172,3 +172,24 @@ def test_generate_is_the_same_with_and_without_shortlist(monkeypatch, settings):
         texts.append(generate(model, prompts, max_new_tokens=12, min_new_tokens=4, **settings))
         assert (sum(rows) < 36) if fast else rows == []
     assert texts[0] == texts[1]
+
+
+def test_bound_covers_each_error_alone():
+    """Errors of 2^-9 by hand, which bf16 rounds away, and an approximate logit of 0."""
+    large, odd = 64.0, 1 + 2**-9
+    # The hidden state is rounded: (1, 1) . (64, -64) = 0, exactly 64 * 2^-9.
+    rough = Rough.of(torch.tensor([[large, -large]]), topk.ROWS)
+    assert rough.largest_error == 0
+    assert float(rough.bound(torch.tensor([[odd, 1.0]]), torch.zeros(1))) >= large * 2**-9
+    # The row is rounded: likewise.
+    rough = Rough.of(torch.tensor([[large * odd, -large]]), topk.ROWS)
+    bound = float(rough.bound(torch.tensor([[1.0, 1.0]]), torch.zeros(1)))
+    # Cauchy and Schwarz: the norm of the hidden state times that of the row's error.
+    assert bound >= 2**0.5 * large * 2**-9
+
+
+def test_list_is_proven_by_the_last_listed_logit(monkeypatch):
+    # All logits are equal, so those off the list may be as large as those on it.
+    rows = counted(monkeypatch)
+    top_logits(torch.ones(1, D), torch.ones(D, V), 1)
+    assert rows == [1]

@@ -221,3 +221,14 @@ def test_factors_that_do_not_match_their_sites_are_rejected(gemma):
         replace(adapter, down={})
     with pytest.raises(ShlError, match=r"\(rank, 32\) and \(64, rank\)"):
         replace(adapter, up={"blocks.1.q": torch.ones(63, 3)})
+
+
+def test_a_is_uniform_within_one_over_the_root_of_the_width(gemma):
+    adapter = fresh_adapter(gemma, HealConfig(rank=32, sites=("q", "down")))
+    for site in adapter.sites:
+        a = adapter.down[site.name].detach() * site.d_in**0.5
+        assert float(a.abs().max()) <= 1
+        # A uniform variable within 1 has variance 1/3; four standard errors of the mean.
+        assert abs(float(a.mean())) < 4 / (3 * a.numel()) ** 0.5
+        assert float(a.min()) < -0.95
+        assert float(a.max()) > 0.95

@@ -250,3 +250,16 @@ def test_ref_lse_without_lazy_is_rejected():
     h, ref, w, targets, _ = case()
     with pytest.raises(ShlError, match="lazy is False"):
         reverse_kl_and_nll(h, ref, w, targets, ref_lse=torch.zeros(5))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bias_counts_in_a_kl_of_hundreds_of_nats(chunks, way):
+    h, ref, w, targets, _ = case(6, step=2.0)
+    bias = 20 * torch.randn(23, generator=torch.Generator().manual_seed(7))
+    h, ref = 40 * h, 40 * ref
+    exact, _ = truth(h.double(), ref, w, targets, bias, way)
+    without, _ = truth(h.double(), ref, w, targets, None, way)
+    assert exact.max() > 100
+    assert (exact - without).abs().max() > 1
+    kl, _ = WAYS[way](h, ref, w, targets, bias=bias)
+    assert torch.allclose(kl.double(), exact, rtol=1e-5, atol=1e-3)

@@ -1,5 +1,7 @@
 """Validity of arrays with known informedness, sign and repeatability."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 from helpers import one_sentence
@@ -153,3 +155,32 @@ def test_an_axis_that_expects_nothing_is_not_measured():
     assert found.reason == "the axis expects no foundation to move."
     with pytest.raises(ShlError, match="expects no foundation to move"):
         on_axis(np.ones(7), {})
+
+
+def test_contrast_of_a_single_vignette_is_not_valid():
+    # One vignette says care, the other 83 less by a little: the mean has the right sign in every
+    # paraphrase, but a resample without that vignette, of which there are a third, has not.
+    base = scores()
+    plus = base - 0.01 * PUSH
+    plus[0] = base[0] + 6 * PUSH
+    found = validity("demo", base, plus, base, LABELS, {"care": 1}, config=CONFIG)
+    assert min(found.agreement["care"]) > 0
+    low, high = found.foundations["care"].interval
+    assert low < 0 < high
+    assert not found.foundations["care"].valid
+    assert not found.valid
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "valid"),
+    [
+        ("split_half", 0.7, True),
+        ("split_half", 0.69, False),
+        ("permutation_p", 0.049, True),
+        ("permutation_p", 0.051, False),
+    ],
+)
+def test_thresholds_of_validity(name, value, valid, monkeypatch):
+    module = import_module("shl.measure.validity")
+    monkeypatch.setattr(module, name, lambda *_, **__: value)
+    assert validity_of().valid == valid

@@ -339,3 +339,22 @@ def test_the_topic_is_only_scored_where_it_decides(gemma, monkeypatch):
         assert [v.reasons for v in verdicts] == [reasons, ("soup",), ()]
         assert [v.topic for v in verdicts] == [topic, None, None]
     assert scored == [(["yes"], [9.0])] * 2  # never with the rule off
+
+
+def test_frequent_long_words_and_runs_of_a_character_by_hand():
+    # "house" is 3 of 10 words, and no pair of words occurs twice.
+    text = "The house by that house near my house is red"
+    for share, fires in ((0.3, False), (0.29, True)):
+        assert ("word_loop" in text_reasons(text, FilterConfig(max_word_share=share))) == fires
+    for count, fires in ((5, False), (6, True)):
+        assert ("char_loop" in text_reasons(f"{FLUENT} N{'o' * count}!", CONFIG)) == fires
+
+
+def test_default_shares_by_hand():
+    """0.35 of the words must be distinct, and 0.8 must look real."""
+    for distinct, fires in ((7, False), (6, True)):
+        words = [f"word{'abcdefg'[i % distinct]}" for i in range(20)]
+        assert ("few_words" in text_reasons(" ".join(words), CONFIG)) == fires
+    for real, fires in ((8, False), (7, True)):
+        words = ["morning"] * real + ["brrr"] * (10 - real)
+        assert ("soup" in text_reasons(" ".join(words), CONFIG)) == fires

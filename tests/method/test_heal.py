@@ -10,7 +10,8 @@ from helpers import hook_count, kl_by_hand, log_p_by_hand, nll_by_hand, one_sent
 from shl.config import HealConfig
 from shl.hooks.adapter import fresh_adapter
 from shl.hooks.bake import baked
-from shl.method.heal import heal, train_adapter
+from shl.method.barrier import Barrier
+from shl.method.heal import Healed, HealStep, _set_lr, heal, train_adapter
 from shl.models.generate import Completion, generate
 from shl.models.scores import token_divergence
 from shl.models.tokens import Prompt
@@ -169,3 +170,65 @@ def test_token_divergence_equals_that_of_full_logits(gemma, texts):
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-6)
     assert float(expected.max()) > 0.1
     assert token_divergence(gemma, texts[0]).tolist() == [0.0] * len(texts[0].tokens)
+
+
+def test_gradient_is_that_of_the_loss_on_full_logits(gemma, texts):
+    """d/dA, d/dB of mean(NLL + 3 relu(rmse KL - tau)), by autograd through float64 softmaxes."""
+    config = replace(HELD, batch_size=8)
+    adapter = fresh_adapter(gemma, config, seed=1)
+    for up in adapter.up.values():
+        up.data = 0.1 * torch.randn(up.shape, generator=torch.Generator().manual_seed(len(up)))
+    base = [log_p_by_hand(gemma, c) for c in texts]
+    with adapter.attach(gemma) as handle:
+        terms = Barrier(gemma, adapter, handle, [texts], config).backward(0, 3.0)
+        found = [p.grad for p in adapter.parameters()]
+        loss = 0.0
+        for c, reference in zip(texts, base, strict=True):
+            row = torch.tensor([[*c.prompt_tokens, *c.tokens]])
+            log_p = gemma(row)[0].double().log_softmax(-1)[len(c.prompt_tokens) - 1 : -1]
+            nll = -log_p[torch.arange(len(log_p)), list(c.tokens)].mean()
+            d = kl_by_hand(log_p, reference).square().mean().sqrt()
+            loss = loss + (nll + 3.0 * torch.relu(d - config.tau)) / len(texts)
+        expected = torch.autograd.grad(loss, adapter.parameters())
+    assert terms["fired"] > 0.5
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other.float(), rtol=2e-3, atol=2e-4 * float(other.abs().max()))
+
+
+def test_learning_rate_rises_over_a_tenth_and_falls_to_a_tenth(gemma, texts):
+    (optimiser := torch.optim.SGD([torch.zeros(1)], lr=9.0)).zero_grad()
+    rates = []
+    for step in range(20):
+        _set_lr(optimiser, 1.0, step, 20)
+        rates.append(optimiser.param_groups[0]["lr"])
+    # 2 of 20 steps up, then 18 down: 1 - 0.9 n / 18 after the n-th.
+    assert rates == pytest.approx([0.5, 1.0, *(1 - 0.9 * n / 18 for n in range(18))])
+    # AdamW's first step moves every entry with a gradient by the learning rate: half of the peak.
+    first = []
+    train_adapter(
+        gemma,
+        texts,
+        replace(PLAIN, epochs=20, batch_size=8, lr=1e-3),
+        on_step=lambda step, _, state: first.append(state().tensors) if step.step == 0 else None,
+    )
+    sizes = [float(x.abs().max()) for name, x in first[0].items() if name.endswith(".B")]
+    assert sizes == pytest.approx([0.5e-3] * len(sizes), rel=1e-3)
+
+
+def test_every_epoch_has_every_batch_in_another_order(gemma, texts):
+    # At lr 0 the NLL of a step tells which completion it was.
+    losses = [nll_by_hand(gemma, c) for c in texts]
+    steps = train_adapter(gemma, texts, replace(PLAIN, lr=0.0, epochs=4, batch_size=1)).steps
+    orders = []
+    for epoch in range(4):
+        seen = [step.nll for step in steps if step.epoch == epoch]
+        orders.append([min(range(5), key=lambda i, x=x: abs(losses[i] - x)) for x in seen])
+    assert [sorted(order) for order in orders] == [list(range(5))] * 4
+    assert len({tuple(order) for order in orders}) > 2
+
+
+@pytest.mark.parametrize(("d", "outcome"), [(0.55, "bound"), (0.56, "fired but did not bind")])
+def test_barrier_binds_up_to_one_tenth_above_tau(d, outcome, gemma):
+    step = HealStep(0, 0, 1.0, d, 1.0, 0.5, 0.5, 1.0, 1.0, 1.0)
+    config = replace(HELD, epochs=1, tau=0.5)
+    assert Healed(random_adapter(gemma), (step,), config).barrier == outcome

@@ -238,3 +238,28 @@ def test_baselines_measure_base_and_both_personas(gemma, monkeypatch):
     assert personas == [None, AXIS.positive, AXIS.negative]
     assert found["base"].coherence == 1.0
     assert (found["base"].survival, found["base"].perplexity) == (1.0, 9.0)
+
+
+def test_each_round_probes_other_prompts(run):
+    _, rounds, _ = run
+    # 2 rungs of 2 probes: each round takes the axis's next two prompts, at both doses.
+    for index, r in enumerate(rounds):
+        asked = [v.completion.prompt.text for v in r.probes]
+        assert asked == [*AXIS.prompts[2 * index : 2 * index + 2]] * 2
+
+
+def test_completions_are_judged_with_the_persona_in_their_prompt(gemma, monkeypatch):
+    lenient(monkeypatch)
+    judged, loop = [], import_module("shl.method.loop")
+
+    def judge(model, texts, config, *, persona=None):
+        judged.append((persona, {c.prompt.persona for c in texts}))
+        return filters.judge(model, texts, config, persona=persona)
+
+    filters = import_module("shl.method.filters")
+    monkeypatch.setattr(loop, "judge", judge)
+    baselines(gemma, AXIS, CONFIG)
+    next(love(gemma, AXIS, replace(CONFIG, prompted=True)))
+    personas = [None, AXIS.positive, AXIS.negative]  # of base and both prompted personas
+    personas += [AXIS.positive, AXIS.positive, None]  # of the probe, a batch and the healed student
+    assert judged == [(persona, {persona}) for persona in personas]

@@ -72,9 +72,14 @@ def test_settings_are_frozen_documented_and_reject_unknown_names(kind):
         (HealConfig, {"lam_final": 100.0, "lam_max": 64.0}, "lam_max is 64.0"),
         (HealConfig, {"lam": 0.0}, "lam is 0, which calibration"),
         (HealConfig, {"max_grad_norm": 0.0}, "max_grad_norm is 0"),
+        (HealConfig, {"lora_alpha": 1e39}, "lora_alpha is 1e[+]39, .* at most 3.40282e[+]38"),
+        (HealConfig, {"lam_schedule": "power", "lam_power": math.nan}, "lam_power is nan"),
         (EvalConfig, {"confidence": 1.0}, "confidence is 1.0"),
+        (EvalConfig, {"bootstrap": 100_001}, "bootstrap is 100001, .* at most 100000[.]$"),
         (LoopConfig, {"rounds": 0}, "rounds is 0"),
+        (LoopConfig, {"rounds": 10_001}, "rounds is 10001, .* at least 1 and at most 10000[.]$"),
         (LoopConfig, {"seed": -1}, "seed is -1"),
+        (LoopConfig, {"seed": 10**20}, "seed is 1(0){20}, .* at most 2147483647[.]$"),
     ],
 )
 def test_an_invalid_setting_is_named_with_its_value(kind, change, named):
