@@ -38,7 +38,7 @@ def run(monkeypatch, out, *arms, loop=LOOP, load=tiny_gemma):
     lenient(monkeypatch, reasons=lambda text: ["incoherent"] if len(set(text)) % 2 else [])
     monkeypatch.setattr("experiments.arms.text_kl.SHORTEST", 4)
     monkeypatch.setattr(program, "load_model", lambda name, device=None: load())
-    run_arms(ArmsConfig(model="tiny", arms=arms, seeds=(42,), out=out, loop=loop), QUIET)
+    run_arms(ArmsConfig(model=("tiny",), arms=arms, seeds=(42,), out=out, loop=loop), QUIET)
 
 
 @pytest.fixture(scope="module")
