@@ -46,8 +46,11 @@ BEGINS, ENDS = "begins", "ends"
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
+def connected(address: str, **more: Any) -> Iterator[None]:
     """Ray on this machine (local), or a connection to a cluster; nothing if there is one already.
+
+    Args:
+        more: further options of `ray.init`.
 
     Raises:
         ShlError: Ray is not installed, the address is malformed, or no cluster answers.
@@ -69,7 +72,7 @@ def connected(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, **more}
     if address == "local":
         # Nothing is handed over through the object store; this is the least that Ray accepts.
         options |= {"include_dashboard": False, "object_store_memory": 80 * 2**20}
