@@ -7,6 +7,7 @@ SEED ?= 42
 RUN ?=
 ARMS ?= core
 SEEDS ?= 42 43 44
+RAY ?=
 ARGS ?=
 TL ?=
 # OpenMP workers that spin for long slow down everything on a busy machine; those that never spin
@@ -47,9 +48,9 @@ install: .venv/installed  ## install into .venv, pinned by constraints.txt
 experiment: install  ## run or continue the study: AXIS= MODEL= ROUNDS= SEED= ARGS="--heal.tau 1.0"
 	$(STUDY) --rounds $(ROUNDS) $(ARGS)
 
-arms: install  ## run the method, prompting and controls, and compare: AXIS= MODEL= ARMS="core|steps|far|all|NAMES" SEEDS="42 43 44"
-	$(BIN)/python -m experiments.arms --axis "$(AXIS)" --model "$(MODEL)" --arms $(ARMS) \
-	  --seeds $(SEEDS) --rounds $(ROUNDS) $(ARGS)
+arms: install  ## run the method, prompting and controls, and compare: AXIS="..." MODEL="..." ARMS="core|steps|far|all|NAMES" SEEDS="42 43 44" RAY=local|auto|ray://HOST:PORT
+	$(BIN)/python -m experiments.arms --axis $(AXIS) --model $(MODEL) --arms $(ARMS) \
+	  --seeds $(SEEDS) --rounds $(ROUNDS) $(if $(RAY),--ray $(RAY)) $(ARGS)
 
 smoke: install  ## run the study at the smallest useful scale
 	$(STUDY) --rounds 1 --vector.contexts 16 --generate.max-new-tokens 32 --dose.rungs 2 \
@@ -68,7 +69,7 @@ crash: install  ## kill and resume a small run, and compare it with an uninterru
 probe: install  ## validity of the instruments, with random vectors beside: AXIS= MODEL=
 	$(BIN)/python -m experiments.checks.validity --axis "$(AXIS)" --model "$(MODEL)" $(ARGS)
 
-bench: install  ## compare speed and memory with other libraries: BENCH=kernel|decode|heal|start|bridge, default all
+bench: install  ## compare speed and memory with other libraries: BENCH=kernel|decode|heal|start|bridge|ray, default all
 	$(BIN)/python -m experiments.bench $(BENCH) $(ARGS)
 
 ifeq ($(TL),4)

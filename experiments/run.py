@@ -23,6 +23,7 @@ from experiments.record.signals import Stop, Stopped
 from experiments.record.status import usage
 from experiments.record.writer import (
     Beside,
+    Reached,
     Recorder,
     RecordWriter,
     SharedStages,
@@ -60,8 +61,9 @@ def run(
     axis: Axis,
     console: Console,
     shared: SharedStages,
+    until: str | None = None,
 ) -> None:
-    """Run every stage that is neither in the record nor in a `shared` run.
+    """Run every stage that is neither in the record nor in a `shared` run, or those up to `until`.
 
     Raises:
         ShlError: bad input, too few survivors, or numbers that are not finite.
@@ -72,7 +74,7 @@ def run(
     if config.eval == "tinymfv":
         instruments["tinymfv"] = Tinymfv(config.tinymfv)
     progress = StageProgress(loop, console, instruments)
-    recorder = Recorder(record, model, loop, progress, shared)
+    recorder = Recorder(record, model, loop, progress, shared, until)
     adapters: list[Adapter] = []
     first: SteeringVector | None = None
     others: Beside | None = None
@@ -82,7 +84,7 @@ def run(
             for found in validities(record.events, axis, loop.eval):
                 if record.find(f"validity:{found.instrument}", -1) is None:
                     record.event("validity", -1, found.event())
-            if axis.cloze and loop.eval.nulls and record.find("nulls:cloze", -1) is None:
+            if axis.cloze and loop.eval.nulls and recorder.recorded("nulls:cloze", -1) is None:
                 record.event("nulls", -1, cloze_nulls(model, axis.cloze, loop))
             for done in love(model, axis, loop, observer=recorder, instruments=instruments):
                 first = first or done.vector
@@ -93,6 +95,8 @@ def run(
                     curves = token_curves(model, done, adapters)
                     record.event("token_kl", done.index, {"curves": curves})
                 adapters.append(done.adapter)
+    except Reached:
+        return
     except StarvedError as error:
         last = record.events[-1]
         if last["event"] != "starved":
@@ -118,17 +122,28 @@ def cloze_nulls(model: Model, cloze: Cloze, loop: LoopConfig) -> dict[str, Any]:
     return {"instrument": "cloze", "layers": sorted(layers), **values}
 
 
+def load_for(config: RunConfig) -> Model:
+    """The model of a run, on its device and engine."""
+    options = engine_options(config)
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    return load_model(config.model, device=config.device, **options)
+
+
 def study(
     config: RunConfig,
     console: Console,
     *,
     load: Callable[[], Model] | None = None,
     shared: SharedStages = nothing_shared,
+    until: str | None = None,
+    stop: Stop | None = None,
 ) -> Path:
     """Run the study, or the rest of it, and return its folder.
 
-    `load` returns the model, by default with `load_model`. Raises as `run`, and `ShlError` for a
-    folder that holds another run or is in use.
+    `load` returns the model, by default with `load_model`; `until` names a stage of the baselines
+    or of the first round, with which this call ends. Raises as `run`, and `ShlError` for a folder
+    that holds another run or is in use.
     """
     axis, needed = load_axis(config.axis), config.loop.vector.contexts
     require_instrument(axis)
@@ -145,10 +160,10 @@ def study(
         return folder
     require_usable(folder, settings)
     try:
-        with Stop() as stop:
+        with stop or Stop() as stop:
             if load is None:
                 say(console, f"loading {config.model} (the first time takes a minute longer)")
-            model = load() if load else _load(config)
+            model = load() if load else load_for(config)
             require_fits(model, config.loop)
             with (
                 closing(RecordWriter(folder, settings, weights_hash(model), stop)) as record,
@@ -156,7 +171,7 @@ def study(
             ):
                 if len(record.events) > 1:
                     say(console, f"continuing {folder} after {len(record.events)} events")
-                run(config, record, model, axis, console, shared)
+                run(config, record, model, axis, console, shared, until)
             memory = ", ".join(f"{value / 1e9:.2f} GB {where}" for where, value in peak.items())
             say(console, f"peak memory {memory}")
     except Stopped:
@@ -165,13 +180,6 @@ def study(
         say(console, f"stopped; {folder} holds {stages} finished events; to continue:\n{again}")
         raise
     return folder
-
-
-def _load(config: RunConfig) -> Model:
-    options = engine_options(config)
-    if "dtype" in options:
-        options["dtype"] = getattr(torch, options["dtype"])
-    return load_model(config.model, device=config.device, **options)
 
 
 def main() -> None:

@@ -227,3 +227,12 @@ def lenient(monkeypatch, *, reasons=lambda text: []):
     monkeypatch.setattr(filters, "base_perplexities", lambda _, texts, **__: scores * len(texts))
     monkeypatch.setattr(filters, "topic_scores", lambda _, texts, *__, **___: [0.5] * len(texts))
     monkeypatch.setattr(probe, "vignettes", lambda: few)
+
+
+def quick_worker():
+    """In this process the probe has 8 vignettes, and no study gets a page."""
+    import experiments.arms.studies as studies
+
+    few = vignettes()[:8]
+    import_module("shl.measure.vignettes").vignettes = lambda: few
+    studies.report = lambda *_: None

@@ -6,38 +6,31 @@ where an earlier process ended.
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 
-from experiments.arms.catalogue import ARMS, Arm, chosen
-from experiments.arms.doses import FILE as DOSES
-from experiments.arms.doses import measure_doses
+from experiments.arms.catalogue import Arm, chosen
+from experiments.arms.cluster import connected, folder_names, run_on_ray
 from experiments.arms.report import compare
-from experiments.arms.stage_cache import StageCache
-from experiments.arms.text_kl import FILE as TEXTS
-from experiments.arms.text_kl import measure_texts
+from experiments.arms.studies import run_arm, run_steered
 from experiments.record.command import command, say, wide_console
-from experiments.record.journal import read_lines
-from experiments.record.reader import RecordReader, is_finished, require_same_run
-from experiments.record.settings import RunConfig, name_for, settings_of
-from experiments.record.signals import Stop, Stopped
-from experiments.report.report import report
-from experiments.run import study
+from experiments.record.journal import lock, write_error
+from experiments.record.settings import Dtype, Engine, RunConfig, name_for, settings_of
+from experiments.record.signals import Stopped
+from experiments.run import load_for
 from shl.config import EvalConfig, LoopConfig
 from shl.method.axes import load_axis
-from shl.method.loop import StarvedError
-from shl.models.load import load_model
-from shl.utils.errors import require
+from shl.utils.errors import ShlError, require
 from shl.utils.model import Model
-
-Load = Callable[[], Model]
-
 
 # Arms differ by less than a run does from base, so each stage is sampled twice as often.
 LOOP = LoopConfig(eval=EvalConfig(samples=32))
@@ -47,93 +40,148 @@ LOOP = LoopConfig(eval=EvalConfig(samples=32))
 class ArmsConfig:
     """The method, prompting, and controls with the same seeds, prompts and budget."""
 
-    axis: str = "care_auth"
-    """Built-in axis or the path of a TOML file."""
-    model: str = "gemma-3-270m"
-    """Embedded model, hub name, or local folder."""
+    axis: tuple[str, ...] = ("care_auth",)
+    """Built-in axes or paths of TOML files."""
+    model: tuple[str, ...] = ("gemma-3-270m",)
+    """Embedded models, hub names, or local folders."""
     arms: tuple[str, ...] = ("core",)
     """core, steps, far, all, or names of arms."""
     seeds: tuple[int, ...] = (42, 43, 44)
     """One run of every arm per seed."""
     out: Path | None = None
-    """Folder of the arms; default runs/AXIS-MODEL-arms-DIGEST."""
+    """Folder of the arms, or with several models or axes of their folders; default
+    runs/AXIS-MODEL-arms-DIGEST for each of them."""
     device: str | None = None
     """Device of the model, such as cpu or cuda; default CUDA if there is any, else the CPU."""
+    engine: Engine = "auto"
+    """TransformerLens's HookedTransformer or TransformerBridge; auto is the first if installed."""
+    dtype: Dtype | None = None
+    """Dtype of the weights; default float32 on a CPU, bfloat16 on CUDA."""
+    device_map: str | None = None
+    """Devices by module for the engine bridge, as in transformers, such as auto."""
+    ray: str | None = None
+    """Run on Ray: local starts it on this machine, auto joins the cluster of this machine,
+    ray://HOST:PORT another one; default one study after the other in this process."""
+    num_cpus: int | None = None
+    """Cores of a study, which are its torch threads: results are bit-identical only with the same
+    number; default 1 on Ray, else as many as torch takes [count]."""
+    num_gpus: float = 0.0
+    """GPUs of a study on Ray [count]."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = LOOP
     """The settings that all arms share."""
 
 
-def run_arms(config: ArmsConfig, console: Console) -> Path:
-    """Run the arms that are not finished, and compare all.
+def run_arms(config: ArmsConfig, console: Console) -> list[Path]:
+    """Run the arms that are not finished, compare all, and return a folder per model and axis.
 
     Raises:
-        ShlError: bad input, or a folder of another run.
+        ShlError: bad input, a folder of another run or one in use, or on Ray, after all others have
+            ended, a study that failed.
         Stopped: a signal; every finished stage is kept.
     """
     require(
         config.loop.seed == LoopConfig().seed,
         f"seed is {config.loop.seed}; the arms take theirs from --seeds.",
     )
-    require(len(config.seeds) > 0, "seeds is empty, name at least one.")
-    arms = chosen(config.arms)
-    shared = RunConfig(config.axis, config.model, device=config.device, loop=config.loop)
-    axis = load_axis(config.axis)
+    for name in ("axis", "model", "seeds"):
+        require(bool(getattr(config, name)), f"{name} is empty, name at least one.")
+    cores = config.num_cpus
+    require(cores is None or cores > 0, f"num_cpus is {cores}, it must be at least 1.")
+    require(config.num_gpus >= 0, f"num_gpus is {config.num_gpus:g}, it must be at least 0.")
     require(
-        bool(axis.expected),
-        f"axis {axis.name!r} expects no foundation to move, arms are compared by those that do.",
+        config.ray is not None or config.num_gpus == 0,
+        f"num_gpus is {config.num_gpus:g}, it needs --ray.",
     )
-    folder = config.out or Path("runs") / name_for(settings_of(shared, axis), "arms")
+    arms = chosen(config.arms)
+    for axis in map(load_axis, config.axis):
+        require(
+            bool(axis.expected),
+            f"axis {axis.name!r} expects no foundation to move, arms are compared by those that "
+            "do.",
+        )
+    groups = [
+        RunConfig(
+            axis,
+            model,
+            device=config.device,
+            engine=config.engine,
+            dtype=config.dtype,
+            device_map=config.device_map,
+            loop=config.loop,
+        )
+        for model, axis in product(config.model, config.axis)
+    ]
+    if config.ray is not None:
+        return _on_ray(config, groups, arms, console)
+    if cores is not None:
+        torch.set_num_threads(cores)
+    names = [name_for(settings_of(shared, load_axis(shared.axis)), "arms") for shared in groups]
+    with _folders(config, groups, names) as folders:
+        for folder, seeded in folders.items():
+            _in_turn(folder, seeded, arms, console)
+    return list(folders)
+
+
+@contextmanager
+def _folders(
+    config: ArmsConfig, groups: Sequence[RunConfig], names: Sequence[str]
+) -> Iterator[Mapping[Path, Sequence[RunConfig]]]:
+    """The settings of each seed by folder of arms; the folders are locked."""
+    top = Path("runs") if config.out is None else config.out
+    alone = config.out is not None and len(groups) == 1
+    found = {}
+    with ExitStack() as locks:
+        for shared, name in zip(groups, names, strict=True):
+            folder = top if alone else top / name
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise write_error(folder, error) from error
+            locks.callback(lock(folder).release)
+            loops = [replace(config.loop, seed=seed) for seed in config.seeds]
+            found[folder] = [replace(shared, loop=loop) for loop in loops]
+        yield found
+
+
+def _in_turn(
+    folder: Path, seeded: Sequence[RunConfig], arms: Sequence[Arm], console: Console
+) -> None:
+    """One study after the other."""
 
     @cache
     def load() -> Model:
-        say(console, f"loading {config.model}")
-        return load_model(config.model, device=config.device)
+        say(console, f"loading {seeded[0].model}")
+        return load_for(seeded[0])
 
-    for seed in config.seeds:
-        seeded = replace(shared, loop=replace(config.loop, seed=seed))
+    for shared in seeded:
         for arm in arms:
-            say(console, f"{arm.name}, seed {seed}: {arm.question}")
-            _arm(folder, seeded, arm, load, console)
+            say(console, f"{arm.name}, seed {shared.loop.seed}: {arm.question}")
+            run_arm(folder, shared, arm.name, load, console)
         if "rmse" in {arm.name for arm in arms}:
-            _measure_extras(folder, seeded, load, console)
+            run_steered(folder, shared, load, console)
         compare(folder, console)
-    return folder
 
 
-def _place(folder: Path, name: str, seed: int) -> Path:
-    return folder / name / f"seed{seed}"
-
-
-def _arm(folder: Path, shared: RunConfig, arm: Arm, load: Load, console: Console) -> None:
-    out = _place(folder, arm.name, shared.loop.seed)
-    config = replace(shared, out=out, loop=arm.change(shared.loop))
-    lines = read_lines(out / "events.jsonl")
-    if is_finished(out) or (lines and lines[-1]["event"] == "starved"):
-        require_same_run(out, settings_of(config, load_axis(config.axis)))
-        say(console, f"{out} is finished")
-        return
-    others = [_place(folder, name, shared.loop.seed) for name in ARMS if name != arm.name]
-    begun = [path for path in others if read_lines(path / "events.jsonl")]
-    try:
-        study(config, console, load=load, shared=StageCache(begun, config.loop))
-        report(out, Console(quiet=True))
-    except StarvedError as error:
-        say(console, f"{arm.name}, seed {shared.loop.seed} ends early: {error}")
-
-
-def _measure_extras(folder: Path, shared: RunConfig, load: Load, console: Console) -> None:
-    """Measure steering without training, and the per-token KL of the method's texts."""
-    record = RecordReader(_place(folder, "rmse", shared.loop.seed))
-    axis, loop = load_axis(shared.axis), ARMS["rmse"].change(shared.loop)
-    if record.find("batch", 0) is None and record.find("steered", 0) is None:
-        return
-    with Stop() as stop:
-        say(console, "steered without training, dose by dose")
-        measure_doses(
-            _place(folder, "steered", loop.seed) / DOSES, record, load(), axis, loop, stop
+def _on_ray(
+    config: ArmsConfig, groups: Sequence[RunConfig], arms: Sequence[Arm], console: Console
+) -> list[Path]:
+    assert config.ray is not None
+    threads = config.num_cpus or 1
+    with connected(config.ray):
+        names = folder_names(groups, threads, config.num_gpus)
+        with _folders(config, groups, names) as folders:
+            failed = run_on_ray(folders, arms, threads, config.num_gpus, console)
+            for folder in folders:
+                compare(folder, console, failed[folder])
+    all_failed = [
+        f"{name}: {why}" for by_study in failed.values() for name, why in by_study.items()
+    ]
+    if all_failed:
+        raise ShlError(
+            f"{len(all_failed)} studies failed, the same command tries them again; the first is "
+            f"{all_failed[0]}"
         )
-        say(console, "per-token KL of prompted, kept and incoherent text")
-        measure_texts(_place(folder, "steered", loop.seed) / TEXTS, record, load(), loop, stop)
+    return list(folders)
 
 
 def main() -> None:
@@ -141,7 +189,8 @@ def main() -> None:
 
     def run_and_compare(config: ArmsConfig) -> None:
         try:
-            print(f"folder of the arms: {run_arms(config, wide_console())}")
+            for folder in run_arms(config, wide_console()):
+                print(f"folder of the arms: {folder}")
         except Stopped:
             again = shlex.join([sys.executable, "-m", "experiments.arms", *sys.argv[1:]])
             print(f"to continue:\n{again}")

@@ -1,6 +1,7 @@
 """Files and printed summary of the arms, from their records alone."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from experiments.report.tables import cells, markdown
 from shl.utils.errors import require
 
 
-def compare(folder: Path, console: Console) -> None:
+def compare(folder: Path, console: Console, failed: Mapping[str, str] | None = None) -> None:
     """Print table and verdicts; write arms.md, arms.json, report.html and the PNGs.
+
+    Args:
+        failed: studies that failed, with the reason of each.
 
     Raises:
         ShlError: the folder has no arm that has measured base, or a record is damaged.
@@ -42,10 +46,12 @@ def compare(folder: Path, console: Console) -> None:
     require(bool(found), f"{folder} holds no arm that has measured base.")
     rows, answers = columns(found), verdicts(found)
     texts = [t for path in sorted(folder.glob(f"steered/seed*/{TEXTS}")) for t in read_texts(path)]
-    values: dict[str, Any] = {"arms": table(found), "verdicts": answers}
+    short = starved(folder) | dict(failed or {})
+    values: dict[str, Any] = {"arms": table(found), "verdicts": answers, "ended_early": short}
     values |= {"texts": summary(texts)} if texts else {}
     separation = text_kl_sentences(values["texts"]) if texts else []
     sentences = [f"{question(v)} {sentence(v)}" for v in answers] + separation
+    sentences += [f"{name} ended early: {why}" for name, why in short.items()]
     listed = "".join(f"- {line}\n" for line in sentences)
     for text in (markdown(rows), listed):
         console.print(text, markup=False, highlight=False)
@@ -72,10 +78,22 @@ def compare(folder: Path, console: Console) -> None:
         charts=figures,
         table=cells(rows),
         text_kl=separation,
+        ended_early=short,
         arms=ARMS.values(),
         ended={name: {s: _ended(p) for s, p in by_seed.items()} for name, by_seed in runs.items()},
     )
     write(folder / "report.html", html)
+
+
+def starved(folder: Path) -> dict[str, str]:
+    """The studies that ended early because too few completions survived, with the sentence."""
+    found = {}
+    for path in sorted(folder.glob("*/seed*/events.jsonl")):
+        last, run = read_lines(path)[-1:], path.parent
+        if last and last[0]["event"] == "starved":
+            name = f"{run.parent.name}, seed {run.name.removeprefix('seed')}"
+            found[name] = last[0]["sentence"]
+    return found
 
 
 def _ended(path: Path) -> str:

@@ -15,8 +15,9 @@ _LOOP = TypeAdapter(LoopConfig)
 def same_result(name: str, index: int, one: LoopConfig, other: LoopConfig) -> bool:
     """Whether a stage has bit-identical results in two runs of the same model and axis.
 
-    The baselines depend on sampling, filter and eval alone; the first round up to its steered
-    stage on everything but training. Later rounds depend on an adapter.
+    The baselines depend on sampling, filter and eval alone, the random vectors' readings on the
+    layers too; the first round up to its steered stage on everything but training. Later rounds
+    depend on an adapter.
 
     Args:
         name: the event's name in the record, such as "probe", or "tinymfv:base" for a reading.
@@ -24,7 +25,8 @@ def same_result(name: str, index: int, one: LoopConfig, other: LoopConfig) -> bo
     stage = name.rsplit(":", 1)[-1]
     if index < 0:
         used = [(c.seed, c.generate, c.filter, c.eval) for c in (one, other)]
-        return used[0] == used[1]
+        layers = [c.vector.layers for c in (one, other)]
+        return used[0] == used[1] and (name != "nulls:cloze" or layers[0] == layers[1])
     if index > 0 or stage not in ("vector", "probe", "batch", "steered"):
         return False
     if stage == "vector" and one.vector == other.vector and one.vector.direction == "contrast":

@@ -1,4 +1,4 @@
-"""Run the bench: `python -m experiments.bench [kernel decode heal start bridge]`."""
+"""Run the bench: `python -m experiments.bench [kernel decode heal start bridge ray]`."""
 
 import importlib
 import json
@@ -14,14 +14,21 @@ from rich.table import Table
 from experiments.bench.measure import machine
 from experiments.record.command import command
 
-Part = Literal["kernel", "decode", "heal", "start", "bridge"]
+Part = Literal["kernel", "decode", "heal", "start", "bridge", "ray"]
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     """Which parts of the bench run."""
 
-    parts: tyro.conf.Positional[tuple[Part, ...]] = ("kernel", "decode", "heal", "start", "bridge")
+    parts: tyro.conf.Positional[tuple[Part, ...]] = (
+        "kernel",
+        "decode",
+        "heal",
+        "start",
+        "bridge",
+        "ray",
+    )
     """Default all."""
     out: Path = Path("runs/bench")
     """Folder of the JSON files."""

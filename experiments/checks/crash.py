@@ -16,13 +16,14 @@ from pathlib import Path
 
 from experiments.record.command import command
 from experiments.record.reader import read
+from experiments.record.writer import LOG
 from shl.utils.errors import ShlError
 
 SCALE = """
   --rounds 1 --vector.contexts 8 --generate.max-new-tokens 24 --dose.rungs 2 --dose.probe-size 4
   --dose.min-train 8 --dose.batch-size 8 --heal.epochs 2 --eval.samples 4 --eval.bootstrap 50
 """.split()  # noqa: SIM905
-PROCESS_FILES = (".lock", "processes.jsonl")
+PROCESS_FILES = (".lock", "processes.jsonl", LOG)
 """Files about the processes of a run, which differ between runs that ended at other places."""
 
 

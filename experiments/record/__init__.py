@@ -9,6 +9,7 @@ Files of a run folder:
     texts.jsonl      one line per completion, with every reason for which it was dropped
     rounds/N/        vector, adapter and (during healing) training .safetensors
     processes.jsonl  when each process began and ended, and its peak memory
+    log.txt          what those processes printed, of a study that ran on Ray
     .lock            held by the process that runs the study
 
 Reports and plots are made from these files alone.

@@ -32,6 +32,21 @@ ACTIVITIES = {
 """What is done in a stage; the others are measured."""
 
 
+def durations(config: LoopConfig, instruments: Iterable[str] = ()) -> dict[tuple[int, str], float]:
+    """The stages of a run by round and name, in order, with their rough duration [s]."""
+    names = [name for name in ROUND if config.dose.walk or name != "probe"]
+    stages = [(-1, name) for name in BASELINES]
+    stages += [(index, name) for index in range(config.rounds) for name in names]
+    plan = {}
+    for index, name in stages:
+        plan[index, name] = SECONDS.get(name, 5.0)
+        if index < 0 or name in ("steered", "healed"):
+            plan |= {
+                (index, f"{i}:{name}"): SECONDS.get(i, SECONDS["reading"]) for i in instruments
+            }
+    return plan
+
+
 class StageProgress:
     """Shows how far a run is, from the names of its finished stages.
 
@@ -42,16 +57,7 @@ class StageProgress:
     def __init__(
         self, config: LoopConfig, console: Console, instruments: Iterable[str] = ()
     ) -> None:
-        names = [name for name in ROUND if config.dose.walk or name != "probe"]
-        stages = [(-1, name) for name in BASELINES]
-        stages += [(index, name) for index in range(config.rounds) for name in names]
-        plan = {}
-        for index, name in stages:
-            plan[index, name] = SECONDS.get(name, 5.0)
-            if index < 0 or name in ("steered", "healed"):
-                plan |= {
-                    (index, f"{i}:{name}"): SECONDS.get(i, SECONDS["reading"]) for i in instruments
-                }
+        plan = durations(config, instruments)
         self.plan = list(plan)
         self.ends = dict(zip(plan, accumulate(plan.values()), strict=True))
         self.total = sum(plan.values())

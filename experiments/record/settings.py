@@ -23,6 +23,8 @@ from shl.method.axes import Axis
 from shl.models.load import choose_device
 
 PACKAGES = ("torch", "transformer-lens", "transformers", "numpy", "einops", "safetensors")
+Engine = Literal["auto", "hooked", "bridge"]
+Dtype = Literal["float32", "bfloat16"]
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -64,9 +66,9 @@ class RunConfig:
     """Run folder, a new one or one to continue; default runs/AXIS-MODEL-seedSEED-DIGEST."""
     device: str | None = None
     """Device of the model, such as cpu or cuda; default CUDA if there is any, else the CPU."""
-    engine: Literal["auto", "hooked", "bridge"] = "auto"
+    engine: Engine = "auto"
     """TransformerLens's HookedTransformer or TransformerBridge; auto is the first if installed."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     """Dtype of the weights; default float32 on a CPU, bfloat16 on CUDA."""
     device_map: str | None = None
     """Devices by module for the engine bridge, as in transformers, such as auto."""

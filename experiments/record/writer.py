@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.record.journal import Journal, Line, finite, lock, read_lines, write, write_error
-from experiments.record.progress import StageProgress
+from experiments.record.progress import BASELINES, ROUND, StageProgress
 from experiments.record.reader import (
     FILES,
     RecordReader,
@@ -44,6 +44,8 @@ from shl.models.tokens import decode
 from shl.utils.errors import require
 from shl.utils.model import Model
 
+LOG = "log.txt"
+"""What the process of a run prints, where it has no console of its own."""
 SAVE_EVERY = 20.0
 """Seconds of training between two saved states, which is the most that a killed run repeats."""
 
@@ -61,7 +63,7 @@ def require_usable(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> N
     except OSError as error:
         raise write_error(folder, error) from error
     require(
-        "config.json" in names or not names - {".lock", ".config.json.tmp"},
+        "config.json" in names or not names - {".lock", ".config.json.tmp", LOG},
         f"the run folder {folder} holds something else, name a new one with --out.",
     )
     existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -129,6 +131,11 @@ class RecordWriter(RecordReader):
         for event in of_round(self.events, "healing"):
             self.path_of(event["round"], "training").unlink(missing_ok=True)
 
+    def pause(self) -> None:
+        """Raise `Stopped` if a signal has asked for it."""
+        with self._delayed():
+            pass
+
     def close(self) -> None:
         """Release the lock."""
         self._lock.release()
@@ -167,9 +174,17 @@ SharedStages = Callable[[str, int], Iterable[RecordReader]]
 """From an event's name and round to the other runs in which that stage has the same result."""
 
 
+class Reached(Exception):
+    """The stage is finished after which the run was to stop."""
+
+
 class Recorder(Resume):
     """The observer of a run: supplies what its record or a `shared` run holds, and writes what is
-    computed."""
+    computed.
+
+    Before a stage that comes after `until`, a name in the baselines or the first round, it raises
+    `Reached`.
+    """
 
     record: RecordWriter
 
@@ -180,19 +195,30 @@ class Recorder(Resume):
         config: LoopConfig,
         progress: StageProgress,
         shared: SharedStages,
+        until: str | None = None,
     ) -> None:
         super().__init__(record, model, config)
         self.progress, self.shared = progress, shared
+        first = -1 if until in BASELINES else 0
+        self._last = (config.rounds, 0) if until is None else _position(until, first)
         self._saved = time.monotonic()
 
     def find(self, name: str, index: int, batch: int | None = None) -> Line | None:
         """The event of a finished stage, copied from another run if need be, or None."""
+        if _position(name, index) > self._last:
+            raise Reached
+        self.record.pause()
+        line = self.recorded(name, index, batch)
+        if line is not None:
+            self.progress.finished(name, index, batch, loaded=True)
+        return line
+
+    def recorded(self, name: str, index: int, batch: int | None = None) -> Line | None:
+        """The event of a name, copied from another run if need be, or None."""
         line = self.record.find(name, index, batch)
         if line is None:
             found = ((run.find(name, index, batch), run) for run in self.shared(name, index))
             line = next((self.record.copy(e, run) for e, run in found if e is not None), None)
-        if line is not None:
-            self.progress.finished(name, index, batch, loaded=True)
         return line
 
     def save_stage(self, index: int, stage: Stage) -> None:
@@ -275,6 +301,12 @@ class Recorder(Resume):
     ) -> None:
         line = self.record.event(event, index, values, texts)
         self.progress.finished(name_of(line), index, line.get("batch"), loaded=False)
+
+
+def _position(name: str, index: int) -> tuple[int, int]:
+    """Where a stage, or a reading of it, stands in the order of a run."""
+    order = BASELINES if index < 0 else ROUND
+    return index, order.index(name.rsplit(":", 1)[-1])
 
 
 NUISANCE_CONTEXTS = 16

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from experiments.arms import __main__ as program
 from experiments.arms.__main__ import ArmsConfig, run_arms
 from experiments.arms.catalogue import ARMS, GROUPS, chosen
 from experiments.arms.compare import Point, _measured, _point, against, points, reach, spread
@@ -37,8 +36,8 @@ def run(monkeypatch, out, *arms, loop=LOOP, load=tiny_gemma):
     """Run arms on the tiny model; the filter drops texts with an odd number of characters."""
     lenient(monkeypatch, reasons=lambda text: ["incoherent"] if len(set(text)) % 2 else [])
     monkeypatch.setattr("experiments.arms.text_kl.SHORTEST", 4)
-    monkeypatch.setattr(program, "load_model", lambda name, device=None: load())
-    run_arms(ArmsConfig(model="tiny", arms=arms, seeds=(42,), out=out, loop=loop), QUIET)
+    monkeypatch.setattr("experiments.run.load_model", lambda name, **_: load())
+    run_arms(ArmsConfig(model=("tiny",), arms=arms, seeds=(42,), out=out, loop=loop), QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +312,18 @@ def test_survival_is_that_of_base(folder):
     base, healed = (next(e for e in past.events if e.get("stage") == s) for s in ("base", "healed"))
     base["survival"], healed["survival"] = 0.8, 0.2
     assert _point(_measured(past), "rmse", 42, "1", healed).survival == pytest.approx(0.25)
+
+
+def test_engine_dtype_and_device_map_reach_the_model(monkeypatch, tmp_path):
+    asked = {}
+
+    def load(name, **settings):
+        asked.update(settings)
+        raise ShlError("that is enough.")
+
+    monkeypatch.setattr("experiments.run.load_model", load)
+    options = {"engine": "bridge", "dtype": "bfloat16", "device_map": "auto"}
+    config = ArmsConfig(model=("tiny",), arms=("rmse",), seeds=(42,), out=tmp_path, **options)
+    with pytest.raises(ShlError, match="that is enough"):
+        run_arms(config, QUIET)
+    assert asked == options | {"device": None, "dtype": torch.bfloat16}
