@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers import kl_by_hand, lenient, log_p_by_hand, one_sentence, small_loop
 from hypothesis import given
 from hypothesis import strategies as st
