@@ -60,7 +60,7 @@ def _plain(limit: float) -> str:
 
 # More of anything fills the memory before the first stage is finished.
 Count = Annotated[int, Range(1, 10**6)]
-CountOrNone = Annotated[int, Range(0, 10**6)]
+CountOrZero = Annotated[int, Range(0, 10**6)]
 Share = Annotated[float, Range(0, 1)]
 NonNegative = Annotated[float, Range(0)]
 
@@ -129,7 +129,7 @@ class GenerateConfig(_Settings):
     """The turn cannot end before this many tokens [tokens]."""
     temperature: NonNegative = 1.0
     """Softmax temperature; 0 is greedy."""
-    top_k: CountOrNone = 64
+    top_k: CountOrZero = 64
     """Sample from this many most likely tokens; 0 is the whole vocabulary [tokens]."""
     top_p: Annotated[float, Range(0, 1, above=True)] = 0.95
     """Sample from the most likely tokens with this total probability, after top_k [share]."""
@@ -153,7 +153,7 @@ class FilterConfig(_Settings):
         30.0
     """
 
-    min_words: CountOrNone = 8
+    min_words: CountOrZero = 8
     """Completions with fewer words are dropped [words]."""
     max_tail_perplexity: Annotated[float, Range(1)] = 30.0
     """A completion is incoherent if base's perplexity on its last quarter is above this
@@ -279,10 +279,10 @@ class HealConfig(_Settings):
     odd: bool = False
     """With the soft target: learn half the difference of the teachers at plus and minus the dose,
     so that what both have in common is not learnt."""
-    unsteered: CountOrNone = 0
+    unsteered: CountOrZero = 0
     """With the soft target: answers of the student without steering that the loop adds to the kept
     completions, sampled from the whole distribution [count]."""
-    narrative: CountOrNone = 0
+    narrative: CountOrZero = 0
     """With the soft target: running text that the student continues from neutral openings, which
     the loop adds as well, so that more than one register is learnt from [count]."""
     divergence: Literal["kl_rev", "kl_fwd", "none"] = "kl_rev"
