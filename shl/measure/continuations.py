@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import logsumexp
+from torch import Tensor
 
+from shl.fast import KVCache
 from shl.hooks.handle import unhooked
 from shl.hooks.sites import final_hidden, readout
 from shl.kl import log_probs_at
@@ -66,33 +68,11 @@ def option_scores(
         >>> scores.shape
         (1, 2)
     """
-    count = len(options[0])
-    out = np.zeros((len(prefixes), count))
-    device, output = model.W_U.device, readout(model)
+    out = np.zeros((len(prefixes), len(options[0])))
 
     def work(rows: list[int]) -> None:
         residual, start = prefill(model, [prefixes[i] for i in rows])
-        chosen = [option for i in rows for option in options[i]]
-        first = torch.tensor([option[0] for option in chosen], device=device).view(-1, count)
-        scores = log_probs_at(final_hidden(model, residual[:, 0]), model.W_U, first, **output)
-        longest = max(map(len, chosen)) - 1
-        if longest:
-            # Every token of an option but the last is run, to predict the token after it.
-            shape = (len(chosen), longest)
-            tokens, mask, targets = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-            for row, option in enumerate(chosen):
-                tokens[row, : len(option) - 1] = torch.tensor(option[:-1])
-                targets[row, : len(option) - 1] = torch.tensor(option[1:])
-                mask[row, : len(option) - 1] = 1
-            tokens, mask, targets = (x.to(device) for x in (tokens, mask, targets))
-            each = torch.arange(len(rows), device=device).repeat_interleave(count)
-            later = run(model, tokens, mask, start.rows(each, start.length + longest))
-            real = mask.bool()
-            rest = torch.zeros(shape, device=device)
-            rest[real] = log_probs_at(
-                final_hidden(model, later[real]), model.W_U, targets[real][:, None], **output
-            )[:, 0]
-            scores = scores + rest.sum(1).view(-1, count)
+        scores = scores_after(model, residual[:, 0], start, [options[i] for i in rows])
         require_finite(
             scores, "a continuation's score", model, lambda: [list(prefixes[i]) for i in rows]
         )
@@ -100,6 +80,41 @@ def option_scores(
 
     in_batches(length_batches([len(row) for row in prefixes], batch_size), work, "continuations")
     return out
+
+
+def scores_after(
+    model: Model, last: Tensor, start: KVCache, options: Sequence[Sequence[Sequence[int]]]
+) -> Tensor:
+    """`[row, option]`: log-probability of each option after the cached text, in nats.
+
+    Args:
+        last: final residuals of the last tokens, `[row, d_model]`.
+        start: the cache of the text, which is not changed.
+        options: for each row the same number of options, token ids.
+    """
+    count, device, output = len(options[0]), last.device, readout(model)
+    chosen = [option for row in options for option in row]
+    first = torch.tensor([option[0] for option in chosen], device=device).view(-1, count)
+    scores = log_probs_at(final_hidden(model, last), model.W_U, first, **output)
+    longest = max(map(len, chosen)) - 1
+    if longest == 0:
+        return scores
+    # Every token of an option but the last is run, to predict the token after it.
+    shape = (len(chosen), longest)
+    tokens, mask, targets = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    for row, option in enumerate(chosen):
+        tokens[row, : len(option) - 1] = torch.tensor(option[:-1])
+        targets[row, : len(option) - 1] = torch.tensor(option[1:])
+        mask[row, : len(option) - 1] = 1
+    tokens, mask, targets = (x.to(device) for x in (tokens, mask, targets))
+    each = torch.arange(len(options), device=device).repeat_interleave(count)
+    later = run(model, tokens, mask, start.rows(each, start.length + longest))
+    real = mask.bool()
+    rest = torch.zeros(shape, device=device)
+    rest[real] = log_probs_at(
+        final_hidden(model, later[real]), model.W_U, targets[real][:, None], **output
+    )[:, 0]
+    return scores + rest.sum(1).view(-1, count)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,11 +20,12 @@ import torch
 from torch import Tensor
 
 from shl.config import FOUNDATIONS, EvalConfig
-from shl.fast import KVCache, is_hooked
+from shl.fast import is_hooked
 from shl.hooks.fingerprint import weights_hash
 from shl.hooks.handle import handles_on, unhooked
 from shl.hooks.sites import final_hidden, readout
 from shl.kl import log_probs_at
+from shl.measure.continuations import scores_after
 from shl.measure.evaluation import Evaluation, log_mass, nats_of
 from shl.models.generate import prefill, run
 from shl.models.nan_checks import require_finite
@@ -78,10 +78,14 @@ def read_completions(
 
     def work(chosen: list[int]) -> None:
         _, start = prefill(model, [rows[i] for i in chosen])
+        each = torch.arange(len(chosen), device=model.W_U.device)
         for k, stem in enumerate(stems):
             # Stems go one by one: padding between a stem and its options would count towards
             # the sliding window.
-            scores = _score_options(model, start, stem, options[k], len(chosen))
+            kv = start.rows(each, start.length + len(stem))
+            tokens = torch.tensor([stem] * len(chosen), device=each.device)
+            last = run(model, tokens, torch.ones_like(tokens), kv)[:, -1]
+            scores = scores_after(model, last, kv, [options[k]] * len(chosen)).cpu()
             require_finite(
                 scores,
                 f"a score of stem {k} on vignettes {chosen}",
@@ -92,43 +96,6 @@ def read_completions(
 
     in_batches(length_batches([len(row) for row in rows], config.batch_size), work, "the probe")
     return out
-
-
-def _score_options(
-    model: Model, start: KVCache, stem: list[int], options: list[list[int]], items: int
-) -> Tensor:
-    """`[item, option]`: log-probability of each option after the cached text and the stem."""
-    device = model.W_U.device
-    each = torch.arange(items, device=device)
-    kv = start.rows(each, start.length + len(stem))
-    tokens, mask = _pad_right([stem], items, device)
-    last = run(model, tokens, mask, kv)[:, -1]
-    firsts = torch.tensor([option[0] for option in options], device=device)
-    scores = _log_probs(model, last, firsts.expand(items, -1))
-    # Every option but its last token is run, to predict the token after it.
-    if any(len(option) > 1 for option in options):
-        kv = kv.rows(each.repeat_interleave(len(options)), kv.length + max(map(len, options)) - 1)
-        tokens, _ = _pad_right([option[:-1] for option in options], items, device)
-        targets, real = _pad_right([option[1:] for option in options], items, device)
-        residual = run(model, tokens, real, kv)
-        rest = torch.zeros(tokens.shape, device=device)
-        real = real.bool()
-        rest[real] = _log_probs(model, residual[real], targets[real][:, None])[:, 0]
-        scores = scores + rest.sum(1).view(scores.shape)
-    return scores.cpu()
-
-
-def _log_probs(model: Model, residual: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities of `tokens` `[row, n]` after the final residuals `[row, d_model]`."""
-    return log_probs_at(final_hidden(model, residual), model.W_U, tokens, **readout(model))
-
-
-def _pad_right(
-    rows: Sequence[Sequence[int]], times: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """`rows`, padded on the right and repeated `times` as a whole, and their mask."""
-    padded = torch.tensor(list(zip_longest(*rows, fillvalue=-1)), device=device).T.repeat(times, 1)
-    return padded.clamp(min=0), (padded >= 0).long()
 
 
 @torch.no_grad()
@@ -155,7 +122,8 @@ def read_digits(
 
     def work(indices: list[int]) -> None:
         residual, _ = prefill(model, [rows[i] for i in indices])
-        scores = _log_probs(model, residual[:, 0], tokens.expand(len(indices), -1)).cpu()
+        hidden, wanted = final_hidden(model, residual[:, 0]), tokens.expand(len(indices), -1)
+        scores = log_probs_at(hidden, model.W_U, wanted, **readout(model)).cpu()
         for i, row in zip(indices, scores, strict=True):
             require_finite(row, f"a score of vignette {i // 2}", model, lambda: [rows[i]])  # noqa: B023
             out[i] = row.flip(0) if i % 2 else row
