@@ -122,6 +122,7 @@ class RecordWriter(RecordReader):
             files = {name: digest(folder / name) for name in FILES}
             self.event("start", -1, {"files": files, "weights": weights})
             return
+        require_same_run(folder, settings)  # another process may have begun it since
         require_unmodified(folder, self.events[0])
         before = self.events[0]["weights"]
         require(
