@@ -89,7 +89,7 @@ def cluster():
 
 
 def result(run):
-    """What a record holds of its results: without times, and without what tells the code's state."""
+    """The results on record: without times, and without what tells the code's state."""
     _, events, texts = read(run)
     kept = [{k: v for k, v in e.items() if k not in ("seconds", "files")} for e in events]
     names = ("config.json", "axis.json", "*/*/*.safetensors")
