@@ -22,7 +22,7 @@ from experiments.arms.catalogue import chosen
 from experiments.arms.cluster import connected
 from experiments.arms.stage_cache import same_result
 from experiments.arms.studies import SHARED, STEERED, steps
-from experiments.record.journal import read_lines
+from experiments.record.journal import lock, read_lines
 from experiments.record.reader import read
 from shl.models.tiny import tiny_hf
 from shl.utils.errors import ShlError
@@ -278,6 +278,18 @@ def test_bad_options_of_ray_are_refused(folder, tmp_path, changes, message):
     with pytest.raises(ShlError) as error:
         run_arms(tyro.cli(ArmsConfig, args=words), QUIET)
     assert message in one_sentence(error)
+
+
+def test_a_folder_of_arms_in_use_is_refused_before_anything_is_loaded(
+    folder, monkeypatch, tmp_path
+):
+    program = sys.modules[run_arms.__module__]
+    monkeypatch.setattr(program, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    held = lock(tmp_path)
+    with pytest.raises(ShlError) as error:
+        run_arms(config(folder, tmp_path, "none"), QUIET)
+    assert f"is in use by process {os.getpid()}" in one_sentence(error)
+    held.release()
 
 
 @pytest.mark.parametrize("group", ["core", "steps", "far", "all"])
