@@ -231,11 +231,13 @@ def test_drivers_may_die_or_be_stopped_but_not_share_a_folder(folder, alone, clu
     run = tmp_path / "none" / "seed42"
     driver = start(folder, tmp_path)
     wait_until(lambda: has(run, "stage"))
+    # A stopped worker stays in its stage, however long the test takes.
+    worker, _ = last_process(run)
+    os.kill(worker, signal.SIGSTOP)
     for ray in (None, "local"):
         with pytest.raises(ShlError) as error:
             run_arms(config(folder, tmp_path, "mean", ray=ray), QUIET)
         assert f"{tmp_path} is in use by process {driver.pid}" in one_sentence(error)
-    worker, _ = last_process(run)
     driver.kill()
     driver.communicate()
     wait_until(lambda: not psutil.pid_exists(worker), 60)
@@ -243,8 +245,13 @@ def test_drivers_may_die_or_be_stopped_but_not_share_a_folder(folder, alone, clu
     before = len(read_lines(run / "events.jsonl"))
     driver = start(folder, tmp_path)
     wait_until(lambda: len(read_lines(run / "events.jsonl")) > before)
+    worker, _ = last_process(run)
+    os.kill(worker, signal.SIGSTOP)
     driver.send_signal(signal.SIGINT)
+    line = next(line for line in driver.stdout if "stopping" in line)
+    os.kill(worker, signal.SIGCONT)
     out, errors = driver.communicate()
+    out = line + out
     assert driver.returncode == 128 + signal.SIGINT, errors
     assert "each worker finishes its stage" in out
     assert "to continue:\n" in out
@@ -260,7 +267,7 @@ def test_ray_listens_on_loopback_without_dashboard_and_statistics(cluster):
     own = {process.pid for process in psutil.Process().children(recursive=True)} | {os.getpid()}
     listening = [c for c in psutil.net_connections("inet") if c.status == "LISTEN" and c.pid in own]
     assert listening
-    assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1"}
+    assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert 8265 not in {c.laddr.port for c in listening}
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
