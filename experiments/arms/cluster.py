@@ -68,6 +68,8 @@ def connected(address: str, **more: Any) -> Iterator[None]:
     if address == "local":
         # Ray then takes the loopback address for this node, and all its ports listen there only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Ray's default of 15 leaves workers next to nothing of a core beside other work.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     if ray.is_initialized():
