@@ -206,16 +206,22 @@ def test_hostile_text_is_escaped(folder, parts):
     events.append(common | {"event": "validity", "valid": False, "reason": HOSTILE, "round": -1})
     events.append(common | {"event": "reading", "stage": HOSTILE, HOSTILE: 1.0, "round": 0})
     events.append(events[-1] | {"event": "starved", "sentence": HOSTILE, "round": 1})
-    named = {key: f"{HOSTILE}{key}" for key in ("name", "description", "positive", "negative")}
+    named = {key: f"{HOSTILE}{key}" for key in ("description", "positive", "negative")}
+    # A name may hold markup, but nothing that is not printable.
+    name = "</title><script>alert(1)</script><b>&amp;'\"$x^2$"
     parts[2] = type(axis)(
-        **named, contexts=axis.contexts, prompts=axis.prompts, expected=dict(axis.expected)
+        name=name,
+        **named,
+        contexts=axis.contexts,
+        prompts=axis.prompts,
+        expected=dict(axis.expected),
     )
     parts[0], parts[1] = config | {"model": HOSTILE}, versions | {"commit": HOSTILE, HOSTILE: "x"}
     reader = checked(drawn(folder, parts))
     tokens = reader.texts("div", "tokens")
     assert all(text.startswith(f"{CLEAN}$x^2$ & <b>") for text in tokens)
     assert set(reader.texts("div", "text")) - set(tokens) == {CLEAN}
-    assert {f"{CLEAN}name", f"{CLEAN}negative", f"not valid on this model: {CLEAN}"} <= set(
+    assert {name, f"{CLEAN}negative", f"not valid on this model: {CLEAN}"} <= set(
         reader.texts("bdi")
     )
     assert any(CLEAN in t for t in reader.texts("p", "banner"))

@@ -290,8 +290,7 @@ def test_bad_options_of_ray_are_refused(folder, tmp_path, changes, message):
 def test_a_folder_of_arms_in_use_is_refused_before_anything_is_loaded(
     folder, monkeypatch, tmp_path
 ):
-    program = sys.modules[run_arms.__module__]
-    monkeypatch.setattr(program, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("experiments.run.load_model", lambda *_, **__: pytest.fail("loaded"))
     held = lock(tmp_path)
     with pytest.raises(ShlError) as error:
         run_arms(config(folder, tmp_path, "none"), QUIET)
@@ -347,7 +346,7 @@ def test_several_models_and_axes_have_a_folder_each(folder, monkeypatch, tmp_pat
     monkeypatch.setattr(program, "run_arm", lambda *a, **k: ran.append((*a[:3],)))
     monkeypatch.setattr(program, "run_steered", lambda *_: None)
     monkeypatch.setattr(program, "compare", lambda *_: None)
-    axes = ["care_auth", "formality"]
+    axes = ["care_auth", "love"]
     words = ["--model", folder, "--axis", *axes, "--arms", "rmse", "--out", str(tmp_path), *SMALL]
     torch_threads = torch.get_num_threads()
     folders = run_arms(tyro.cli(ArmsConfig, args=words), QUIET)
