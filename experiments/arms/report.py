@@ -55,7 +55,8 @@ def compare(folder: Path, console: Console, failed: Mapping[str, str] | None = N
     listed = "".join(f"- {line}\n" for line in sentences)
     for text in (markdown(rows), listed):
         console.print(text, markup=False, highlight=False)
-    write(folder / "arms.md", f"{markdown(rows)}\n{listed}\n{legend()}")
+    begun = [arm for name, arm in ARMS.items() if (folder / name).is_dir()]
+    write(folder / "arms.md", f"{markdown(rows)}\n{listed}\n{legend(begun)}")
     write(folder / "arms.json", json.dumps(values, indent=2) + "\n")
     figures = charts(found, texts, method_tau(folder) if texts else None)
     write_pngs(folder, figures.values())
@@ -79,7 +80,7 @@ def compare(folder: Path, console: Console, failed: Mapping[str, str] | None = N
         table=cells(rows),
         text_kl=separation,
         ended_early=short,
-        arms=ARMS.values(),
+        arms=begun,
         ended={name: {s: _ended(p) for s, p in by_seed.items()} for name, by_seed in runs.items()},
     )
     write(folder / "report.html", html)

@@ -1,9 +1,9 @@
 """Results of the arms, as a table and in sentences."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.arms.catalogue import ARMS
+from experiments.arms.catalogue import Arm
 from experiments.arms.compare import LEVELS, Found, against, table
 from experiments.arms.text_kl import GROUPS, HOWS
 from shl.config import EvalConfig
@@ -100,6 +100,6 @@ def text_kl_sentences(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def legend() -> str:
+def legend(arms: Sequence[Arm]) -> str:
     """The question of each arm, one per line."""
-    return "".join(f"- **{arm.name}**: {arm.question}\n" for arm in ARMS.values())
+    return "".join(f"- **{arm.name}**: {arm.question}\n" for arm in arms)
