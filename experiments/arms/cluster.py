@@ -85,7 +85,8 @@ def connected(address: str, **more: Any) -> Iterator[None]:
         ray.init(address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
-        raise ShlError(f"Ray at {address} does not answer ({reason}).") from error
+        hint = "; a cluster with a token needs RAY_AUTH_MODE=token" if "://" in address else ""
+        raise ShlError(f"Ray at {address} does not answer ({reason}){hint}.") from error
     try:
         yield
     finally:
