@@ -18,15 +18,13 @@ from experiments.record.command import command, say, wide_console
 from experiments.record.journal import read_lines
 from experiments.record.progress import StageProgress
 from experiments.record.reader import is_finished, require_same_run
+from experiments.record.resume import Reached, Recorder, SharedStages
 from experiments.record.settings import RunConfig, engine_options, folder_of, settings_of
 from experiments.record.signals import Stop, Stopped
 from experiments.record.status import usage
 from experiments.record.writer import (
     Beside,
-    Reached,
-    Recorder,
     RecordWriter,
-    SharedStages,
     beside,
     require_usable,
     round_numbers,

@@ -1,29 +1,46 @@
-"""Load the stages of a record back into what `shl.love` produced, bit for bit."""
+"""The observers of a run: one loads finished stages, bit for bit as `shl.love` produced them, the
+other writes those that are computed as well."""
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from experiments.record.journal import Line
+from experiments.record.journal import Line, finite
+from experiments.record.progress import BASELINES, ROUND, StageProgress
 from experiments.record.reader import Event, RecordReader, samples
+from experiments.record.schema import name_of
+from experiments.record.writer import (
+    RecordWriter,
+    healing_numbers,
+    shift_numbers,
+    stage_numbers,
+    text_lines,
+    walk_numbers,
+)
 from shl.config import LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.vector import SteeringVector
+from shl.measure.continuations import STATISTICS
 from shl.measure.retention import Retention
+from shl.measure.stats import bootstrap
 from shl.measure.vignettes import reading
 from shl.method.dose import Walk, ladder
 from shl.method.filters import Verdict
 from shl.method.heal import Healed, HealStep, Training
-from shl.method.stages import InstrumentReading, Judged, Observer, Stage
+from shl.method.stages import InstrumentReading, Judged, Observer, Retained, Stage
 from shl.models.generate import Completion
 from shl.models.tokens import Prompt, encode
 from shl.utils.errors import require
 from shl.utils.model import Model
 
 Made = TypeVar("Made", SteeringVector, Adapter)
+
+SAVE_EVERY = 20.0
+"""Seconds of training between two saved states, which is the most that a killed run repeats."""
 
 
 class Resume(Observer):
@@ -153,3 +170,142 @@ def scores(line: Event) -> np.ndarray:
         f"the scores of {line['stage']} in round {line['round']} differ in length.",
     )
     return np.array(line["log_probs"], dtype=np.float64)
+
+
+SharedStages = Callable[[str, int], Iterable[RecordReader]]
+"""From an event's name and round to the other runs in which that stage has the same result."""
+
+
+class Reached(Exception):
+    """The stage is finished after which the run was to stop."""
+
+
+class Recorder(Resume):
+    """The observer of a run: supplies what its record or a `shared` run holds, and writes what is
+    computed.
+
+    Before a stage that comes after `until`, a name in the baselines or the first round, it raises
+    `Reached`.
+    """
+
+    record: RecordWriter
+
+    def __init__(
+        self,
+        record: RecordWriter,
+        model: Model,
+        config: LoopConfig,
+        progress: StageProgress,
+        shared: SharedStages,
+        until: str | None = None,
+    ) -> None:
+        super().__init__(record, model, config)
+        self.progress, self.shared = progress, shared
+        first = -1 if until in BASELINES else 0
+        self._last = (config.rounds, 0) if until is None else _position(until, first)
+        self._saved = time.monotonic()
+
+    def find(self, name: str, index: int, batch: int | None = None) -> Line | None:
+        """The event of a finished stage, copied from another run if need be, or None."""
+        if _position(name, index) > self._last:
+            raise Reached
+        self.record.pause()
+        line = self.recorded(name, index, batch)
+        if line is not None:
+            self.progress.finished(name, index, batch, loaded=True)
+        return line
+
+    def recorded(self, name: str, index: int, batch: int | None = None) -> Line | None:
+        """The event of a name, copied from another run if need be, or None."""
+        line = self.record.find(name, index, batch)
+        if line is None:
+            found = ((run.find(name, index, batch), run) for run in self.shared(name, index))
+            line = next((self.record.copy(e, run) for e, run in found if e is not None), None)
+        return line
+
+    def save_stage(self, index: int, stage: Stage) -> None:
+        """Write a measured stage and its samples; those of a steered one are written already."""
+        line, base = self.record.find("base", -1), stage.evaluation
+        if line is not None:
+            base = reading(line["style"], scores(line), scores(line))
+        numbers = stage_numbers(stage, self.config.eval)
+        numbers |= shift_numbers(stage.evaluation, base, self.config.eval)
+        if stage.name == "steered":
+            self._finish("stage", index, numbers | {"kappa": stage.kappa, "dose": stage.dose})
+        else:
+            self._finish("stage", index, numbers, text_lines(stage.name, index, stage.samples))
+
+    def save_reading(self, index: int, reading: InstrumentReading) -> None:
+        """Write what an instrument read of a stage, and how that differs from base."""
+        if "items" in reading.values:
+            self._save_items(index, reading)
+            return
+        base = self.record.find(f"{reading.instrument}:base", -1) or reading.values
+        shift = {key: nats - base["nats"][key] for key, nats in reading.values["nats"].items()}
+        values = {"instrument": reading.instrument, "stage": reading.stage, **reading.values}
+        self._finish("reading", index, values | {"shift": shift})
+
+    def _save_items(self, index: int, reading: InstrumentReading) -> None:
+        name, own = reading.instrument, reading.values["items"]
+        base = self.record.find(f"{name}:base", -1) or reading.values
+        pairs, of = np.stack([base["items"], own], 1), STATISTICS[name]
+        settings = self.config.eval
+        interval = bootstrap(
+            pairs, of, resamples=settings.bootstrap, confidence=settings.confidence
+        )
+        values = {"instrument": name, "stage": reading.stage, "items": own}
+        self._finish("items", index, values | {"value": of(pairs), "interval": list(interval)})
+
+    def save_vector(self, index: int, vector: SteeringVector) -> None:
+        """Write the vector of a round."""
+        self.record.save(vector, index, "vector")
+        self._finish("vector", index, {"norms": vector.norms(), "contexts": vector.contexts})
+
+    def save_probe(self, index: int, probe: Judged) -> None:
+        """Write the judged rows of the dose ladder."""
+        texts = text_lines("probe", index, probe.verdicts)
+        self._finish("probe", index, walk_numbers(probe.walk), texts)
+
+    def save_batch(self, index: int, number: int, batch: Judged) -> None:
+        """Write a full batch at the chosen dose."""
+        texts = text_lines("batch", index, batch.verdicts)
+        self._finish("batch", index, walk_numbers(batch.walk) | {"batch": number}, texts)
+
+    def on_step(
+        self, index: int, step: HealStep, total: int, state: Callable[[], Training]
+    ) -> None:
+        """Write the state of training once in a while."""
+        if time.monotonic() - self._saved >= SAVE_EVERY:
+            self.record.save(state(), index, "training")
+            self._saved = time.monotonic()
+        self.progress.step(index, step.step, total, step.d)
+
+    def save_healed(self, index: int, healed: Healed) -> None:
+        """Write the trained adapter of a round with its log."""
+        self.record.save(healed.adapter, index, "adapter")
+        self._finish("healing", index, healing_numbers(healed))
+        self.record.path_of(index, "training").unlink(missing_ok=True)
+
+    def save_retention(self, index: int, retained: Retained) -> None:
+        """Write what a round's student has of the teacher's shift."""
+        sources = {
+            name: {
+                **{key: list(sums) for key, sums in vars(found).items()},
+                "share": finite(found.share),
+                "cosine": finite(found.cosine),
+            }
+            for name, found in retained.items()
+        }
+        self._finish("retention", index, {"sources": sources})
+
+    def _finish(
+        self, event: str, index: int, values: Mapping[str, Any], texts: Sequence[Line] = ()
+    ) -> None:
+        line = self.record.event(event, index, values, texts)
+        self.progress.finished(name_of(line), index, line.get("batch"), loaded=False)
+
+
+def _position(name: str, index: int) -> tuple[int, int]:
+    """Where a stage, or a reading of it, stands in the order of a run."""
+    order = BASELINES if index < 0 else ROUND
+    return index, order.index(name.rsplit(":", 1)[-1])

@@ -26,9 +26,10 @@ from experiments.questions.answers import answer_all
 from experiments.record.journal import Journal, read_lines
 from experiments.record.progress import StageProgress
 from experiments.record.reader import FILES, axis_of, read
+from experiments.record.resume import Recorder
 from experiments.record.settings import RunConfig, settings_of
 from experiments.record.status import status
-from experiments.record.writer import Recorder, RecordWriter
+from experiments.record.writer import RecordWriter
 from experiments.report import page
 from experiments.report.diary import diary
 from experiments.report.report import report

@@ -18,15 +18,15 @@ from rich.console import Console
 
 from experiments import run as program
 from experiments.checks.crash import differences
-from experiments.record import journal, settings, writer
+from experiments.record import journal, resume, settings
 from experiments.record.journal import Journal, lock
 from experiments.record.reader import RecordReader
-from experiments.record.resume import Resume
+from experiments.record.resume import Recorder, Resume
 from experiments.record.schema import name_of
 from experiments.record.settings import RunConfig, folder_of, settings_of
 from experiments.record.signals import Stop, Stopped
 from experiments.record.status import status
-from experiments.record.writer import Recorder, RecordWriter
+from experiments.record.writer import RecordWriter
 from experiments.report.report import report
 from experiments.run import study
 from shl.method.axes import load_axis
@@ -43,7 +43,7 @@ def tiny():
     digest = settings.code_digest()
     with tiny_runs() as patch:
         patch.setattr(settings, "code_digest", lambda: digest)
-        patch.setattr(writer, "SAVE_EVERY", 0.0)
+        patch.setattr(resume, "SAVE_EVERY", 0.0)
         yield
 
 
