@@ -422,7 +422,7 @@ def test_hooks_on_scores_pattern_and_norms_act(bridge_gemma):
 
 
 def test_hooks_on_inputs_and_outputs_act_on_transformers_own_modules(bridge_gemma):
-    """Attention's input is ln1's output, and ln2's input the residual stream without it."""
+    """Attention's input is ln1's output, and its output is ln1_post's input."""
 
     def run(*names):
         hooks = [(f"blocks.1.{name}", lambda x, hook: x + V) for name in names]
