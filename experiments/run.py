@@ -41,6 +41,7 @@ from shl.measure.nulls import nulls
 from shl.measure.tinymfv import Tinymfv
 from shl.method.axes import Axis, load_axis, nuisance_axes, require_instrument
 from shl.method.loop import StarvedError, baselines, love, require_fits
+from shl.method.online import require_paraphrases
 from shl.models.load import load_model
 from shl.models.nan_checks import named
 from shl.utils.errors import require
@@ -146,6 +147,7 @@ def study(
     axis, needed = load_axis(config.axis), config.loop.vector.contexts
     require_instrument(axis)
     nuisance_axes(axis, config.loop.vector.remove)
+    require_paraphrases(axis, config.loop)
     require(
         needed <= len(axis.contexts),
         f"vector.contexts is {needed}, axis {axis.name!r} has {len(axis.contexts)}.",

@@ -15,6 +15,7 @@ from shl.config import (
     GenerateConfig,
     HealConfig,
     LoopConfig,
+    OnlineConfig,
     VectorConfig,
 )
 from shl.hooks.adapter import Adapter
@@ -60,6 +61,7 @@ __all__ = [
     "HealConfig",
     "Ledger",
     "LoopConfig",
+    "OnlineConfig",
     "Prompt",
     "Round",
     "ShlError",

@@ -379,6 +379,60 @@ no teacher."""
 
 
 @dataclass(frozen=True)
+class OnlineConfig(_Settings):
+    """On-policy training, in which every step samples new completions from the current student.
+
+    Of `HealConfig` it uses the adapter, the learning rate, `every`, `clip`, `odd`, the barrier and
+    the penalties; what a fixed set of texts needs (target, positions, epochs, batch_size, unsteered
+    and narrative) belongs to rounds. Sampling is from the whole distribution.
+
+    Raises:
+        ShlError: a value is out of range.
+
+    Example:
+        >>> OnlineConfig(objective="reward").groups
+        4
+    """
+
+    objective: Literal["teacher", "reward"] = "teacher"
+    """teacher = KL(student || teacher) on the student's completions, where the teacher is the
+    current student with the vector on; reward = policy gradient of a reward (trait, coherence and
+    filter) on completions at several doses."""
+    every: Count = 16
+    """Optimiser steps in a round, after which the student is measured [count]."""
+    refresh: Count = 5
+    """The vector is extracted anew from the current student after this many steps [count]."""
+    prompts: int | None = None
+    """Prompts per step, None for 8 with the teacher and 4 with the reward [count]."""
+    rows: Annotated[int, Range(2, 10**6)] = 8
+    """With the reward: completions per prompt, the first half of them at dose 0 and the others at
+    equally spaced doses up to the round's [count]."""
+    ratio_cap: Annotated[float, Range(0, above=True)] = 2.0
+    """With the reward: largest importance ratio p(token | student) / p(token | steered student) of
+    a token of a steered completion [ratio]."""
+    perplexity: Annotated[float, Range(1)] = 15.0
+    """With the reward: a completion's reward falls by 1 for each nat by which its log perplexity
+    under base is above the log of this [exp nats per token]."""
+    penalty: NonNegative = 1.0
+    """With the reward: subtracted from the reward of a completion that the filter drops."""
+    min_survival: Share = 0.1
+    """The run is starved if fewer of the student's completions pass the filter; the batch after
+    each `refresh` steps is judged, and all of a round count [share]."""
+    max_d: Annotated[float, Range(1)] = 20.0
+    """The run has diverged if the mean D over `refresh` steps is above this many tau."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts is not None:
+            Range(1, 10**6).check("prompts", self.prompts)
+
+    @property
+    def groups(self) -> int:
+        """Prompts per step."""
+        return self.prompts or (8 if self.objective == "teacher" else 4)
+
+
+@dataclass(frozen=True)
 class EvalConfig(_Settings):
     """Measurement of a model on the vignettes and on free samples.
 
@@ -418,8 +472,11 @@ class LoopConfig(_Settings):
         4
     """
 
+    mode: Literal["rounds", "online"] = "rounds"
+    """rounds = train on a batch of steered completions that passed the filter; online = train on
+    completions that the student samples at each step."""
     rounds: Annotated[int, Range(1, 10_000)] = 2
-    """Rounds of steer, filter, heal [count]."""
+    """Rounds of steer, filter, heal, or of `online.every` steps [count]."""
     seed: Annotated[int, Range(0, 2**31 - 1)] = 42
     """Seed of all random numbers."""
     prompted: bool = False
@@ -436,5 +493,16 @@ class LoopConfig(_Settings):
     """The search for the dose."""
     heal: HealConfig = METHOD
     """Training."""
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    """Training in mode online."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rewarded = self.mode == "online" and self.online.objective == "reward"
+        require(
+            not (rewarded and self.prompted),
+            "prompted is True with the objective 'reward', which has no teacher; set it to False.",
+        )
+
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Measurement."""

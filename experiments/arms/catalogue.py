@@ -104,6 +104,13 @@ _FAR_ARMS = (
         for how in ("mean", "rmse", "p95")
     ),
 )
+_ONLINE = tuple(
+    Arm(name, what, lambda loop, to=to: replace(_set("online", objective=to)(loop), mode="online"))
+    for name, to, what in (
+        ("online", "teacher", "on-policy: KL to the steered student on the student's own texts"),
+        ("online-reward", "reward", "on-policy: policy gradient of trait, coherence and filter"),
+    )
+)
 _OTHERS = (
     Arm("max", "maximum of the per-token KL", _set("heal", aggregate="max")),
     Arm("forward", "forward KL, reference to student", _set("heal", divergence="kl_fwd")),
@@ -130,12 +137,13 @@ _OTHERS = (
     ),
     *(_sweep(how, tau) for tau in (0.25, 2.0) for how in ("rmse", "mean", "p95")),
 )
-ARMS = {arm.name: arm for arm in (*_CORE, *_STEPS, *_FAR_ARMS, *_OTHERS)}
+ARMS = {arm.name: arm for arm in (*_CORE, *_STEPS, *_FAR_ARMS, *_ONLINE, *_OTHERS)}
 """By name, in the order in which they are run: later arms reuse stages of the first."""
 GROUPS = {
     "core": tuple(arm.name for arm in _CORE),
     "steps": tuple(arm.name for arm in (*_STEPS, _CORE[0])),
     "far": tuple(arm.name for arm in _FAR_ARMS),
+    "online": tuple(arm.name for arm in (_CORE[0], *_ONLINE)),
     "all": tuple(ARMS),
 }
 """Arms that are run and compared together."""

@@ -29,7 +29,8 @@ class Point:
     `trait` is the shift from base in the expected direction, nats, with its interval of that
     `confidence`: the cloze's where that is valid on the model, else the mean of the axis's
     foundations on the vignettes. `context` is the use of context where that is valid, else the
-    valid-answer mass; it and `survival` are shares of base's.
+    valid-answer mass; it and `survival` are shares of base's. `cpu` is the CPU time of training so
+    far [s]: vectors, probes, texts and healing; None where nothing was trained.
     """
 
     arm: str
@@ -40,6 +41,7 @@ class Point:
     context: float
     survival: float
     confidence: float = 0.95
+    cpu: float | None = None
 
     @property
     def coherence(self) -> float:
@@ -65,7 +67,10 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
             continue
         m = _measured(past)
         found.setdefault(name, {})[seed] = [
-            _point(m, name, seed, str(e["round"]), e) for e in m.healed
+            replace(
+                _point(m, name, seed, str(e["round"]), e), cpu=training_cpu(past.events, e["round"])
+            )
+            for e in m.healed
         ]
         if seed not in found.get("persona", {}):
             found.setdefault("persona", {})[seed] = _prompted(m, seed)
@@ -81,6 +86,22 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
             _point(m, "steered", seed, label, e) for label, e in zip(labels, m.steered, strict=True)
         ]
     return {name: found[name] for name in ("persona", "steered", *ARMS) if name in found}
+
+
+def training_cpu(events: Sequence[Event], last: int) -> float | None:
+    """CPU seconds of training up to a round; None for a record without CPU times.
+
+    A stage that was interrupted counts what its last process took.
+
+    Example:
+        >>> line = {"event": "healing", "round": 0, "cpu": 2.0}
+        >>> training_cpu([line, line | {"round": 1}, line | {"event": "stage"}], 0)
+        2.0
+    """
+    stages = ("vector", "probe", "batch", "healing")
+    own = [e for e in events if e["event"] in stages and e["round"] <= last]
+    times = [e.get("cpu") for e in own]
+    return None if None in times else float(sum(times))
 
 
 def _measured(past: RecordReader, doses: Sequence[Line] = ()) -> Measurements:
@@ -227,6 +248,8 @@ def table(found: Found) -> list[dict[str, Any]]:
             }
         for key in ("trait", "context", "survival", "coherence"):
             row[key] = _mean([getattr(point, key) for point in last], confidence)
+        if all(point.cpu is not None for point in last):
+            row["cpu"] = _mean([point.cpu for point in last if point.cpu is not None], confidence)
         rows.append(row)
     return rows
 

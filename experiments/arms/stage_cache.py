@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from experiments.record.reader import RecordReader
-from shl.config import HealConfig, LoopConfig
+from shl.config import HealConfig, LoopConfig, OnlineConfig
 
 _LOOP = TypeAdapter(LoopConfig)
 
@@ -32,8 +32,10 @@ def same_result(name: str, index: int, one: LoopConfig, other: LoopConfig) -> bo
     if stage == "vector" and one.vector == other.vector and one.vector.direction == "contrast":
         return True
     # Training and the schedule of lam over the rounds come after these stages.
-    before = [replace(c, heal=HealConfig(), rounds=1) for c in (one, other)]
-    return before[0] == before[1]
+    same = {"heal": HealConfig(), "online": OnlineConfig(), "rounds": 1}
+    if stage == "probe":
+        same["mode"] = "rounds"
+    return replace(one, **same) == replace(other, **same)
 
 
 class StageCache:

@@ -8,7 +8,19 @@ from experiments.arms.compare import LEVELS, Found, against, table
 from experiments.arms.text_kl import GROUPS, HOWS
 from shl.config import EvalConfig
 
-RIVALS = ("persona", "prompted", "both", "steered", "none", "mean", "p95", "random", "unsteered")
+RIVALS = (
+    "persona",
+    "prompted",
+    "both",
+    "online",
+    "online-reward",
+    "steered",
+    "none",
+    "mean",
+    "p95",
+    "random",
+    "unsteered",
+)
 """What the method is compared with, the most important first."""
 
 
@@ -63,6 +75,7 @@ def columns(found: Found) -> list[dict[str, str]]:
             "trait at the end": _cell(row["trait"], "+.2f"),
             "S / base": _cell(row["context"], ".2f"),
             "survival": _cell(row["survival"], ".2f"),
+            "training [CPU s]": _cell(row["cpu"], ".0f") if "cpu" in row else "",
         }
         | {
             f"trait at {level:g}": _cell(row["reach"][f"{level:g}"], "+.2f")

@@ -42,7 +42,7 @@ class CrashConfig:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """The files in which two finished run folders differ, `seconds` and process files apart.
+    """The files in which two finished run folders differ, times and process files apart.
 
     Raises:
         ShlError: a folder cannot be read as a run.
@@ -59,7 +59,10 @@ def differences(one: Path, other: Path) -> list[str]:
         if _timeless(one / name) != _timeless(other / name)
     ]
     events = [
-        [{k: v for k, v in event.items() if k != "seconds"} for event in read(folder)[1]]
+        [
+            {k: v for k, v in event.items() if k not in ("seconds", "cpu")}
+            for event in read(folder)[1]
+        ]
         for folder in (one, other)
     ]
     if events[0] != events[1]:

@@ -38,13 +38,16 @@ class Strict(BaseModel):
 class Event(Strict):
     """One line of events.jsonl.
 
-    `round` is -1 before the first; `seconds` is computing time since the start of the run; `texts`
-    is the number of lines of texts.jsonl when the event is written.
+    `round` is -1 before the first; `seconds` is computing time since the start of the run; `cpu` is
+    the CPU time of the process since the event before (None in older records), also where another
+    run has computed the stage; `texts` is the number of lines of texts.jsonl when the event is
+    written.
     """
 
     event: str
     round: Round
     seconds: Number
+    cpu: Number | None = None
     texts: Count
 
 
@@ -217,6 +220,7 @@ class Means(Strict):
     grad_nll: Number
     grad_barrier: Number
     grad_adapter: Number
+    reward: Number | None = None
 
 
 class Step(Means):

@@ -108,6 +108,7 @@ class RecordWriter(RecordReader):
         for path in folder.glob("**/.*.tmp"):
             path.unlink(missing_ok=True)
         self._began = time.monotonic() - last["seconds"]
+        self._cpu = time.process_time()
         if not self.events:
             for name in FILES:
                 write(folder / name, json.dumps(settings[name], indent=2) + "\n")
@@ -140,7 +141,14 @@ class RecordWriter(RecordReader):
         with self._delayed():
             self._texts.append(texts)
             seconds = round(time.monotonic() - self._began, 2)
-            line = {"event": name, "round": index, "seconds": seconds, "texts": len(self.texts)}
+            before, self._cpu = self._cpu, time.process_time()
+            line = {
+                "event": name,
+                "round": index,
+                "seconds": seconds,
+                "cpu": round(self._cpu - before, 2),
+                "texts": len(self.texts),
+            }
             self._events.append([{**line, **values}])
         return self.events[-1]
 
@@ -246,13 +254,17 @@ def walk_numbers(walk: Walk) -> dict[str, Any]:
 def healing_numbers(healing: Healed) -> dict[str, Any]:
     """Training as JSON: means per epoch, every step, and whether the barrier held."""
     names = [name for name in vars(healing.steps[0]) if name not in ("epoch", "step")]
-    epochs = range(healing.config.epochs)
+    if healing.steps[0].reward is None:
+        names.remove("reward")
+    epochs = range(healing.epochs)
     return {
         "barrier": healing.barrier,
         "moved": healing.moved,
         "tau": healing.config.tau,
         "epochs": [{n: healing.epoch_mean(n, epoch) for n in names} for epoch in epochs],
-        "steps": [vars(step) for step in healing.steps],
+        "steps": [
+            {n: getattr(step, n) for n in ("epoch", "step", *names)} for step in healing.steps
+        ],
         "norms": healing.adapter.norms(),
     }
 

@@ -12,7 +12,8 @@ def diary(texts: Sequence[Event], per_round: int = 3) -> str:
     base = {t["prompt"]: t for t in texts if t["stage"] == "base"}
     for index in sorted({t["round"] for t in texts if t["round"] >= 0}):
         lines += [f"## Round {index}", ""]
-        steered = [t for t in texts if t["round"] == index and t["stage"] == "batch"]
+        own = [t for t in texts if t["round"] == index]
+        steered = [t for stage in ("batch", "probe") for t in own if t["stage"] == stage]
         listed: set[str] = set()
         for t in steered:
             prompt = t["prompt"]
@@ -21,7 +22,8 @@ def diary(texts: Sequence[Event], per_round: int = 3) -> str:
             listed.add(prompt)
             verdict = ", ".join(t["reasons"]) or "kept"
             lines += [
-                f"### {prompt}",
+                f"### Prompt {len(listed)}",
+                _fenced(prompt),
                 "",
                 f"**base** {_quote(base.get(prompt))}",
                 "",
@@ -36,10 +38,12 @@ def diary(texts: Sequence[Event], per_round: int = 3) -> str:
 
 
 def _quote(t: Event | None) -> str:
-    """A model's text in a code fence longer than any in it, so that nothing in it is markup."""
-    if t is None:
-        return "(no answer)"
+    return "(no answer)" if t is None else _fenced(t["text"])
+
+
+def _fenced(text: str) -> str:
+    """Text in a code fence longer than any in it, so that nothing in it is markup."""
     fence = "`" * 3
-    while fence in t["text"]:
+    while fence in text:
         fence += "`"
-    return f"\n\n{fence}text\n{t['text'].strip()}\n{fence}"
+    return f"\n\n{fence}text\n{text.strip()}\n{fence}"

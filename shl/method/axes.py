@@ -20,7 +20,8 @@ class Axis:
     The vector is extracted on `contexts`, diverse everyday questions; completions answer `prompts`.
     `expected` holds the sign (+1, -1) of the positive persona's effect on each foundation that it
     should change, and may be empty. `cloze`, if given, is an instrument of the trait. An axis with
-    neither gives vectors, but no instrument reads its trait (`require_instrument`).
+    neither gives vectors, but no instrument reads its trait (`require_instrument`). `paraphrases`
+    are pairs of the personas in other words, for the reward of `shl.method.online`.
 
     Raises:
         ShlError: a name that files and tables cannot hold, equal personas, empty contexts or
@@ -40,6 +41,7 @@ class Axis:
     prompts: tuple[str, ...]
     expected: Mapping[str, int]
     cloze: Cloze | None = None
+    paraphrases: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         require(
@@ -65,6 +67,11 @@ class Axis:
             require(all(text.strip() for text in texts), f"{where} has an empty text in {key}.")
             repeated = sorted({text for text in texts if texts.count(text) > 1})
             require(not repeated, f"{where} repeats {repeated[:1]} in {key}.")
+        for pair in self.paraphrases:
+            require(
+                len(pair) == 2 and all(text.strip() for text in pair) and pair[0] != pair[1],
+                f"{where} has the paraphrases {list(pair)}, each must be two different texts.",
+            )
         for foundation, sign in self.expected.items():
             require(
                 foundation in FOUNDATIONS,
@@ -130,8 +137,8 @@ def load_axis(name: str | Path) -> Axis:
     """Read a built-in axis by name, or a TOML file by path.
 
     The file has the keys name, description, positive, negative, contexts, prompts, expected and
-    optionally cloze (a table with openings, positive and negative words);
-    `contexts = "everyday"` takes the built-in questions.
+    optionally cloze (a table with openings, positive and negative words) and paraphrases (a list of
+    pairs); `contexts = "everyday"` takes the built-in questions.
 
     Raises:
         ShlError: the name is unknown, the file cannot be read, a key is missing or unknown, or
@@ -168,7 +175,7 @@ def axis_from(table: Mapping[str, Any], where: str) -> Axis:
         'bold'
     """
     keys = [field.name for field in fields(Axis)]
-    missing = [key for key in keys if key not in table and key != "cloze"]
+    missing = [key for key in keys if key not in table and key not in ("cloze", "paraphrases")]
     unknown = [key for key in table if key not in keys]
     require(not missing, f"axis file {where} lacks {', '.join(missing)}.")
     require(not unknown, f"axis file {where} has unknown {', '.join(unknown)}; allowed: {keys}.")
@@ -199,7 +206,19 @@ def axis_from(table: Mapping[str, Any], where: str) -> Axis:
         )
         cloze = Cloze(*(_texts(given[key], f"cloze.{key} in {where}") for key in keys))
     expected = MappingProxyType(dict(signs))
-    return Axis(**{**table, **lists, "expected": expected, "cloze": cloze})
+    pairs = table.get("paraphrases", ())
+    what = f"paraphrases in {where}"
+    require(isinstance(pairs, list | tuple), f"{what} must be a list of pairs of texts.")
+    paraphrases = tuple(_texts(pair, what) for pair in pairs)
+    return Axis(
+        **{
+            **table,
+            **lists,
+            "expected": expected,
+            "cloze": cloze,
+            "paraphrases": paraphrases,
+        }
+    )
 
 
 def _texts(value: Any, what: str) -> tuple[str, ...]:

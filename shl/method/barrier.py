@@ -78,6 +78,9 @@ class Barrier:
         batches: completions, each with at least one token.
         read: the same completions as the teacher reads them, with its own prompt tokens.
         fired: share of completions with D > tau in the last step, 1 at the start.
+        on_policy: the teacher is the model with the adapter on, and NLL_t is replaced by
+            KL(student || teacher) instead of KL(teacher || student).
+        weights: factor of each NLL_t in the gradient, for the tokens of each batch in order.
     """
 
     def __init__(
@@ -91,19 +94,27 @@ class Barrier:
         fired: float = 1.0,
         teacher: Teacher | None = None,
         read: Sequence[Sequence[Completion]] = (),
+        on_policy: bool = False,
+        weights: Sequence[PerToken] = (),
     ) -> None:
         self.model, self.adapter, self.batches, self.config = model, adapter, batches, config
+        self._on_policy, self._weights = on_policy, weights
         self._rows = config.rows or config.batch_size
         self._fired = fired
         self._references: list[Reference] = []
         self._soft: list[SoftTargets] = []
+        self._taught: list[Hidden] = []
         if config.divergence != "none" or config.clip is not None:
             # 'base' suspends every handle, 'prev' only that of the new adapter.
             paused = () if config.reference == "base" else (handle,)
             with torch.no_grad(), suspended(model, *paused):
                 self._references = [self._reference(batch) for batch in batches]
         if teacher is not None:
-            self._soft = self._targets(handle, teacher, read or batches)
+            with nullcontext() if on_policy else suspended(model, handle):
+                self._taught = self._teachers(teacher, read or batches)
+            if not on_policy:
+                self._soft = [soft_targets(x, model.W_U, **readout(model)) for x in self._taught]
+                self._taught = []
 
     def _reference(self, batch: Sequence[Completion]) -> Reference:
         states = self._states(batch)
@@ -131,26 +142,24 @@ class Barrier:
             start += count
         return torch.cat(parts).to(self.model.W_U.device), [len(part) for part in parts]
 
-    def _targets(
-        self, handle: Handle, teacher: Teacher, read: Sequence[Sequence[Completion]]
-    ) -> list[SoftTargets]:
-        """The teacher's distributions, with the student that enters the round."""
-        model, clip, targets = self.model, self.config.clip, []
+    @torch.no_grad()
+    def _teachers(self, teacher: Teacher, read: Sequence[Sequence[Completion]]) -> list[Hidden]:
+        """The teacher's final hidden states, from the student with the handles that are on."""
+        model, clip, found = self.model, self.config.clip, []
         for k, batch in enumerate(read):
-            with torch.no_grad(), suspended(model, handle):
-                with teacher.steering():
-                    taught = self._states(batch)
-                own = self._states(self.batches[k]) if clip or teacher.opposite else taught
-                if teacher.opposite is not None:
-                    with teacher.opposite():
-                        taught = own + (taught - self._states(batch)) / 2
-                if clip is not None:
-                    states, ref_lse = self._references[k]
-                    kl = kl_values(model, taught, states, ref_lse=ref_lse)
-                    share = (clip / kl.clamp(min=clip)).sqrt()
-                    taught = own + share[:, None] * (taught - own)
-                targets.append(soft_targets(taught, model.W_U, **readout(model)))
-        return targets
+            with teacher.steering():
+                taught = self._states(batch)
+            own = self._states(self.batches[k]) if clip or teacher.opposite else taught
+            if teacher.opposite is not None:
+                with teacher.opposite():
+                    taught = own + (taught - self._states(batch)) / 2
+            if clip is not None:
+                states, ref_lse = self._references[k]
+                kl = kl_values(model, taught, states, ref_lse=ref_lse)
+                share = (clip / kl.clamp(min=clip)).sqrt()
+                taught = own + share[:, None] * (taught - own)
+            found.append(taught)
+        return found
 
     def backward(self, k: int, lam: float) -> dict[str, float]:
         """Set the adapter's gradient to that of batch k's loss; the loss's terms by their names in
@@ -210,13 +219,22 @@ class Barrier:
         leaf = hidden.detach().requires_grad_(True)
         barrier = None
         if self.config.divergence == "none":
-            nll = differentiable_nll(leaf, model.W_U, targets, **readout(model))
-            kl, d = torch.zeros_like(nll), torch.zeros(len(batch), device=nll.device)
+            if not self._taught:
+                nll = differentiable_nll(leaf, model.W_U, targets, **readout(model))
+            kl, d = (torch.zeros(n, device=leaf.device) for n in (width, len(batch)))
         else:
             states, ref_lse = (x[before : before + width] for x in self._references[k])
             kl, nll = self._divergence(leaf, states, ref_lse, targets)
             d = torch.stack([aggregate(part, config.aggregate) for part in kl.split(sizes)])
             barrier = lam * torch.relu(d - config.tau).mean()
+        if self._taught:
+            taught = self._taught[k][before : before + width]
+            ids = torch.zeros(width, dtype=torch.long, device=leaf.device)
+            nll, _ = reverse_kl_and_nll(leaf, taught, model.W_U, ids, **readout(model))
+        logged = torch.stack([part.mean() for part in nll.detach().split(sizes)]).mean()
+        if self._weights:
+            offset = sum(len(c.tokens) for c in whole[: rows.start])
+            nll = nll * self._weights[k][offset:][picked].to(nll)
         nll_term = torch.stack([part.mean() for part in nll.split(sizes)]).mean()
         (grad_nll,) = torch.autograd.grad(nll_term, leaf, retain_graph=True)
         grad_barrier = torch.zeros_like(grad_nll)
@@ -225,7 +243,7 @@ class Barrier:
         gradient = grad_nll + grad_barrier
         hidden.backward(gradient * share if share < 1 else gradient)
         return {
-            "nll": share * float(nll_term.detach()),
+            "nll": share * float(logged),
             "d": share * float(d.detach().mean()),
             "fired": share * float((d > config.tau).float().mean()),
             "tokens_over": width / total * float((kl.detach() > config.tau).float().mean()),

@@ -9,6 +9,7 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from shl.config import VectorConfig
 from shl.hooks.fingerprint import dtype_of, name_of, weights_hash
 from shl.hooks.sites import band
 from shl.hooks.vector import SteeringVector
@@ -130,6 +131,30 @@ def extract_vector(
             f"nothing of the vector of layer {layer} is left without {names}.",
         )
     return replace(left, axis=axis.name, rule=f"{vector.rule} without {names}")
+
+
+def extract_configured(
+    model: Model, axis: Axis, config: VectorConfig, *, round: int | None = None
+) -> SteeringVector:
+    """Extract an axis's vector as `extract_vector` does, with the settings of a study.
+
+    Example:
+        >>> from shl.method.axes import load_axis
+        >>> from shl.models.tiny import tiny_gemma
+        >>> config = VectorConfig(contexts=4, layers=(1,))
+        >>> extract_configured(tiny_gemma(), load_axis("love"), config).contexts
+        4
+    """
+    return extract_vector(
+        model,
+        axis,
+        config.layers,
+        contexts=config.contexts,
+        batch_size=config.batch_size,
+        round=round,
+        against=config.against,
+        remove=config.remove,
+    )
 
 
 VANISHED = 1e-4

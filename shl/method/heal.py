@@ -12,7 +12,7 @@ stays positive.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -50,6 +50,7 @@ class HealStep:
     grad_nll: float  # 2-norm of the gradient at the final hidden states
     grad_barrier: float  # likewise, lam included
     grad_adapter: float  # 2-norm over A and B, before clipping
+    reward: float | None = None  # mean over the completions, if there is one
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,16 @@ class Healed:
     config: HealConfig
 
     def epoch_mean(self, name: str, epoch: int = -1) -> float:
-        """Mean of a `HealStep` field over an epoch (negative counts from the last)."""
-        epoch = epoch % self.config.epochs
+        """Mean of a `HealStep` field over an epoch (negative counts from the last); online, the
+        steps with the same vector are an epoch."""
+        epoch = epoch % self.epochs
         values = [getattr(step, name) for step in self.steps if step.epoch == epoch]
         return sum(values) / len(values)
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs."""
+        return self.steps[-1].epoch + 1
 
     @property
     def barrier(self) -> Outcome:
@@ -154,39 +161,123 @@ def train_adapter(
     pairs = [learnt(model, c, config.positions, persona) for c in kept if c.tokens]
     texts = [student for student, _ in pairs]
     require(len(texts) > 0, f"there is nothing to train on: {len(kept)} completions, all empty.")
-    adapter = fresh_adapter(model, config, seed=seed, round=index, axis=axis)
-    optimiser = torch.optim.AdamW(
-        adapter.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
-    )
     lengths = [len(c.prompt_tokens) + len(c.tokens) for c in texts]
     split = length_batches(lengths, config.batch_size)
     batches = [[texts[i] for i in rows] for rows in split]
     read = [[pairs[i][1] for i in rows] for rows in split]
     total = config.epochs * len(batches)
-    lam = floor = config.lam_at(index, rounds)
-    log: list[HealStep] = []
+    trainer = Trainer(model, config, index=index, rounds=rounds, seed=seed, axis=axis)
+    log = trainer.log
     if resume is not None:
-        lam, log = restore(resume, adapter, optimiser, texts)
-    with adapter.attach(model) as handle:
+        trainer.restore(resume, digest(texts))
+    with trainer.adapter.attach(model) as handle:
         fired = log[-1].fired if log else 1.0
         barrier = Barrier(
-            model, adapter, handle, batches, config, fired=fired, teacher=teacher, read=read
+            model,
+            trainer.adapter,
+            handle,
+            batches,
+            config,
+            fired=fired,
+            teacher=teacher,
+            read=read,
         )
         for step in range(len(log), total):
             epoch, place = divmod(step, len(batches))
             order = torch.randperm(len(batches), generator=generator_for(seed, "order", epoch))
-            _set_lr(optimiser, config.lr, step, total)
             with named(f"epoch {epoch}, step {step}"):
-                terms = barrier.backward(int(order[place]), lam)
-                norm = clip_gradient(adapter, config.max_grad_norm)
-            optimiser.step()
-            weight = lam if config.divergence != "none" else 0.0
-            log.append(HealStep(epoch, step, lam=weight, grad_adapter=norm, **terms))
-            if config.calibrate and config.divergence != "none":
-                lam = _next_lam(lam, terms["d"], config, floor)
+                trainer.step(barrier, int(order[place]), epoch, total)
             if on_step is not None:
-                on_step(log[-1], total, partial(snapshot, adapter, optimiser, lam, log, texts))
-    return Healed(adapter.frozen(), tuple(log), config)
+                on_step(log[-1], total, partial(trainer.state, digest(texts)))
+    return Healed(trainer.adapter.frozen(), tuple(log), config)
+
+
+class Trainer:
+    """A fresh adapter in training: its optimiser, the barrier's next weight, and the log.
+
+    Args:
+        index: round out of `rounds`, for the schedule of lam.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: HealConfig,
+        *,
+        index: int,
+        rounds: int,
+        seed: int,
+        axis: str | None,
+    ) -> None:
+        self.config = config
+        self.adapter = fresh_adapter(model, config, seed=seed, round=index, axis=axis)
+        self.optimiser = torch.optim.AdamW(
+            self.adapter.parameters(),
+            lr=config.lr,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
+        )
+        self.lam = self.floor = config.lam_at(index, rounds)
+        self.log: list[HealStep] = []
+
+    def step(
+        self, barrier: Barrier, k: int, epoch: int, total: int, reward: float | None = None
+    ) -> None:
+        """Take one of `total` optimiser steps on batch k of the barrier, and log it."""
+        config, step = self.config, len(self.log)
+        _set_lr(self.optimiser, config.lr, step, total)
+        terms = barrier.backward(k, self.lam)
+        norm = clip_gradient(self.adapter, config.max_grad_norm)
+        self.optimiser.step()
+        held = config.divergence != "none"
+        weight = self.lam if held else 0.0
+        self.log.append(
+            HealStep(epoch, step, lam=weight, grad_adapter=norm, reward=reward, **terms)
+        )
+        if config.calibrate and held:
+            self.lam = _next_lam(self.lam, terms["d"], config, self.floor)
+
+    def state(self, texts: str, more: Mapping[str, Tensor] | None = None) -> "Training":
+        """A copy of the state after the last step, with the digest of the texts; `more` are
+        tensors that belong to it."""
+        tensors = {name: x.detach().clone() for name, x in (more or {}).items()}
+        for name, parameter in _parameters(self.adapter).items():
+            tensors[name] = parameter.detach().clone()
+            for key, value in self.optimiser.state[parameter].items():
+                tensors[f"{name}.{key}"] = value.detach().clone()
+        return Training(tensors, self.lam, tuple(self.log), texts)
+
+    def restore(self, state: "Training", texts: str, more: Sequence[str] = ()) -> None:
+        """Load a state with the tensors `more` into a trainer that has taken no step.
+
+        Raises:
+            ShlError: the state belongs to other texts or sites.
+        """
+        require(
+            state.texts == texts,
+            f"the training state was saved over other texts ({state.texts[:12]}, these are "
+            f"{texts[:12]}).",
+        )
+        parameters = _parameters(self.adapter)
+        wanted = {*parameters, *more}
+        wanted |= {f"{name}.{key}" for name in parameters for key in _MOMENTS}
+        require(
+            set(state.tensors) == wanted
+            and all(state.tensors[name].shape == p.shape for name, p in parameters.items()),
+            f"the training state differs from the adapter at "
+            f"{sorted(set(state.tensors) ^ wanted)[:3] or 'its shapes'}.",
+        )
+        for name, parameter in parameters.items():
+            with torch.no_grad():
+                parameter.copy_(state.tensors[name])
+            moments = {key: state.tensors[f"{name}.{key}"].clone() for key in _MOMENTS}
+            # AdamW counts its steps on the CPU.
+            self.optimiser.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device)
+                for key, value in moments.items()
+            }
+        self.lam = state.lam
+        self.log += state.steps
 
 
 def learnt(
@@ -257,7 +348,7 @@ class Training:
         meta, tensors = read_safetensors(path, FORMAT, schema)
         try:
             steps = tuple(
-                HealStep(int(epoch), int(step), *map(float, rest))
+                HealStep(int(epoch), int(step), *(x if x is None else float(x) for x in rest))
                 for epoch, step, *rest in meta["steps"]
             )
             lam, texts = float(meta["lam"]), str(meta["texts"])
@@ -270,55 +361,6 @@ def digest(texts: Sequence[Completion]) -> str:
     """SHA-256 of the token ids of prompts and completions."""
     ids = [(list(c.prompt_tokens), list(c.tokens)) for c in texts]
     return hashlib.sha256(repr(ids).encode()).hexdigest()
-
-
-def snapshot(
-    adapter: Adapter,
-    optimiser: torch.optim.Optimizer,
-    lam: float,
-    steps: Sequence[HealStep],
-    texts: Sequence[Completion],
-) -> Training:
-    """A copy of the state after the last of `steps`."""
-    tensors = {}
-    for name, parameter in _parameters(adapter).items():
-        tensors[name] = parameter.detach().clone()
-        for key, value in optimiser.state[parameter].items():
-            tensors[f"{name}.{key}"] = value.detach().clone()
-    return Training(tensors, lam, tuple(steps), digest(texts))
-
-
-def restore(
-    state: Training, adapter: Adapter, optimiser: torch.optim.Optimizer, texts: Sequence[Completion]
-) -> tuple[float, list[HealStep]]:
-    """Load a state into a fresh adapter and its optimiser; lam and the steps so far.
-
-    Raises:
-        ShlError: the state belongs to other completions or sites.
-    """
-    require(
-        state.texts == digest(texts),
-        f"the training state was saved over other texts ({state.texts[:12]}, these are "
-        f"{digest(texts)[:12]}).",
-    )
-    parameters = _parameters(adapter)
-    wanted = {*parameters, *(f"{name}.{key}" for name in parameters for key in _MOMENTS)}
-    require(
-        set(state.tensors) == wanted
-        and all(state.tensors[name].shape == p.shape for name, p in parameters.items()),
-        f"the training state differs from the adapter at "
-        f"{sorted(set(state.tensors) ^ wanted)[:3] or 'its shapes'}.",
-    )
-    for name, parameter in parameters.items():
-        with torch.no_grad():
-            parameter.copy_(state.tensors[name])
-        moments = {key: state.tensors[f"{name}.{key}"].clone() for key in _MOMENTS}
-        # AdamW counts its steps on the CPU.
-        optimiser.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device)
-            for key, value in moments.items()
-        }
-    return state.lam, list(state.steps)
 
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

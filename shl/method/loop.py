@@ -2,8 +2,9 @@
 
 `love` runs it and yields one frozen `Round` at a time. A round extracts a vector from the current
 student, probes a ladder of doses, generates steered completions at the highest dose whose text
-survives the filter, and trains an adapter on the survivors; the next round starts from the student
-with that adapter. This module reads and writes no file: results go to an `Observer` and may come
+survives the filter, and trains an adapter on the survivors (or in mode online on completions that
+the student samples, see `shl.method.online`); the next round starts from the student with that
+adapter. This module reads and writes no file: results go to an `Observer` and may come
 from it. Random draws are functions of (seed, round, stage, item), so a run that continues from
 loaded results ends with the same bits as one that was not interrupted.
 """
@@ -30,14 +31,21 @@ from shl.measure.vignettes import evaluate, remember_base, vignettes
 from shl.method.axes import Axis
 from shl.method.barrier import Teacher
 from shl.method.dose import Walk, after_batch, ladder, settle, start
-from shl.method.extract import extract_vector
+from shl.method.extract import extract_configured
 from shl.method.filters import Verdict, judge
 from shl.method.heal import Healed, learnt, train_adapter
-from shl.method.stages import InstrumentReading, Judged, Observer, Retained, Stage
+from shl.method.online import require_paraphrases, train_online
+from shl.method.stages import (
+    InstrumentReading,
+    Judged,
+    Observer,
+    Retained,
+    Stage,
+    StarvedError,
+)
 from shl.models.generate import Completion, generate, without_persona
 from shl.models.nan_checks import named
 from shl.models.tokens import Prompt
-from shl.utils.errors import ShlError
 from shl.utils.files import texts_in
 from shl.utils.model import Model
 from shl.utils.seeds import seed_for
@@ -48,17 +56,14 @@ READ = 6
 """Texts of each source on which retention is read [count]."""
 
 
-class StarvedError(ShlError):
-    """Too few completions survived the filter to train on."""
-
-
 @dataclass(frozen=True)
 class Round:
     """Results of one round.
 
     `probes` are the judged completions of the dose ladder, `dreams` those of the full batches at
-    `kappa`; the adapter was trained on `kept`. `retained` is what the healed student has of the
-    teacher's shift, on training texts, weaker survivors, its own answers and instruments' items.
+    `kappa`; the adapter was trained on `kept`, which is empty online. `retained` is what the healed
+    student has of the teacher's shift, on training texts, weaker survivors, its own answers and
+    instruments' items.
 
     Example:
         >>> list(Round.__dataclass_fields__)[:5]
@@ -174,11 +179,17 @@ class Study:
 
     def __post_init__(self) -> None:
         require_fits(self.model, self.config)
+        require_paraphrases(self.axis, self.config)
 
     @property
     def persona(self) -> str | None:
         """The persona in the prompt while completions are generated."""
         return self.axis.positive if self.config.prompted else None
+
+    @property
+    def online(self) -> bool:
+        """Whether the student samples what it is trained on."""
+        return self.config.mode == "online"
 
     def round(self, index: int, before: tuple[Adapter, ...]) -> Round:
         """Steer, filter, heal, and measure the model before and after healing."""
@@ -187,7 +198,7 @@ class Study:
             vector = self.extract(index)
             walk, probes = self.probe(index, vector)
             walk, dreams = self.dream(index, vector, walk, probes)
-            survivors = _survivors(walk, (*probes, *dreams))
+            survivors = () if self.online else _survivors(walk, (*probes, *dreams))
             kept = tuple(without_persona(model, completion) for completion in survivors)
             steered = self.measure_steered(index, vector, walk, (*probes, *dreams))
             healing = self.heal(index, kept, vector, walk)
@@ -220,16 +231,7 @@ class Study:
             return vector
         config, settings = self.config, self.config.vector
         with named(f"round {index}, extracting the vector"):
-            vector = extract_vector(
-                self.model,
-                self.axis,
-                settings.layers,
-                contexts=settings.contexts,
-                batch_size=settings.batch_size,
-                round=index,
-                against=settings.against,
-                remove=settings.remove,
-            )
+            vector = extract_configured(self.model, self.axis, settings, round=index)
             if settings.direction == "random":
                 # Walks end near the middle of the ladder; at its top both texts are incoherent.
                 kappas = ladder(config.dose)
@@ -272,8 +274,10 @@ class Study:
             StarvedError: too few survive in `max_batches`.
         """
         settings, verdicts = self.config.dose, probes
+        # Online nothing is trained on them; one shows that the dose can be survived.
+        needed = 1 if self.online else settings.min_train
         for number in range(settings.max_batches):
-            if len(_survivors(walk, verdicts)) >= settings.min_train:
+            if len(_survivors(walk, verdicts)) >= needed:
                 break
             batch = self.observer.load_batch(index, number)
             if batch is None:
@@ -287,11 +291,11 @@ class Study:
             walk = batch.walk
             verdicts += batch.verdicts
         survived = len(_survivors(walk, verdicts))
-        if survived < settings.min_train:
+        if survived < needed:
             dropped = Counter(reason for v in verdicts for reason in v.reasons)
             listed = ", ".join(f"{name} {count}" for name, count in dropped.most_common())
             raise StarvedError(
-                f"round {index}: {survived} completions survived, {settings.min_train} are needed, "
+                f"round {index}: {survived} completions survived, {needed} are needed, "
                 f"after {len(verdicts)} generated down to kappa {walk.kappa:.3g} (dose "
                 f"{walk.dose:.3g}); dropped: {listed}."
             )
@@ -326,27 +330,42 @@ class Study:
     def heal(
         self, index: int, kept: Sequence[Completion], vector: SteeringVector, walk: Walk
     ) -> Healed:
-        """Train the round's adapter on the kept completions, or continue its training.
+        """Train the round's adapter, or continue its training: on the kept completions, or online
+        on those that it samples.
 
         With the soft target the teacher is the student as it wrote the completions, and texts of
         the student without steering and persona are added.
         """
         healed, settings = self.observer.load_healed(index), self.config.heal
         if healed is None:
+            resume = self.observer.load_training(index)
+            on_step = partial(self.observer.on_step, index)
             with named(f"round {index}, healing"):
-                soft = settings.target == "soft"
-                healed = train_adapter(
-                    self.model,
-                    (*kept, *self.own_texts(index)),
-                    settings,
-                    index=index,
-                    rounds=self.config.rounds,
-                    seed=seed_for(self.config.seed, "heal", index),
-                    axis=self.axis.name,
-                    teacher=self.teacher(vector, walk.dose) if soft else None,
-                    resume=self.observer.load_training(index),
-                    on_step=partial(self.observer.on_step, index),
-                )
+                if self.online:
+                    healed = train_online(
+                        self.model,
+                        self.axis,
+                        vector,
+                        walk.dose,
+                        self.config,
+                        index=index,
+                        resume=resume,
+                        on_step=on_step,
+                    )
+                else:
+                    soft = settings.target == "soft"
+                    healed = train_adapter(
+                        self.model,
+                        (*kept, *self.own_texts(index)),
+                        settings,
+                        index=index,
+                        rounds=self.config.rounds,
+                        seed=seed_for(self.config.seed, "heal", index),
+                        axis=self.axis.name,
+                        teacher=self.teacher(vector, walk.dose) if soft else None,
+                        resume=resume,
+                        on_step=on_step,
+                    )
             self.observer.save_healed(index, healed)
         return healed
 

@@ -21,6 +21,11 @@ from shl.measure.retention import Retention
 from shl.method.dose import Walk
 from shl.method.filters import Verdict
 from shl.method.heal import Healed, HealStep, Training
+from shl.utils.errors import ShlError
+
+
+class StarvedError(ShlError):
+    """Too few completions survived the filter to train on."""
 
 
 @dataclass(frozen=True)

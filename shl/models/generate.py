@@ -124,7 +124,8 @@ def sample(
     tokens: Int[Tensor, "batch n"] | None = None,
 ) -> Int[Tensor, " batch"]:
     """Sample one token per row by inverse transform sampling with uniform `draws` in [0, 1), from
-    the logits of `tokens`, by default the whole vocabulary.
+    the logits of `tokens`, by default the whole vocabulary. Tokens are taken in descending order of
+    their logits, or from the whole distribution in the order given, without sorting.
 
     Raises:
         ShlError: the largest logit of a row is not finite.
@@ -138,15 +139,20 @@ def sample(
     """
     greedy = config.temperature == 0
     limit = 1 if greedy else config.top_k or logits.shape[1]
-    top = logits.topk(min(limit, logits.shape[1]))
-    require(bool(torch.isfinite(top.values[:, 0]).all()), "the logits are not finite.")
-    ids = top.indices if tokens is None else tokens.gather(1, top.indices)
+    require(bool(torch.isfinite(logits.amax(1)).all()), "the logits are not finite.")
+    values, ids = logits, tokens
+    if greedy or limit < logits.shape[1] or config.top_p < 1:
+        values, order = logits.topk(min(limit, logits.shape[1]))
+        ids = order if tokens is None else tokens.gather(1, order)
+    if ids is None:
+        ids = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
     if greedy:
         return ids[:, 0]
-    p = (top.values / config.temperature).double().softmax(-1)
-    before = p.cumsum(-1) - p
-    p = torch.where(before < config.top_p, p, 0.0)
+    p = (values / config.temperature).double().softmax(-1)
     cumulative = p.cumsum(-1)
+    if config.top_p < 1:
+        p = torch.where(cumulative - p < config.top_p, p, 0.0)
+        cumulative = p.cumsum(-1)
     threshold = draws[:, None].double() * cumulative[:, -1:]
     # The first token whose cumulative probability exceeds the draw; it has a non-zero probability.
     rank = (cumulative > threshold).int().argmax(-1)

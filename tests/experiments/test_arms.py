@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 def events_of(folder):
     _, events, texts = read(folder)
-    kept = [{k: v for k, v in e.items() if k not in ("seconds", "files")} for e in events]
+    kept = [{k: v for k, v in e.items() if k not in ("seconds", "cpu", "files")} for e in events]
     return kept, texts
 
 
