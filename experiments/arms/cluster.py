@@ -165,6 +165,8 @@ def work(where: Place, arm: str, until: str | None, *waited: str) -> str:
 @contextmanager
 def _log(out: Path, until: str | None) -> Iterator[Console]:
     """The log of a study, which also gets what libraries print."""
+    import ray
+
     try:
         out.mkdir(parents=True, exist_ok=True)
         log = (out / LOG).open("a", buffering=1, encoding="utf-8")
@@ -172,7 +174,9 @@ def _log(out: Path, until: str | None) -> Iterator[Console]:
         raise write_error(out / LOG, error) from error
     with log, redirect_stdout(log), redirect_stderr(log):
         console = Console(file=log, width=120, soft_wrap=True)
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         process = f"process {os.getpid()} on {platform.node()}"
+        process += f" with GPU {', '.join(gpus)}" if gpus else ""
         try:
             say(console, f"{_now()} {process} {BEGINS}" + (f", until {until}" if until else ""))
             yield console

@@ -15,6 +15,7 @@ import numpy as np
 from einops import rearrange
 from rich.table import Table
 from scipy.optimize import brentq
+from shl.method.backtrack import Backtrack
 
 from experiments.record.command import command, say, wide_console
 from experiments.record.journal import write
@@ -22,7 +23,6 @@ from shl.config import FilterConfig, GenerateConfig
 from shl.hooks.vector import SteeringVector
 from shl.measure.stats import bootstrap
 from shl.method.axes import Axis, load_axis
-from shl.method.backtrack import Backtrack
 from shl.method.extract import extract_vector
 from shl.method.filters import judge
 from shl.method.online import trait_scores

@@ -69,7 +69,7 @@ class Axis:
             require(not repeated, f"{where} repeats {repeated[:1]} in {key}.")
         for pair in self.paraphrases:
             require(
-                len(pair) == 2 and all(text.strip() for text in pair) and pair[0] != pair[1],
+                all(text.strip() for text in pair) and pair[0] != pair[1],
                 f"{where} has the paraphrases {list(pair)}, each must be two different texts.",
             )
         for foundation, sign in self.expected.items():
@@ -209,7 +209,8 @@ def axis_from(table: Mapping[str, Any], where: str) -> Axis:
     pairs = table.get("paraphrases", ())
     what = f"paraphrases in {where}"
     require(isinstance(pairs, list | tuple), f"{what} must be a list of pairs of texts.")
-    paraphrases = tuple(_texts(pair, what) for pair in pairs)
+    require(all(len(_texts(pair, what)) == 2 for pair in pairs), f"{what} must be pairs of texts.")
+    paraphrases = tuple((first, second) for first, second in pairs)
     return Axis(
         **{
             **table,

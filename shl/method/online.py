@@ -108,7 +108,7 @@ def train_online(
         seed=seed_for(config.seed, "heal", index),
         axis=axis.name,
     )
-    judged = torch.zeros(2, dtype=torch.long)  # completions that were kept, and all
+    judged = torch.zeros(2)  # completions that were kept, and all
     if resume is not None:
         names = {layer: f"vector.{layer}" for layer in vector.directions}
         trainer.restore(resume, STATE, ["judged", *names.values()])
@@ -123,8 +123,9 @@ def train_online(
                     vector = extract_configured(model, axis, config.vector, round=index)
                 batch = _batch(model, axis, vector, dose, config, (index, step))
                 kept = [v.kept for v in batch.verdicts]
-                judged = judged + torch.tensor([sum(kept), len(kept)])
-                _require_fed(batch, judged, settings.min_survival)
+                judged = judged + torch.tensor([float(sum(kept)), float(len(kept))])
+                where = f"round {index}, step {step}"
+                _require_fed(batch, judged, settings.min_survival, where)
                 teacher = None
                 if settings.objective == "teacher":
                     plus, minus = (partial(vector.steering, model, x) for x in (dose, -dose))
@@ -147,7 +148,7 @@ def train_online(
                 )
                 epoch = step // settings.refresh
                 trainer.step(barrier, 0, epoch, settings.every, batch.reward)
-                _require_near(trainer, config)
+                _require_near(trainer, config, where)
             if on_step is not None:
                 more = {f"vector.{layer}": v for layer, v in vector.directions.items()}
                 state = partial(trainer.state, STATE, {**more, "judged": judged})
@@ -291,26 +292,27 @@ def _ratios(
     return ratios
 
 
-def _require_fed(batch: _Batch, judged: Tensor, least: float) -> None:
+def _require_fed(batch: _Batch, judged: Tensor, least: float, where: str) -> None:
     """Raise a `StarvedError` if too few completions of the round passed the filter."""
-    kept, total = judged.tolist()
+    kept, total = map(int, judged.tolist())
     if batch.texts and kept >= least * total:
         return
     dropped = Counter(reason for v in batch.verdicts for reason in v.reasons)
     listed = ", ".join(f"{name} {count}" for name, count in dropped.most_common())
     raise StarvedError(
-        f"{kept} of {total} completions of the student passed the filter and {len(batch.texts)} of "
-        f"the last have a token, at least {least:.0%} must pass; dropped last: {listed or 'none'}."
+        f"{where}: {kept} of {total} completions of the student passed the filter and "
+        f"{len(batch.texts)} of the last have a token, at least {least:.0%} must pass; dropped "
+        f"last: {listed or 'none'}."
     )
 
 
-def _require_near(trainer: Trainer, config: LoopConfig) -> None:
+def _require_near(trainer: Trainer, config: LoopConfig, where: str) -> None:
     """Raise a `ShlError` if the mean D of the latest steps is far above tau."""
     settings, tau = config.online, max(config.heal.tau, 0.1)
     last = [step.d for step in trainer.log[-settings.refresh :]]
     d, limit = sum(last) / len(last), settings.max_d * tau
     if len(last) == settings.refresh and d > limit:
         raise ShlError(
-            f"the student has diverged: D is {d:.3g} nats on average over {len(last)} steps, it "
-            f"must be at most {limit:.3g}; lower the learning rate or the dose."
+            f"{where}: the student has diverged: D is {d:.3g} nats on average over {len(last)} "
+            f"steps, it must be at most {limit:.3g}; lower the learning rate or the dose."
         )

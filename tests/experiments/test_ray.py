@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -85,7 +87,7 @@ def alone(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray of two workers on this machine."""
-    with connected("local", num_cpus=2, runtime_env=HOOK):
+    with connected("local", num_cpus=2, num_gpus=2, runtime_env=HOOK):
         yield
 
 
@@ -232,11 +234,38 @@ with connected("local", num_cpus=2, runtime_env={HOOK}):
 """
 
 
-def start(folder, out):
-    """A driver in a process of its own, with a Ray of its own."""
+def driver_of(folder, out):
+    """The command of a driver with a Ray of its own."""
     words = ["--ray", "local", "--model", folder, "--arms", "none", "--out", str(out), *SMALL]
-    return subprocess.Popen([sys.executable, "-c", DRIVER, *words], cwd=ROOT, text=True,
+    return [sys.executable, "-c", DRIVER, *words]
+
+
+def start(folder, out):
+    """A driver in a process of its own."""
+    return subprocess.Popen(driver_of(folder, out), cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def start_in_terminal(folder, out):
+    """A driver in a terminal; its process id and the terminal, whose keys reach all processes in
+    the foreground."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(ROOT)
+        command = driver_of(folder, out)
+        os.execve(command[0], command, os.environ | {"TERM": "xterm", "COLUMNS": "200"})
+    return pid, terminal
+
+
+def printed(terminal, until=None):
+    """What a terminal shows, up to some text or to its end."""
+    shown = ""
+    while until is None or until not in shown:
+        try:
+            shown += os.read(terminal, 4096).decode(errors="replace")
+        except OSError:  # the last process has closed it
+            return shown
+    return shown
 
 
 def test_drivers_may_die_or_be_stopped_but_not_share_a_folder(folder, alone, cluster, tmp_path):
@@ -255,24 +284,34 @@ def test_drivers_may_die_or_be_stopped_but_not_share_a_folder(folder, alone, clu
     wait_until(lambda: not psutil.pid_exists(worker), 60)
 
     before = len(read_lines(run / "events.jsonl"))
-    driver = start(folder, tmp_path)
+    pid, terminal = start_in_terminal(folder, tmp_path)
     wait_until(lambda: len(read_lines(run / "events.jsonl")) > before)
     worker, _ = last_process(run)
     os.kill(worker, signal.SIGSTOP)
-    driver.send_signal(signal.SIGINT)
-    line = next(line for line in driver.stdout if "stopping" in line)
+    os.write(terminal, b"\x03")
+    out = printed(terminal, "stopping")
     os.kill(worker, signal.SIGCONT)
-    out, errors = driver.communicate()
-    out = line + out
-    assert driver.returncode == 128 + signal.SIGINT, errors
+    out += printed(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGINT, out
     assert "each worker finishes its stage" in out
-    assert "to continue:\n" in out
+    assert "to continue:" in out
     assert "experiments.arms --ray local" in out
     assert last_process(run)[1] != "begin"
     assert not has(run, "end")
 
     run_arms(config(folder, tmp_path, "none", ray="local"), QUIET)
     assert result(alone / "none" / "seed42") == result(run)
+
+
+def test_studies_on_gpus_have_one_each(folder, cluster, tmp_path):
+    """Ray has two GPUs by its own count; the tasks get one each, and torch finds none."""
+    words = ["--model", folder, "--arms", "unsteered", "--out", str(tmp_path), *SMALL]
+    words += ["--seeds", "42", "43", "44", "--ray", "local", "--num-gpus", "1"]
+    run_arms(tyro.cli(ArmsConfig, args=words), QUIET)
+    logs = [tmp_path / "unsteered" / f"seed{seed}" / "log.txt" for seed in (42, 43, 44)]
+    had = [re.findall(r"GPU (\d)", log.read_text()) for log in logs]
+    assert all(len(found) == 2 for found in had)  # begins and ends
+    assert {gpu for found in had for gpu in found} == {"0", "1"}
 
 
 def test_ray_listens_on_loopback_without_dashboard_and_statistics(cluster):

@@ -29,6 +29,7 @@ from experiments.record.status import status
 from experiments.record.writer import RecordWriter
 from experiments.report.report import report
 from experiments.run import study
+from shl.config import OnlineConfig
 from shl.method.axes import load_axis
 from shl.models.tiny import tiny_gemma
 from shl.utils.errors import ShlError
@@ -224,6 +225,44 @@ def test_run_killed_at_random_moments_resumes(seed, alone, tmp_path):
 
     assert chain(folder, kill) == 7
     assert differences(alone, folder) == []
+
+
+@pytest.mark.parametrize("objective", ["teacher", "reward"])
+def test_online_run_killed_at_random_moments_resumes(objective, tmp_path):
+    settings = OnlineConfig(objective=objective, every=5, refresh=2, prompts=2, rows=4)
+    config = replace(CONFIG, loop=small_loop(mode="online", rounds=1, online=settings))
+    folder, alone, rng = tmp_path / "run", tmp_path / "alone", random.Random(1)
+    go(alone, config)
+
+    def kill(n, log):
+        """Before a saved step of training, or after it at a random moment."""
+
+        def work():
+            log_computed(log)
+            save, steps = RecordWriter.save, [0]
+
+            def counted(self, tensors, index, name):
+                steps[0] += name == "training"
+                if n < 6 and steps[0] == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                save(self, tensors, index, name)
+
+            RecordWriter.save = counted
+            go(folder, config)
+
+        pid = fork(work)
+        if n < 2:
+            time.sleep(rng.uniform(0.02, 0.4))
+            os.kill(pid, signal.SIGKILL)
+        return ended(pid)
+
+    assert chain(folder, kill) >= 6
+    assert differences(alone, folder) == []
+    # Each process dies before it has saved its second step, so it takes two and the last is lost.
+    logs = [path.read_text().splitlines() for path in sorted(folder.parent.glob("run.*"))]
+    taken = [line for log in logs for line in log if line.startswith("step")]
+    assert [line for log in logs for line in log].count("step 0 0") == 1
+    assert 5 <= len(taken) <= 10
 
 
 def test_training_resumes_from_its_last_saved_step(alone, tmp_path):

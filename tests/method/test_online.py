@@ -148,8 +148,9 @@ def held_out_kl(model, vector, adapters=()):
 
 def test_the_student_moves_towards_its_teacher_on_held_out_prompts(gemma, vector):
     axis = replace(AXIS, prompts=AXIS.prompts[:12])
-    settings = replace(CONFIG.online, every=30, refresh=30)
-    config = replace(CONFIG, online=settings, heal=replace(PLAIN, lr=5e-3))
+    # Many more steps would take it beyond this teacher, since it is steered again at each.
+    settings = replace(CONFIG.online, every=8, refresh=8, prompts=6)
+    config = replace(CONFIG, online=settings, heal=replace(PLAIN, lr=2e-3))
     healed = train_online(gemma, axis, vector, DOSE, config)
     assert held_out_kl(gemma, vector, [healed.adapter]) < held_out_kl(gemma, vector) / 2
     assert hook_count(gemma) == 0
@@ -334,8 +335,8 @@ def test_texts_that_fail_the_filter_starve_the_run(gemma, vector, monkeypatch):
     with pytest.raises(StarvedError) as error:
         train(gemma, vector)
     assert one_sentence(error) == (
-        "step 0: 0 of 3 completions of the student passed the filter and 3 of the last have a "
-        "token, at least 10% must pass; dropped last: soup 3."
+        "round 0, step 0: 0 of 3 completions of the student passed the filter and 3 of the last "
+        "have a token, at least 10% must pass; dropped last: soup 3."
     )
     free = replace(CONFIG, online=replace(CONFIG.online, min_survival=0.0))
     assert len(train(gemma, vector, free).steps) == 6
