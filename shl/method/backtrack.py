@@ -125,8 +125,10 @@ class Backtrack(_Settings):
         return min(clean, max(least, clean - again * self.window, 0))
 
     def more_steps(self, max_new_tokens: int) -> int:
-        """The largest number of steps that rewinds can add to those of plain decoding."""
-        return self.max_rewinds * (min(self.max_rewind, max_new_tokens) + self.window)
+        """The largest number of steps that are added to plain decoding, by rewinds and where a
+        finished row waits for its check."""
+        lost = self.max_rewinds * min(self.max_rewind, max_new_tokens)
+        return lost + (self.max_rewinds + 1) * self.window
 
     @contextmanager
     def watch(self, steering: Steering, doses: Sequence[float]) -> Iterator["Watched"]:

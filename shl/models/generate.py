@@ -298,10 +298,11 @@ def generate(
     questions = [as_prompt(prompt) for prompt in prompts]
     rows = [encode(model, prompt) for prompt in questions]
     longest = max(map(len, rows), default=0)
+    more = backtrack.more_steps(max_new_tokens) if backtrack is not None else 0
+    new = f"{max_new_tokens} new ones" + (f" with {more} more to rewind" if more else "")
     require(
-        longest + max_new_tokens <= model.cfg.n_ctx,
-        f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the context "
-        f"of {model.cfg.n_ctx}.",
+        longest + max_new_tokens + more <= model.cfg.n_ctx,
+        f"a prompt of {longest} tokens and {new} do not fit into the context of {model.cfg.n_ctx}.",
     )
     doses = _doses(model, len(rows))
     steering = innermost_steering(model)
@@ -314,11 +315,10 @@ def generate(
     long = len(batches) * max_new_tokens >= LONG
 
     def work(indices: list[int]) -> None:
-        prompts, more = [rows[i] for i in indices], 0
+        prompts = [rows[i] for i in indices]
         watching: AbstractContextManager[Watch | None] = nullcontext()
         if backtrack is not None and steering is not None:
             watching = backtrack.watch(steering, doses)
-            more = backtrack.more_steps(max_new_tokens)
         with watching as watch:
             batch = _decode_batch(model, indices, prompts, config, seed, watch, more)
             for row, i in enumerate(indices):

@@ -85,7 +85,7 @@ def test_the_page_shades_tokens_by_dose_and_marks_rewinds(run):
     _, _, texts = read(folder)
     # Of several texts of a prompt in a stage the first is shown.
     [found, *_] = [t for t in texts if t.get("pieces")]
-    first = [t for t in texts if (t["stage"], t["prompt"]) == ("batch", found["prompt"])][0]
+    first = next(t for t in texts if (t["stage"], t["prompt"]) == ("batch", found["prompt"]))
     assert first is found
     [shown] = [x for x in reader.texts("div", "tokens") if x.replace("\u27f2", "") == found["text"]]
     assert "\u27f2" in shown

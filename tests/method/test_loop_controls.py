@@ -249,6 +249,6 @@ def test_backtracking_applies_to_full_batches_alone():
         assert one.completion.dose == other.completion.dose == on.dose
         assert one.completion == other.completion or one.completion.rewinds
         rewound += bool(one.completion.rewinds)
-    assert 0 < rewound
+    assert rewound > 0
     assert any(c.doses for c in on.kept)
     assert not any(c.rewinds for c in off.kept)
