@@ -25,6 +25,7 @@ from shl.hooks.vector import SteeringVector
 from shl.kl import aggregate, reverse_kl_and_nll
 from shl.measure.vignettes import evaluate
 from shl.method.axes import Axis, load_axis
+from shl.method.backtrack import Backtrack
 from shl.method.barrier import Teacher
 from shl.method.extract import extract_vector
 from shl.method.filters import judge, keep_coherent
@@ -53,6 +54,7 @@ def __getattr__(name: str) -> ModuleType:
 __all__ = [
     "Adapter",
     "Axis",
+    "Backtrack",
     "Completion",
     "DoseConfig",
     "EvalConfig",

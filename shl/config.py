@@ -220,6 +220,9 @@ class DoseConfig(_Settings):
     """Completions per batch at the chosen dose [count]."""
     max_batches: Count = 6
     """Largest number of batches that a round generates [count]."""
+    backtrack: bool = False
+    """Rewind a completion that becomes incoherent and continue it at a weaker dose, in the batches
+    at the chosen dose (`shl.Backtrack`, with the thresholds of `filter`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

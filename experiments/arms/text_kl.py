@@ -21,6 +21,7 @@ from experiments.record.signals import Stop
 from shl.config import LoopConfig
 from shl.hooks.vector import SteeringVector
 from shl.kl import aggregate
+from shl.method.backtrack import at_own_doses
 from shl.method.filters import Verdict
 from shl.models.generate import without_persona
 from shl.models.scores import token_divergence
@@ -52,7 +53,7 @@ def measure_texts(
         if kind == "prompted":
             kl = token_divergence(model, text, without_persona(model, text))
         else:
-            with vector.steering(model, text.dose):
+            with vector.steering(model, text.dose), at_own_doses(model, [text]):
                 kl = token_divergence(model, text)
         line = {
             "kind": kind,

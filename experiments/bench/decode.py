@@ -1,23 +1,28 @@
 """Decoding, steps and whole calls: shl with hooks against transformers and TransformerLens."""
 
+import math
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from experiments.bench.measure import Around, Row, Timing, interleave, speedup, timing
-from shl.config import LINEAR_SITES, HealConfig
+from shl.config import LINEAR_SITES, FilterConfig, HealConfig
 from shl.hooks.adapter import Adapter, fresh_adapter
 from shl.hooks.bake import baked, fused_decoding
 from shl.hooks.vector import SteeringVector
 from shl.measure.vignettes import vignettes
-from shl.models.generate import generate, next_logits, prefill, run
+from shl.method.backtrack import Backtrack
+from shl.models.generate import Completion, generate, next_logits, prefill, run
 from shl.models.load import load_model
+from shl.models.scores import token_nll
 from shl.models.tokens import Prompt, encode, pad_left
 from shl.models.weights import model_folder
 from shl.utils.model import Model
@@ -86,8 +91,50 @@ def stock(name: str, hf: PreTrainedModel, tokenizer: Any) -> Any:
 
 
 def bench(repeats: int = 3) -> list[Row]:
-    """The cost of hooks per step, then whole calls, prefill included, against the peers."""
-    return [*hook_costs(), *calls(repeats, stock_too=True)]
+    """The cost of hooks per step, then whole calls, prefill included, against the peers, and of
+    backtracking against plain generation."""
+    return [*hook_costs(), *calls(repeats, stock_too=True), *backtracking(repeats)]
+
+
+def backtracking(repeats: int = 3, rows: int = 32, new: int = 48) -> list[Row]:
+    """CPU time of steered generation with backtracking over that without, at a threshold at which
+    a fifth of the texts are rewound; and at one at which none is."""
+    model, questions = load_model(MODEL), prompts(rows, SHAPES["short"][0])
+    count: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "batch_size": rows}
+    steered = vector(model, range(6, 13))
+
+    def call(backtrack: Backtrack | None) -> list[Completion]:
+        with steered.steering(model, 0.5):
+            return generate(model, questions, **count, backtrack=backtrack)
+
+    def largest(losses: torch.Tensor) -> float:
+        return max(float(part.mean()) for part in losses.split(Backtrack().window))
+
+    texts = call(None)
+    worst = sorted(map(largest, token_nll(model, texts)))
+    loose: dict[str, Any] = {"max_rise": 1e9, "max_top_prob": 1.0}
+
+    def at(nll: float) -> Backtrack:
+        # No loop is found, so that the NLL alone decides.
+        rules = FilterConfig(max_word_share=1.0, max_char_share=1.0, max_run=new)
+        limit = replace(rules, max_tail_perplexity=max(math.exp(nll), rules.min_perplexity))
+        return Backtrack(filter=limit, **loose)
+
+    fifth = rows - rows // 5
+    cases = {"a fifth": at((worst[fifth - 1] + worst[fifth]) / 2), "none": at(worst[-1] + 20)}
+    plain: dict[str, Callable[[], Any]] = {"plain": lambda: call(None)}
+    calls = plain | {name: partial(call, backtrack) for name, backtrack in cases.items()}
+    t, found = interleave(calls, repeats), []
+    for name, backtrack in cases.items():
+        rewinds = [len(text.rewinds) for text in call(backtrack)]
+        share = sum(map(bool, rewinds)) / rows
+        ratio = t[name].least_cpu / t["plain"].least_cpu
+        note = f"{100 * share:.0f} % of {rows} texts rewound, {sum(rewinds)} rewinds"
+        target = "<= 1.35" if name == "a fifth" else ""
+        what = f"backtracking, {name} rewound / plain, {new} tokens, batch {rows}"
+        seconds = t[name].least_cpu, t["plain"].least_cpu
+        found.append(Row(what, ratio, target, *seconds, "CPU s", note))
+    return found
 
 
 def _baking(count: int, rank: int, **options: Any) -> Hooks:

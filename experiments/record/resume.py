@@ -148,7 +148,16 @@ class Resume(Observer):
             f"a text of round {t['round']} has a token beyond the vocabulary's "
             f"{self.model.cfg.d_vocab}.",
         )
-        return Completion(prompt, t["text"], tuple(t["tokens"]), ids, t["dose"], t["ended"])
+        return Completion(
+            prompt,
+            t["text"],
+            tuple(t["tokens"]),
+            ids,
+            t["dose"],
+            t["ended"],
+            tuple(t.get("doses") or ()),
+            tuple((int(kept), dose) for kept, dose in t.get("rewinds") or ()),
+        )
 
 
 def _as_recorded(found: Made, line: Line, path: Path) -> Made:
@@ -268,8 +277,11 @@ class Recorder(Resume):
 
     def save_batch(self, index: int, number: int, batch: Judged) -> None:
         """Write a full batch at the chosen dose."""
-        texts = text_lines("batch", index, batch.verdicts)
-        self._finish("batch", index, walk_numbers(batch.walk) | {"batch": number}, texts)
+        texts = text_lines("batch", index, batch.verdicts, self.model)
+        numbers = walk_numbers(batch.walk) | {"batch": number}
+        if self.config.dose.backtrack:
+            numbers["rewinds"] = sum(len(v.completion.rewinds) for v in batch.verdicts)
+        self._finish("batch", index, numbers, texts)
 
     def on_step(
         self, index: int, step: HealStep, total: int, state: Callable[[], Training]

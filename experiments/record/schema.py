@@ -203,6 +203,7 @@ class WalkEvent(Event):
 
     event: Literal["probe", "batch"]
     batch: Count | None = None
+    rewinds: Count | None = None
     kappa: Number
     dose: Number
     at_floor: bool
@@ -313,7 +314,11 @@ class Settings(Strict):
 
 
 class Text(Strict):
-    """One line of texts.jsonl: a judged completion."""
+    """One line of texts.jsonl: a judged completion.
+
+    One that was rewound has `doses` and `pieces`, the dose and the text of each token, and
+    `rewinds`, the tokens kept and the new dose of each; in other lines they are absent.
+    """
 
     round: Round
     stage: Literal["base", "prompted+", "prompted-", "probe", "batch", "healed"]
@@ -327,6 +332,18 @@ class Text(Strict):
     perplexity: Number | None
     tail_perplexity: Number | None
     topic: Number | None = None
+    doses: list[Number] | None = None
+    pieces: list[str] | None = None
+    rewinds: Annotated[list[Pair], Field(min_length=1)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_dose_per_token(self) -> Self:
+        for values in (self.doses, self.pieces):
+            if values is not None and len(values) != len(self.tokens):
+                raise ValueError(f"{len(values)} doses or pieces for {len(self.tokens)} tokens")
+        if self.rewinds is not None and self.doses is None:
+            raise ValueError("rewinds without doses")
+        return self
 
 
 _ANY_EVENT: TypeAdapter[Any] = TypeAdapter(

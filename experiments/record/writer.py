@@ -27,12 +27,13 @@ from shl.hooks.bake import baked
 from shl.hooks.vector import SteeringVector
 from shl.measure.evaluation import Evaluation
 from shl.method.axes import Axis
+from shl.method.backtrack import at_own_doses
 from shl.method.dose import Walk
 from shl.method.filters import Verdict
 from shl.method.heal import Healed, Training
 from shl.method.loop import Round
 from shl.method.stages import Stage
-from shl.models.generate import without_persona
+from shl.models.generate import Completion, without_persona
 from shl.models.scores import token_divergence
 from shl.models.tokens import decode
 from shl.utils.errors import require
@@ -269,8 +270,11 @@ def healing_numbers(healing: Healed) -> dict[str, Any]:
     }
 
 
-def text_lines(stage: str, index: int, verdicts: Iterable[Verdict]) -> list[Line]:
-    """Judged completions as lines of texts.jsonl."""
+def text_lines(
+    stage: str, index: int, verdicts: Iterable[Verdict], model: Model | None = None
+) -> list[Line]:
+    """Judged completions as lines of texts.jsonl; with the model, those that were rewound have the
+    text of each token too."""
     return [
         {
             "round": index,
@@ -285,9 +289,19 @@ def text_lines(stage: str, index: int, verdicts: Iterable[Verdict]) -> list[Line
             "perplexity": finite(v.perplexity),
             "tail_perplexity": finite(v.tail_perplexity),
             "topic": finite(v.topic),
+            **_backtracking(v.completion, model),
         }
         for v in verdicts
     ]
+
+
+def _backtracking(c: Completion, model: Model | None) -> dict[str, Any]:
+    if not c.rewinds:
+        return {}
+    found: dict[str, Any] = {"doses": list(c.doses), "rewinds": [list(r) for r in c.rewinds]}
+    if model is not None:
+        found["pieces"] = [decode(model, [token]) for token in c.tokens]
+    return found
 
 
 def token_curves(model: Model, finished: Round, before: Sequence[Adapter]) -> list[dict[str, Any]]:
@@ -309,7 +323,11 @@ def token_curves(model: Model, finished: Round, before: Sequence[Adapter]) -> li
             with baked(model, (*before, finished.adapter)):
                 kl = token_divergence(model, v.completion)
         else:
-            with baked(model, before), finished.vector.steering(model, v.completion.dose):
+            with (
+                baked(model, before),
+                finished.vector.steering(model, v.completion.dose),
+                at_own_doses(model, [v.completion]),
+            ):
                 kl = token_divergence(model, v.completion, without_persona(model, v.completion))
         curves.append(
             {

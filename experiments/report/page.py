@@ -63,6 +63,31 @@ def heat(curve: Mapping[str, Any], tau: float) -> dict[str, Any]:
     return {"prompt": None, **curve, "tokens": tokens, "sizes": sizes(kl), "over": over}
 
 
+def dosed(text: Event) -> list[tuple[str, int, float, str]]:
+    """The tokens of a completion that was rewound: text, shade from 0 to 7 by the size of its dose
+    over that at the start, dose, and the rewinds before it; empty for another completion.
+
+    Example:
+        >>> text = {"dose": -1.0, "pieces": ["a", "b"], "doses": [-1.0, -0.6]}
+        >>> dosed(text | {"rewinds": [[1, -0.6]]})
+        [('a', 7, -1.0, ''), ('b', 4, -0.6, 'rewound to here, dose -0.60')]
+    """
+    pieces = text.get("pieces") or ()
+    marks: dict[int, list[str]] = {}
+    for kept, dose in text["rewinds"] if pieces else ():
+        # A rewind of tokens that a later one removed is shown where the text goes on.
+        marks.setdefault(min(int(kept), len(pieces) - 1), []).append(f"dose {dose:.2f}")
+    return [
+        (
+            piece,
+            round(7 * min(1.0, abs(dose / text["dose"]))),
+            dose,
+            ", ".join(["rewound to here", *marks[i]]) if i in marks else "",
+        )
+        for i, (piece, dose) in enumerate(zip(pieces, text.get("doses") or (), strict=True))
+    ]
+
+
 def sizes(kl: Sequence[float]) -> dict[str, float]:
     """The aggregates of a completion's divergences: mean, rmse, p95 (linearly interpolated), max.
 
@@ -224,7 +249,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.globals |= {"palette": PALETTE, "marks": MARKS}
+    found.globals |= {"palette": PALETTE, "marks": MARKS, "dosed": dosed}
     return found
 
 
@@ -268,6 +293,7 @@ def page(
         tau=tau,
         healing=of_round(events, "healing"),
         stories=stories(texts),
+        rewound=any(t.get("rewinds") for t in texts),
         vignettes=found.pop("vignettes", None),
         instruments=found,
         settings=list(flat(config)),

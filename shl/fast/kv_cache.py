@@ -141,6 +141,26 @@ class KVCache:
         self.mask = self.mask[order]
         return order
 
+    def put(self, rows: Sequence[int], other: "KVCache") -> None:
+        """Replace `rows` by those of a cache that is not longer, with more padding on the left."""
+        start, index = self.length - other.length, list(rows)
+        for entry, new in zip(self.entries, other.entries, strict=True):
+            entry.keys[index, :, start : self.length] = new.keys[:, :, : new.length]
+            entry.values[index, :, start : self.length] = new.values[:, :, : new.length]
+        mask = self.mask.clone()
+        mask[index, :start], mask[index, start:] = 0, other.mask
+        self.mask = mask
+
+    def shorten(self, row: int, count: int) -> None:
+        """Keep the first `count` positions of a row that are not padding, at the end of it."""
+        at, start = self.mask[row].nonzero()[:count, 0], self.length - count
+        for entry in self.entries:
+            for stored in (entry.keys, entry.values):
+                stored[row, :, start : self.length] = stored[row][:, at]
+        mask = self.mask.clone()
+        mask[row, :start], mask[row, start:] = 0, 1
+        self.mask = mask
+
     def cut(self, length: int) -> None:
         """Remove the positions from `length` on."""
         for entry in self.entries:

@@ -20,6 +20,7 @@ from shl.utils.model import Model
 from shl.utils.shapes import Bool, Float, Int
 
 Positions = Sequence[int] | slice
+Dose = float | Float[Tensor, " batch"] | Float[Tensor, "batch pos"]
 
 
 class Scope:
@@ -34,7 +35,8 @@ class Scope:
     `shl.hooks.running(prompts=...)` is used.
 
     Args:
-        dose: a number, or one per row.
+        dose: a number, or one per row, or `[batch, pos]` by absolute position, where positions
+            beyond the last have its dose.
         mask: `[batch, pos]`, True where the hook acts; **it does not act on positions beyond the
             mask's width, such as generated tokens**. Rows are those of the dose.
         positions: positions on which the hook acts, the same in each row: a range, integers from
@@ -56,7 +58,7 @@ class Scope:
     def __init__(
         self,
         model: Model,
-        dose: float | Float[Tensor, " batch"] = 1.0,
+        dose: Dose = 1.0,
         *,
         mask: Bool[Tensor, "batch pos"] | None = None,
         positions: Positions | None = None,
@@ -65,7 +67,10 @@ class Scope:
         finite = torch.isfinite(torch.as_tensor(dose)).all()
         require(bool(finite), f"dose is {dose!r}, it must be finite.")
         if isinstance(dose, Tensor):
-            require(dose.ndim == 1, f"dose has shape {tuple(dose.shape)}, it must be (batch,).")
+            require(
+                dose.ndim in (1, 2),
+                f"dose has shape {tuple(dose.shape)}, it must be (batch,) or (batch, pos).",
+            )
         if half_life is not None:
             fine = math.isfinite(half_life) and half_life > 0
             require(fine, f"half_life is {half_life!r}, it must be finite and above 0 tokens.")
@@ -100,7 +105,9 @@ class Scope:
     @property
     def by_position(self) -> bool:
         """Whether the factor depends on the token's position."""
-        return not (self.mask is None and self.allowed is None and self.half_life is None)
+        by_token = isinstance(self.dose, Tensor) and self.dose.ndim == 2
+        parts = (self.mask, self.allowed, self.half_life)
+        return by_token or any(part is not None for part in parts)
 
     @property
     def per_row(self) -> bool:
@@ -123,7 +130,10 @@ class Scope:
         batch, real = len(at), at >= 0
         if isinstance(self.dose, Tensor):
             dose = row_values(self.dose.to(at.device), batch)
-            out = rearrange(dose, "batch -> batch 1").expand(at.shape)
+            if dose.ndim == 1:
+                out = rearrange(dose, "batch -> batch 1").expand(at.shape)
+            else:
+                out = dose.gather(1, at.clamp(0, dose.shape[1] - 1))
         else:
             out = torch.full(at.shape, float(self.dose), device=at.device)
         prompts = PROMPTS.get()

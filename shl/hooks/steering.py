@@ -1,6 +1,7 @@
 """Steering: a direction added to the residual stream, with a dose per call, row or token."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -9,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from shl.hooks.handle import Handle, row_values
-from shl.hooks.positions import Applied, Positions, Scope, caller_rows, track_positions
+from shl.hooks.positions import Applied, Dose, Positions, Scope, caller_rows, track_positions
 from shl.hooks.sites import check_layers, device_of, residual_after
 from shl.utils.errors import require
 from shl.utils.model import Model
@@ -37,7 +38,7 @@ class Steering(Handle):
         self,
         model: Model,
         directions: Mapping[int, Direction],
-        dose: float | Float[Tensor, " batch"],
+        dose: Dose,
         *,
         mask: Bool[Tensor, "batch pos"] | None = None,
         positions: Positions | None = None,
@@ -53,14 +54,47 @@ class Steering(Handle):
         self.per_row, self.rows = self.scope.per_row or record, self.scope.rows
         self.dose, self.gate, self.record = dose, gate, record
         self.factors: dict[int, list[Applied]] = {layer: [] for layer in directions}
-        self._at: dict[int, Tensor] = {}
-        simple = gate is None and not record and not self.scope.by_position
-        if not simple:
+        self._at: dict[int, Tensor] = {}  # positions of the tokens in a layer; empty if not needed
+        if self._by_token:
             track_positions(self, directions, self._at.__setitem__)
         for layer, v in directions.items():
             v = v.to(device_of(model, layer))
-            add = partial(self._steer, v) if simple else partial(self._steer_tokens, layer, v)
-            self.add_hook(residual_after(model, layer), add)
+            self.add_hook(residual_after(model, layer), partial(self._steer, layer, v))
+
+    @property
+    def _by_token(self) -> bool:
+        """Whether tokens of a row may have different factors, or factors are recorded."""
+        return self.gate is not None or self.record or self.scope.by_position
+
+    @contextmanager
+    def dosed(self, dose: Float[Tensor, " batch"] | Float[Tensor, "batch pos"]) -> Iterator[None]:
+        """Replace the dose inside the body; the tensor is read at each forward, so that its values
+        may be changed in place.
+
+        Example:
+            >>> from shl.models.tiny import tiny_gemma
+            >>> model = tiny_gemma()
+            >>> with Steering(model, {1: torch.ones(32)}, 2.0) as steering:
+            ...     with steering.dosed(torch.tensor([0.0])):
+            ...         off = model("Hello?")
+            ...     steering.dose
+            2.0
+        """
+        before, tracked = (self.dose, self.per_row, self.rows), self._by_token
+        hooks = len(self._torch_handles)
+        self.dose = self.scope.dose = dose
+        self.per_row, self.rows = True, len(dose)
+        if self._by_token and not tracked:
+            track_positions(self, self.factors, self._at.__setitem__)
+        try:
+            yield
+        finally:
+            for handle in self._torch_handles[hooks:]:
+                handle.remove()
+            del self._torch_handles[hooks:]
+            self._at.clear()
+            self.dose, self.per_row, self.rows = before
+            self.scope.dose = self.dose
 
     def applied(self, layer: int, row: int = 0) -> Float[Tensor, " pos"]:
         """The factor applied to each token of the caller's row after `layer`, by absolute position.
@@ -93,7 +127,9 @@ class Steering(Handle):
         out[list(latest)] = torch.tensor(list(latest.values()))
         return out
 
-    def _steer(self, v: Tensor, h: Tensor) -> Tensor | None:
+    def _steer(self, layer: int, v: Tensor, h: Tensor) -> Tensor | None:
+        if layer in self._at:
+            return self._steer_tokens(layer, v, h)
         if isinstance(self.dose, Tensor):
             dose = row_values(self.dose.to(h.device), len(h))
             return h + (rearrange(dose, "batch -> batch 1 1") * v).to(h.dtype)

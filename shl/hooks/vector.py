@@ -12,12 +12,12 @@ from torch import Tensor
 
 from shl.hooks.adapter import common_value
 from shl.hooks.fingerprint import Stored
-from shl.hooks.positions import Positions
+from shl.hooks.positions import Dose, Positions
 from shl.hooks.steering import Gate, Steering, check_directions
 from shl.utils.errors import ShlError, require
 from shl.utils.files import MADE_ON, NONE, Schema, read_safetensors
 from shl.utils.model import Model
-from shl.utils.shapes import Bool, Direction, Float
+from shl.utils.shapes import Bool, Direction
 
 
 def hook_of(layer: int | str) -> str:
@@ -89,7 +89,7 @@ class SteeringVector(Stored):
     def steering(
         self,
         model: Model,
-        dose: float | Float[Tensor, " batch"] = 1.0,
+        dose: Dose = 1.0,
         *,
         mask: Bool[Tensor, "batch pos"] | None = None,
         positions: Positions | None = None,

@@ -8,6 +8,7 @@ from shl.kl.divergence import (
     fused,
     log_probs_at,
     nll,
+    nll_and_top,
     reverse_kl_and_nll,
     soft_targets,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "log_probs_at",
     "logsumexp",
     "nll",
+    "nll_and_top",
     "reverse_kl_and_nll",
     "soft_targets",
 ]

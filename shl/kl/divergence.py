@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from shl.config import quantile_of
-from shl.kl.sweep import Bias, Sweep, logsumexp, sweep
+from shl.kl.sweep import Bias, Sweep, logsumexp, logsumexp_and_max, sweep
 from shl.utils.errors import ShlError, require
 from shl.utils.shapes import Float, Hidden, Int, PerToken, Targets, Unembed
 
@@ -340,6 +340,28 @@ def nll(
         10.0
     """
     return -log_probs_at(student, unembed, targets[:, None], bias=bias, soft_cap=soft_cap)[:, 0]
+
+
+@torch.no_grad()
+def nll_and_top(
+    student: Hidden, unembed: Unembed, targets: Targets, *, bias: Bias = None, soft_cap: float = 0.0
+) -> tuple[PerToken, PerToken]:
+    """`nll`, and the largest probability at each position, by the same product.
+
+    Example:
+        >>> loss, top = nll_and_top(torch.zeros(1, 4), torch.randn(4, 10), torch.tensor([3]))
+        >>> round(float(top), 4)
+        0.1
+    """
+    if soft_cap > 0:
+        ids = ids_for_full_logits(targets, soft_cap)
+        log_p = full_log_probs(student.float(), unembed.float(), bias, soft_cap)
+        return -log_p.gather(1, ids[:, None])[:, 0], log_p.amax(1).exp()
+    lse, largest = logsumexp_and_max(student, unembed, bias, scoring=True)
+    chosen = (student.float() * unembed.T[targets].float()).sum(1)
+    if bias is not None:
+        chosen = chosen + bias[targets].float()
+    return lse - chosen, (largest - lse).exp()
 
 
 def log_probs_at(

@@ -190,6 +190,13 @@ def logsumexp(h: Hidden, unembed: Unembed, bias: Bias, *, scoring: bool = False)
         >>> round(float(logsumexp(torch.zeros(1, 2), torch.ones(2, 8), None).exp()), 4)
         8.0
     """
+    return logsumexp_and_max(h, unembed, bias, scoring=scoring)[0]
+
+
+def logsumexp_and_max(
+    h: Hidden, unembed: Unembed, bias: Bias, *, scoring: bool = False
+) -> tuple[PerToken, PerToken]:
+    """`logsumexp` and the largest logit, by the same product."""
     tok, vocab = len(h), unembed.shape[1]
     h = h.float()
     buffer = buffer_for(tok, vocab, h)
@@ -203,4 +210,4 @@ def logsumexp(h: Hidden, unembed: Unembed, bias: Bias, *, scoring: bool = False)
         chunk_total = _sum(z.sub_(new_top[..., None]).exp_())
         total = total * (top - new_top).exp() + chunk_total
         top = new_top
-    return (top + total.log())[:, 0]
+    return (top + total.log())[:, 0], top[:, 0]

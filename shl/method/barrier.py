@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shl.config import HealConfig
 from shl.hooks.adapter import Adapter, singular_value_penalty
-from shl.hooks.handle import Handle, suspended
+from shl.hooks.handle import Handle, running, suspended
 from shl.hooks.sites import readout
 from shl.kl import (
     SoftTargets,
@@ -29,6 +29,7 @@ from shl.kl import (
     reverse_kl_and_nll,
     soft_targets,
 )
+from shl.method.backtrack import at_own_doses
 from shl.models.generate import Completion
 from shl.models.nan_checks import NotFiniteError, require_finite
 from shl.models.scores import completion_hidden, kl_values
@@ -47,7 +48,8 @@ class Teacher:
     """The model whose distributions are learnt: the student with steering, a persona or both.
 
     Attributes:
-        steering: opens the steering: `partial(vector.steering, model, dose)`.
+        steering: opens the steering: `partial(vector.steering, model, dose)`. A completion that
+            was rewound is read at the dose of each of its tokens.
         persona: is put into the prompts that the teacher reads.
         opposite: opens the steering with the opposite sign. With it, the teacher's final hidden
             states are h + (h_plus - h_minus) / 2, where h are those of the student: what both signs
@@ -125,7 +127,8 @@ class Barrier:
         parts: list[Hidden] = []
 
         def work(rows: list[int]) -> None:
-            hidden = completion_hidden(self.model, [batch[i] for i in rows])
+            with running(rows=rows):
+                hidden = completion_hidden(self.model, [batch[i] for i in rows])
             parts.append(hidden[self._picked(batch, rows)[0]])
 
         rows = torch.arange(len(batch)).split(self._rows)
@@ -147,11 +150,11 @@ class Barrier:
         """The teacher's final hidden states, from the student with the handles that are on."""
         model, clip, found = self.model, self.config.clip, []
         for k, batch in enumerate(read):
-            with teacher.steering():
+            with teacher.steering(), at_own_doses(model, batch):
                 taught = self._states(batch)
             own = self._states(self.batches[k]) if clip or teacher.opposite else taught
             if teacher.opposite is not None:
-                with teacher.opposite():
+                with teacher.opposite(), at_own_doses(model, batch):
                     taught = own + (taught - self._states(batch)) / 2
             if clip is not None:
                 states, ref_lse = self._references[k]

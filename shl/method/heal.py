@@ -293,13 +293,16 @@ def learnt(
     prompt = other = completion.prompt_tokens
     if persona is not None:
         other = tuple(encode(model, replace(completion.prompt, persona=persona)))
-    tokens = completion.tokens
+    tokens, shared = completion.tokens, 0
     if positions == "all":
         pairs = zip(prompt[:0:-1], other[:0:-1], strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         tokens = (*prompt[len(prompt) - shared :], *tokens, tokens[-1])
         prompt, other = prompt[: len(prompt) - shared], other[: len(other) - shared]
-    student = replace(completion, prompt_tokens=prompt, tokens=tokens)
+    doses = completion.doses
+    if doses:
+        doses = (doses[0],) * shared + doses + (doses[-1],) * (len(tokens) - shared - len(doses))
+    student = replace(completion, prompt_tokens=prompt, tokens=tokens, doses=doses)
     return student, replace(student, prompt_tokens=other)
 
 

@@ -29,6 +29,7 @@ from shl.measure.nulls import random_like
 from shl.measure.retention import retention, running_text
 from shl.measure.vignettes import evaluate, remember_base, vignettes
 from shl.method.axes import Axis
+from shl.method.backtrack import Backtrack
 from shl.method.barrier import Teacher
 from shl.method.dose import Walk, after_batch, ladder, settle, start
 from shl.method.extract import extract_configured
@@ -284,7 +285,7 @@ class Study:
                 prompts = _prompts(self.axis, self.persona, settings.batch_size)
                 key = ("dream", index, number)
                 with named(f"round {index}, batch {number}"):
-                    judged = self._generate(vector, walk.dose, prompts, key)
+                    judged = self._generate(vector, walk.dose, prompts, key, settings.backtrack)
                 kept = sum(v.kept for v in judged)
                 batch = Judged(judged, after_batch(walk, kept, len(judged)))
                 self.observer.save_batch(index, number, batch)
@@ -307,11 +308,14 @@ class Study:
         dose: float | Tensor,
         prompts: Sequence[Prompt],
         key: Sequence[int | str],
+        backtracks: bool = False,
     ) -> tuple[Verdict, ...]:
         """Generate steered completions and judge them without steering."""
-        seed = seed_for(self.config.seed, *key)
+        # The ladder's texts never backtrack: their survival is that of their dose.
+        backtrack = Backtrack(filter=self.config.filter) if backtracks else None
+        sampling = vars(self.config.generate) | {"seed": seed_for(self.config.seed, *key)}
         with vector.steering(self.model, dose):
-            texts = generate(self.model, prompts, **vars(self.config.generate), seed=seed)
+            texts = generate(self.model, prompts, **sampling, backtrack=backtrack)
         return tuple(judge(self.model, texts, self.config.filter, persona=self.persona))
 
     def measure_steered(

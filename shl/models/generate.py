@@ -5,9 +5,10 @@ position only, each row has its own random stream, and finished rows leave the b
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -164,7 +165,11 @@ class Completion:
     """A model's answer to a prompt.
 
     `tokens` excludes the prompt and the end of the turn; `dose` is that of the innermost active
-    steering (0 without any); `ended` is whether the turn ended before the token limit.
+    steering (0 without any), at the start; `ended` is whether the turn ended before the token
+    limit.
+
+    A completion that was rewound (`shl.Backtrack`) has in `rewinds` the number of tokens kept and
+    the new dose of each rewind in order, and in `doses` the dose at which each token was sampled.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -179,6 +184,8 @@ class Completion:
     prompt_tokens: tuple[int, ...]
     dose: float = 0.0
     ended: bool = True
+    doses: tuple[float, ...] = ()
+    rewinds: tuple[tuple[int, float], ...] = ()
 
 
 def without_persona(model: Model, completion: Completion) -> Completion:
@@ -198,6 +205,66 @@ def without_persona(model: Model, completion: Completion) -> Completion:
     return replace(completion, prompt=bare, prompt_tokens=tuple(encode(model, bare)))
 
 
+@dataclass
+class Batch:
+    """Rows that are decoded together.
+
+    Attributes:
+        indices: of the rows in the caller's list.
+        prompts: token ids.
+        tokens: of each row so far.
+        ended: whether a row's turn has ended.
+        draws: `[row, token]`, the uniform draw of each token.
+        active: the row of each row of the cache.
+        cache: prompts and tokens but the last.
+        last: `[active, 1]`, the last token of each active row.
+    """
+
+    model: Model
+    config: GenerateConfig
+    seed: int
+    indices: list[int]
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    ended: list[bool]
+    draws: Float[Tensor, "row token"]
+    active: list[int]
+    cache: KVCache
+    last: Int[Tensor, "active 1"]
+
+    def finished(self, row: int) -> bool:
+        """Whether a row has all its tokens."""
+        return self.ended[row] or len(self.tokens[row]) >= self.config.max_new_tokens
+
+    def running(self, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Declare `rows` as those of the forwards inside the body."""
+        lengths = [len(self.prompts[row]) for row in rows]
+        return running(rows=[self.indices[row] for row in rows], prompts=lengths)
+
+
+class Watch(Protocol):
+    """What is called between the steps of a batch, and may rewind its rows."""
+
+    def check(self, batch: Batch) -> set[int]:
+        """Called after each step, with one more token in each row that is not finished; the rows of
+        the cache that are dropped. A finished row that is kept gets no tokens until it is dropped
+        or rewound."""
+
+    def history(self, row: int) -> tuple[tuple[float, ...], tuple[tuple[int, float], ...]]:
+        """`doses` and `rewinds` of a row's completion."""
+
+
+class Backtracking(Protocol):
+    """What `generate` needs of `shl.Backtrack`."""
+
+    def more_steps(self, max_new_tokens: int) -> int:
+        """The largest number of steps that rewinds can add to those of plain decoding."""
+
+    def watch(self, steering: Steering, doses: Sequence[float]) -> AbstractContextManager[Watch]:
+        """Watch one batch, given the dose of each of the caller's rows; the steering has its own
+        dose again at the end."""
+
+
 def generate(
     model: Model,
     prompts: Sequence[str | Prompt],
@@ -209,6 +276,7 @@ def generate(
     top_p: float = 0.95,
     batch_size: int = 48,
     seed: int = 0,
+    backtrack: Backtracking | None = None,
 ) -> list[Completion]:
     """Sample one completion per prompt, in the order of the prompts.
 
@@ -220,10 +288,12 @@ def generate(
         temperature: 0 is greedy.
         top_k: 0 is the whole vocabulary.
         top_p: applied after `top_k`; 1 disables it.
+        backtrack: `shl.Backtrack()` rewinds a completion that becomes incoherent, and goes on at a
+            weaker dose of the innermost steering.
 
     Raises:
-        ShlError: a setting is out of range, prompt and completion do not fit into the context, or
-            logits are not finite.
+        ShlError: a setting is out of range, prompt and completion do not fit into the context,
+            logits are not finite, or `backtrack` is given and no steering is active.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -234,36 +304,58 @@ def generate(
     questions = [as_prompt(prompt) for prompt in prompts]
     rows = [encode(model, prompt) for prompt in questions]
     longest = max(map(len, rows), default=0)
+    more = backtrack.more_steps(max_new_tokens) if backtrack is not None else 0
+    new = f"{max_new_tokens} new ones" + (f" with {more} more to rewind" if more else "")
     require(
-        longest + max_new_tokens <= model.cfg.n_ctx,
-        f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the context "
-        f"of {model.cfg.n_ctx}.",
+        longest + max_new_tokens + more <= model.cfg.n_ctx,
+        f"a prompt of {longest} tokens and {new} do not fit into the context of {model.cfg.n_ctx}.",
     )
     doses = _doses(model, len(rows))
+    steering = innermost_steering(model)
+    require(
+        backtrack is None or steering is not None,
+        "backtrack is given and no steering is active, there must be one whose dose it weakens.",
+    )
     done: dict[int, Completion] = {}
     batches = length_batches([len(row) for row in rows], batch_size)
     long = len(batches) * max_new_tokens >= LONG
 
     def work(indices: list[int]) -> None:
-        decoded = _decode_batch(model, indices, [rows[i] for i in indices], config, seed)
-        for i, (tokens, ended) in zip(indices, decoded, strict=True):
-            text = decode(model, tokens)
-            done[i] = Completion(questions[i], text, tuple(tokens), tuple(rows[i]), doses[i], ended)
+        prompts = [rows[i] for i in indices]
+        watching: AbstractContextManager[Watch | None] = nullcontext()
+        if backtrack is not None and steering is not None:
+            watching = backtrack.watch(steering, doses)
+        with watching as watch:
+            batch = _decode_batch(model, indices, prompts, config, seed, watch, more)
+            for row, i in enumerate(indices):
+                tokens, ended = tuple(batch.tokens[row]), batch.ended[row]
+                history = watch.history(row) if watch is not None else ((), ())
+                text, prompt = decode(model, tokens), tuple(rows[i])
+                done[i] = Completion(questions[i], text, tokens, prompt, doses[i], ended, *history)
 
     with torch.no_grad(), fused_decoding(model) if long else nullcontext():
         in_batches(batches, work, "generation")
     return [done[i] for i in range(len(rows))]
 
 
+def innermost_steering(model: Model) -> Steering | None:
+    """The active steering that was added last, or None."""
+    steerings = [h for h in handles_on(model) if isinstance(h, Steering)]
+    return steerings[-1] if steerings else None
+
+
 def _doses(model: Model, rows: int) -> list[float]:
     """The dose of the innermost steering for each row."""
-    handles = handles_on(model)
-    for handle in handles:
+    for handle in handles_on(model):
         n = rows if handle.rows is None else handle.rows
         require(n == rows, f"a hook has doses or a mask for {n} rows, there are {rows} prompts.")
-    steerings = [h for h in handles if isinstance(h, Steering)]
-    dose = steerings[-1].dose if steerings else 0.0
-    return [float(x) for x in dose] if isinstance(dose, Tensor) else [float(dose)] * rows
+    steering = innermost_steering(model)
+    dose = steering.dose if steering is not None else 0.0
+    if not isinstance(dose, Tensor):
+        return [float(dose)] * rows
+    shape = tuple(dose.shape)
+    require(dose.ndim == 1, f"a steering has doses of shape {shape}, generation needs ({rows},).")
+    return [float(x) for x in dose]
 
 
 def _decode_batch(
@@ -272,49 +364,67 @@ def _decode_batch(
     rows: list[list[int]],
     config: GenerateConfig,
     seed: int,
-) -> list[tuple[list[int], bool]]:
+    watch: Watch | None = None,
+    more_steps: int = 0,
+) -> Batch:
     device = model.W_U.device
     streams = [generator_for(seed, "token", i) for i in indices]
     draws = torch.stack([torch.rand(config.max_new_tokens, generator=g) for g in streams])
-    draws = draws.to(device)
     ends = end_ids(model)
     stop_ids = torch.tensor(sorted(ends), device=device)
     limit = 1 if config.temperature == 0 else config.top_k
     # End tokens may be masked below, so request as many more.
     k = limit + len(ends) if limit else 0
-    active = list(range(len(rows)))
-    out: list[list[int]] = [[] for _ in rows]
-    ended = [False] * len(rows)
-    new: Tensor | None = None
-    for step in range(config.max_new_tokens):
-        with running(rows=[indices[i] for i in active], prompts=[len(rows[i]) for i in active]):
-            if new is None:
-                residual, cache = prefill(model, rows, reserve=config.max_new_tokens)
-            else:
-                residual = run(model, new, torch.ones_like(new), cache)
+    with running(rows=indices, prompts=[len(row) for row in rows]):
+        residual, cache = prefill(model, rows, reserve=config.max_new_tokens + more_steps)
+    batch = Batch(
+        model,
+        config,
+        seed,
+        indices,
+        rows,
+        tokens=[[] for _ in rows],
+        ended=[False] * len(rows),
+        draws=draws.to(device),
+        active=list(range(len(rows))),
+        cache=cache,
+        last=torch.tensor([row[-1:] for row in rows], device=device),
+    )
+    while True:
+        active, tokens = batch.active, batch.tokens
+        counts = [len(tokens[row]) for row in active]
+        with batch.running(active):
             logits, ids = next_logits(model, residual, k=k)
             require_finite(
                 logits.amax(1),
-                f"a logit of token {step}",
+                f"a logit of token {max(counts)}",
                 model,
-                lambda: [[*rows[i], *out[i]] for i in active],  # noqa: B023
-                [indices[i] for i in active],
+                lambda: [[*rows[row], *tokens[row]] for row in active],  # noqa: B023
+                [indices[row] for row in active],
             )
-        if step < config.min_new_tokens:
-            logits = logits.masked_fill(torch.isin(ids, stop_ids), -torch.inf)
-        chosen = sample(logits, draws[active, step], config, ids)
-        for i, token in zip(active, chosen.tolist(), strict=True):
-            out[i].append(token)
-            ended[i] = _cut_turn_end(model, out[i], ends, step + 1 >= config.min_new_tokens)
-        finished = {row for row, i in enumerate(active) if ended[i]}
-        if len(finished) == len(active):
-            break
-        if finished:
-            order = cache.drop(finished)
-            active = [active[row] for row in order]
-            chosen = chosen[order]
-        new = chosen[:, None]
-    return list(zip(out, ended, strict=True))
+        early = torch.tensor([n < config.min_new_tokens for n in counts], device=device)
+        if bool(early.any()):
+            logits = logits.masked_fill(early[:, None] & torch.isin(ids, stop_ids), -torch.inf)
+        places = [min(n, config.max_new_tokens - 1) for n in counts]
+        chosen = sample(logits, batch.draws[active, places], config, ids)
+        for row, token, n in zip(active, chosen.tolist(), counts, strict=True):
+            if not batch.finished(row):
+                tokens[row].append(token)
+                may_end = n + 1 >= config.min_new_tokens
+                batch.ended[row] = _cut_turn_end(model, tokens[row], ends, may_end)
+        batch.last = chosen[:, None]
+        if watch is None:
+            dropped = {at for at, row in enumerate(active) if batch.finished(row)}
+        else:
+            dropped = watch.check(batch)
+        if len(dropped) == len(active):
+            return batch
+        if dropped:
+            order = batch.cache.drop(dropped)
+            batch.active = [active[at] for at in order]
+            batch.last = batch.last[order]
+        with batch.running(batch.active):
+            residual = run(model, batch.last, torch.ones_like(batch.last), batch.cache)
 
 
 def _cut_turn_end(model: Model, ids: list[int], ends: frozenset[int], may_end: bool) -> bool:

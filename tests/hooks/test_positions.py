@@ -16,7 +16,7 @@ from shl.models.activations import activations
 from shl.models.generate import generate, prefill
 from shl.models.scores import completion_hidden, token_nll
 from shl.models.tiny import tiny_gemma
-from shl.models.tokens import Prompt, encode
+from shl.models.tokens import Prompt, encode, pad_left
 from shl.utils.errors import ShlError
 
 TOKENS = tokens_of(3, 20)
@@ -410,3 +410,53 @@ def test_completion_hidden_declares_prompt_lengths(gemma):
         completion_hidden(gemma, [c])
     n = len(c.prompt_tokens)
     assert handle.applied(1)[n - 1 :].tolist() == [0.5**j for j in range(7)]
+
+
+def test_doses_per_token_follow_positions_of_rows_in_any_batch(model, vector):
+    doses = torch.linspace(-1.0, 2.0, 3 * 12).view(3, 12)
+    rows = [TOKENS[i, : 9 + 4 * i].tolist() for i in range(3)]
+    padded, mask = pad_left(model, rows)
+    last = model.cfg.n_layers
+    with vector.steering(model, doses, record=True) as steering:
+        batched = model(padded, attention_mask=mask, stop_at_layer=last)
+    for i, row in enumerate(rows):
+        # Tokens beyond the last dose have that dose.
+        expected = [float(doses[i, min(p, 11)]) for p in range(len(row))]
+        assert steering.applied(1, i).tolist() == pytest.approx(expected)
+        with vector.steering(model, doses[i : i + 1]):
+            alone = model(torch.tensor([row]), stop_at_layer=last)
+        assert (batched[i, -len(row) :] - alone[0]).abs().max() <= 1e-4
+    constant = torch.full((3, 12), 0.7)
+    with vector.steering(model, constant), running(rows=[2, 0, 1]):
+        by_token = model(TOKENS, stop_at_layer=last)
+    with vector.steering(model, 0.7):
+        assert torch.equal(by_token, model(TOKENS, stop_at_layer=last))
+
+
+def test_a_dose_is_replaced_inside_a_body_only(model, vector):
+    hooks = hook_count(model)
+    with vector.steering(model, 0.5) as steering:
+        before, count = model(TOKENS), hook_count(model)
+        for doses in (torch.tensor([0.5, 1.0, -1.0]), torch.rand(3, 20)):
+            with vector.steering(model, doses), suspended(model, steering):
+                expected = model(TOKENS)
+            with steering.dosed(doses):
+                assert steering.rows == 3
+                assert torch.equal(model(TOKENS), expected)
+            assert (steering.dose, steering.rows, steering.per_row) == (0.5, None, False)
+            assert hook_count(model) == count
+            assert torch.equal(model(TOKENS), before)
+        table = torch.zeros(3)
+        with steering.dosed(table):
+            off = model(TOKENS)
+            table += 0.5
+            assert torch.equal(model(TOKENS), before)
+        with suspended(model):
+            assert torch.allclose(off, model(TOKENS), atol=1e-6)
+    assert hook_count(model) == hooks
+
+
+def test_doses_of_three_dimensions_are_rejected(gemma):
+    with pytest.raises(ShlError) as error:
+        SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1).steering(gemma, torch.ones(1, 2, 3))
+    assert "it must be (batch,) or (batch, pos)" in one_sentence(error)

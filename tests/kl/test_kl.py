@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shl.kl import divergence, forward_kl_and_nll, log_probs_at, logsumexp, nll, reverse_kl_and_nll
+from shl.kl import (
+    divergence,
+    forward_kl_and_nll,
+    log_probs_at,
+    logsumexp,
+    nll,
+    nll_and_top,
+    reverse_kl_and_nll,
+)
 from shl.kl import sweep as sweep_module
 from shl.kl.divergence import naive_kl_and_nll
 from shl.utils.errors import ShlError
@@ -184,6 +192,15 @@ def test_kl_by_hand_for_two_tokens():
     kl, loss = reverse_kl_and_nll(h, ref, w, targets)
     assert (float(kl), float(loss)) == pytest.approx((0.1438410, 0.6931472), abs=1e-6)
     assert float(forward_kl_and_nll(h, ref, w, targets)[0]) == pytest.approx(0.1308120, abs=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_nll_and_the_largest_probability_equal_log_softmax(chunks, bias):
+    h, _, w, targets, b = case(bias=bias)
+    log_p = (h.double() @ w.double() + (0 if b is None else b.double())).log_softmax(1)
+    losses, top = nll_and_top(h, w, targets, bias=b)
+    assert (losses + log_p.gather(1, targets[:, None])[:, 0]).abs().max() <= 1e-5
+    assert (top - log_p.exp().amax(1)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -6,7 +6,14 @@ from helpers import fill
 from transformers import Gemma3ForCausalLM
 
 from shl.config import HealConfig
-from shl.kl import differentiable_nll, forward_kl_and_nll, log_probs_at, nll, reverse_kl_and_nll
+from shl.kl import (
+    differentiable_nll,
+    forward_kl_and_nll,
+    log_probs_at,
+    nll,
+    nll_and_top,
+    reverse_kl_and_nll,
+)
 from shl.method.heal import train_adapter
 from shl.models.generate import generate
 from shl.models.load import build_model
@@ -54,6 +61,10 @@ def test_scores_equal_float64():
     for score in (nll, differentiable_nll, from_log_probs):
         with pytest.warns(UserWarning, match="soft-capped"):
             assert (score(h, w, targets, soft_cap=CAP) - own).abs().max() <= 1e-5
+    with pytest.warns(UserWarning, match="soft-capped"):
+        losses, top = nll_and_top(h, w, targets, soft_cap=CAP)
+    assert (losses - own).abs().max() <= 1e-5
+    assert (top - truth(h, w).exp().amax(1)).abs().max() <= 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:the logits are soft-capped")

@@ -202,3 +202,39 @@ def test_every_third_position_from_another_one_in_each_text(gemma, texts, teache
         config = replace(SOFT, every=3, rows=rows)
         [step] = train_adapter(gemma, texts, config, teacher=teacher).steps
         assert step.nll == pytest.approx(sum(kl) / 3, abs=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["completion", "all"])
+@pytest.mark.parametrize("rows", [None, 1])
+def test_a_rewound_text_is_learnt_at_the_dose_of_each_token(gemma, texts, teacher, positions, rows):
+    first = len(texts[1].tokens)
+    doses = tuple(1.0 - 0.1 * t for t in range(first))
+    texts[1] = replace(texts[1], dose=1.0, doses=doses, rewinds=((0, 0.9),))
+    config = replace(SOFT, positions=positions, rows=rows)
+    [step] = train_adapter(gemma, texts, config, teacher=teacher).steps
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    vector = SteeringVector({1: direction}, "tiny", "demo", 1)
+    expected = 0.0
+    for c in texts:
+        count = len(c.prompt_tokens) + len(c.tokens)
+        at = range(1 - len(c.prompt_tokens), 1 + len(c.tokens))
+        table = [[doses[min(max(t, 0), first - 1)] for t in at]] if c.doses else [[1.0] * count]
+        exact = Teacher(partial(vector.steering, gemma, torch.tensor(table)))
+        c = whole(gemma, c) if positions == "all" else c
+        expected += mean_kl_by_hand(gemma, [c], exact) / len(texts)
+    assert step.nll == pytest.approx(expected, abs=1e-5)
+    constant = [replace(c, doses=()) for c in texts]
+    [other] = train_adapter(gemma, constant, config, teacher=teacher).steps
+    assert abs(other.nll - step.nll) > 1e-4
+
+
+def test_the_opposite_teacher_of_a_rewound_text_has_its_doses_with_the_other_sign(gemma, texts):
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    vector = SteeringVector({1: direction}, "tiny", "demo", 1)
+    made = [replace(c, dose=1.0, doses=(0.6,) * len(c.tokens), rewinds=((0, 0.6),)) for c in texts]
+    steps = []
+    for dose, given in ((1.0, made), (0.6, texts)):
+        plus, minus = (partial(vector.steering, gemma, sign * dose) for sign in (1, -1))
+        odd = replace(SOFT, odd=True)
+        steps += train_adapter(gemma, given, odd, teacher=Teacher(plus, opposite=minus)).steps
+    assert steps[0].nll == pytest.approx(steps[1].nll, abs=1e-6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import lenient, small_loop
 
-from shl.config import DoseConfig, VectorConfig
+from shl.config import DoseConfig, FilterConfig, GenerateConfig, VectorConfig
 from shl.hooks.bake import baked
 from shl.measure.continuations import conflict_items
 from shl.measure.retention import retention
@@ -236,3 +236,19 @@ def test_retention_of_a_later_round_is_between_its_own_students():
     )
     assert two.retained["training"] == read(entered=partial(baked, model, [one.adapter]))
     assert two.retained["training"] != read(entered=partial(baked, model, []))
+
+
+def test_backtracking_applies_to_full_batches_alone():
+    longer = GenerateConfig(max_new_tokens=24)
+    config = replace(ONE, generate=longer, filter=FilterConfig(max_tail_perplexity=60.0))
+    on = first(replace(config, dose=replace(ONE.dose, backtrack=True)))
+    off = first(config)
+    assert on.probes == off.probes
+    rewound = 0
+    for one, other in zip(on.dreams, off.dreams, strict=True):
+        assert one.completion.dose == other.completion.dose == on.dose
+        assert one.completion == other.completion or one.completion.rewinds
+        rewound += bool(one.completion.rewinds)
+    assert rewound > 0
+    assert any(c.doses for c in on.kept)
+    assert not any(c.rewinds for c in off.kept)
