@@ -72,8 +72,9 @@ def backtracking(config: BacktrackingConfig) -> None:
         table = Table(title=f"{axis.name}, begun at dose {dose:g}, {len(ways[ours])} of each")
         for column in ("", "mean dose", *COLUMNS):
             table.add_column(column)
+        same = applied(ways[ours])
         for name, values in found.items():
-            table.add_row(name, f"{applied(ways[name]):.2f}", *cells(values, len(axis.prompts)))
+            table.add_row(name, f"{dose if 'full' in name else same:.2f}", *cells(values, len(axis.prompts)))
             if name != ours:
                 differences = cells(found[ours], len(axis.prompts), values)
                 table.add_row(f"{ours} less {name}", "", *differences)
@@ -129,7 +130,7 @@ def half_life(share: float, tokens: int) -> float:
 
 
 def applied(texts: Sequence[Completion]) -> float:
-    """Mean dose over the tokens of completions; that of a decaying one is not on record."""
+    """Mean dose over the tokens of completions."""
     doses = [x for c in texts for x in (c.doses or (c.dose,) * len(c.tokens))]
     return float(np.mean(doses))
 
