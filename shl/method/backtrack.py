@@ -3,9 +3,7 @@
 Every few tokens the new ones are scored under base, one cached forward for all rows. A row whose
 window has gone wrong keeps its clean tokens, and continues from them with a smaller dose and new
 random numbers. The cache of what it keeps is computed again: keys of the stronger dose would carry
-it on. FASB (arXiv:2508.17621) also backtracks, a fixed number of tokens, and decides from internal
-states when and how strongly to steer; here the unsteered model decides when, from the text, and
-steering goes on at every token.
+it on.
 """
 
 import math
@@ -51,9 +49,12 @@ class Backtrack(_Settings):
     earlier tokens by more than `max_rise`; if base's largest probability has a mean above
     `max_top_prob`; or if the filter finds a loop in the text so far. The row then keeps the tokens
     up to the last clean window, or one window less if nothing was clean since the last rewind.
-    Completions of dose 0 are not watched. What FASB (Flexible Activation Steering with
-    Backtracking, arXiv:2508.17621) decides from internal states, when and how strongly to steer, is
-    decided here from the text: base scores it, and the dose is lowered where it fails.
+    Completions of dose 0 are not watched.
+
+    FASB (Flexible Activation Steering with Backtracking, arXiv:2508.17621) decides from internal
+    states when and how strongly to steer and backtracks a fixed number of tokens; here every token
+    is steered, base decides from the text when to rewind, and a rewind goes to the last clean
+    window and lowers the dose.
 
     Raises:
         ShlError: a value is out of range, or max_rewind is below the window.
@@ -242,16 +243,16 @@ class Watched:
                 prompts = [batch.prompts[row][:-1] for row in batch.active]
                 self._base = prefill(model, prompts, reserve=more)[1]
             residual = run(model, tokens.to(device), mask.to(device), self._base)
-        hidden = torch.cat([residual[place, : len(pieces[place])] for place in due])
-        new = [batch.tokens[batch.active[place]][-len(pieces[place]) :] for place in due]
-        targets = torch.tensor([token for tokens in new for token in tokens], device=device)
-        scores = nll_and_top(final_hidden(model, hidden), model.W_U, targets, **readout(model))
-        require_finite(
-            scores[0],
-            "a token's NLL under base",
-            model,
-            lambda: [[*batch.prompts[row], *batch.tokens[row]] for row in batch.active],
-        )
+            hidden = torch.cat([residual[place, : len(pieces[place])] for place in due])
+            new = [batch.tokens[batch.active[place]][-len(pieces[place]) :] for place in due]
+            targets = torch.tensor([token for ids in new for token in ids], device=device)
+            scores = nll_and_top(final_hidden(model, hidden), model.W_U, targets, **readout(model))
+            require_finite(
+                scores[0],
+                "a token's NLL under base",
+                model,
+                lambda: [[*batch.prompts[row], *batch.tokens[row]] for row in batch.active],
+            )
         parts = (values.cpu().split(list(map(len, new))) for values in scores)
         for place, nll, top in zip(due, *parts, strict=True):
             self.rows[batch.active[place]].nll += nll.tolist()
@@ -370,7 +371,7 @@ def replay(
         starts = [start for start in starts if start[0] < kept] + [(kept, dose)]
     count = len(completion.tokens)
     starts = [start for start in starts if start[0] < count]
-    ends = [start for start, _ in starts[1:]] + [count]
+    ends = [*(start for start, _ in starts[1:]), count][: len(starts)]
     parts = []
     for (start, dose), end in zip(starts, ends, strict=True):
         own = completion.doses[start:end] or (dose,) * end

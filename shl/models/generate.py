@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -242,6 +242,7 @@ class Batch:
         return running(rows=[self.indices[row] for row in rows], prompts=lengths)
 
 
+@runtime_checkable
 class Watch(Protocol):
     """What is called between the steps of a batch, and may rewind its rows."""
 
@@ -254,6 +255,7 @@ class Watch(Protocol):
         """`doses` and `rewinds` of a row's completion."""
 
 
+@runtime_checkable
 class Backtracking(Protocol):
     """What `generate` needs of `shl.Backtrack`."""
 
