@@ -401,7 +401,7 @@ class OnlineConfig(_Settings):
     """teacher = KL(student || teacher) on the student's completions, where the teacher is the
     current student with the vector on; reward = policy gradient of a reward (trait, coherence and
     filter) on completions at several doses."""
-    every: Count = 16
+    every: Count = 10
     """Optimiser steps in a round, after which the student is measured [count]."""
     refresh: Count = 5
     """The vector is extracted anew from the current student after this many steps [count]."""

@@ -37,10 +37,9 @@ def bench(model: str = "gemma-3-270m", scale: list[str] | None = None) -> list[R
     scale = SCALE if scale is None else scale
     one_core, ray = ("--num-cpus", "1"), ("--num-cpus", "1", "--ray", "local")
     with TemporaryDirectory() as scratch:
-        turn, cluster, both = (Path(scratch) / name for name in ("turn", "ray", "both"))
+        turn, cluster = (Path(scratch) / name for name in ("turn", "ray"))
         in_turn = _seconds(turn, model, scale, *one_core)
         on_ray = _seconds(cluster, model, scale, *ray)
-        on_both = _seconds(both, model, scale)
         nothing = _seconds(turn, model, scale, *one_core)
         started = _seconds(cluster, model, scale, *ray)
     studies, note = len(GROUPS["core"]), "once each, with start and comparison"
@@ -49,6 +48,5 @@ def bench(model: str = "gemma-3-270m", scale: list[str] | None = None) -> list[R
         Row(
             "in turn on 1 core / 2 workers", in_turn / on_ray, ">= 1.6", on_ray, in_turn, "s", note
         ),
-        Row("in turn on all cores / 2 workers", on_both / on_ray, "", on_ray, on_both, "s", note),
         Row("Ray's own time per study", own, "<= 3 s", own, None, "s", f"of {studies} finished"),
     ]

@@ -74,7 +74,9 @@ def backtracking(config: BacktrackingConfig) -> None:
             table.add_column(column)
         same = applied(ways[ours])
         for name, values in found.items():
-            table.add_row(name, f"{dose if 'full' in name else same:.2f}", *cells(values, len(axis.prompts)))
+            table.add_row(
+                name, f"{dose if 'full' in name else same:.2f}", *cells(values, len(axis.prompts))
+            )
             if name != ours:
                 differences = cells(found[ours], len(axis.prompts), values)
                 table.add_row(f"{ours} less {name}", "", *differences)
