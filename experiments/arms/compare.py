@@ -100,8 +100,8 @@ def training_cpu(events: Sequence[Event], last: int) -> float | None:
     """
     stages = ("vector", "probe", "batch", "healing")
     own = [e for e in events if e["event"] in stages and e["round"] <= last]
-    times = [e.get("cpu") for e in own]
-    return None if None in times else float(sum(times))
+    times = [float(e["cpu"]) for e in own if e.get("cpu") is not None]
+    return sum(times) if len(times) == len(own) else None
 
 
 def _measured(past: RecordReader, doses: Sequence[Line] = ()) -> Measurements:

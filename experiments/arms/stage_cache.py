@@ -32,10 +32,10 @@ def same_result(name: str, index: int, one: LoopConfig, other: LoopConfig) -> bo
     if stage == "vector" and one.vector == other.vector and one.vector.direction == "contrast":
         return True
     # Training and the schedule of lam over the rounds come after these stages.
-    same = {"heal": HealConfig(), "online": OnlineConfig(), "rounds": 1}
-    if stage == "probe":
-        same["mode"] = "rounds"
-    return replace(one, **same) == replace(other, **same)
+    before = [replace(c, heal=HealConfig(), online=OnlineConfig(), rounds=1) for c in (one, other)]
+    if stage in ("vector", "probe"):
+        before = [replace(c, mode="rounds") for c in before]
+    return before[0] == before[1]
 
 
 class StageCache:

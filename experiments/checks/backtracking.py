@@ -15,14 +15,14 @@ import numpy as np
 from einops import rearrange
 from rich.table import Table
 from scipy.optimize import brentq
-from shl.method.backtrack import Backtrack
 
 from experiments.record.command import command, say, wide_console
 from experiments.record.journal import write
-from shl.config import FilterConfig, GenerateConfig
+from shl.config import GenerateConfig
 from shl.hooks.vector import SteeringVector
 from shl.measure.stats import bootstrap
 from shl.method.axes import Axis, load_axis
+from shl.method.backtrack import Backtrack
 from shl.method.extract import extract_vector
 from shl.method.filters import judge
 from shl.method.online import trait_scores
@@ -102,21 +102,20 @@ def completions(
     prompts = [text for text in axis.prompts for _ in range(config.per_prompt)]
     sampling = vars(config.generate) | {"seed": config.seed}
 
-    def made(start: float, **steering: float) -> Callable[..., list[Completion]]:
-        def generated(**more: object) -> list[Completion]:
-            with vector.steering(model, start, **steering):
-                return generate(model, prompts, **sampling, **more)
+    def made(
+        start: float, *, half_life: float | None = None, backtrack: Backtrack | None = None
+    ) -> list[Completion]:
+        with vector.steering(model, start, half_life=half_life):
+            return generate(model, prompts, **sampling, backtrack=backtrack)
 
-        return generated
-
-    ours = made(dose)(backtrack=Backtrack(filter=FilterConfig()))
+    ours = made(dose, backtrack=Backtrack())
     mean, most = applied(ours), config.generate.max_new_tokens
     require(mean < dose, f"nothing was rewound from dose {dose:g}, so there is nothing to compare.")
     return {
         "backtracking": ours,
-        "plain, same mean dose": made(mean)(),
-        "decaying, same mean dose": made(dose, half_life=half_life(mean / dose, most))(),
-        "plain, full dose": made(dose)(),
+        "plain, same mean dose": made(mean),
+        "decaying, same mean dose": made(dose, half_life=half_life(mean / dose, most)),
+        "plain, full dose": made(dose),
     }
 
 

@@ -351,8 +351,13 @@ class Training:
         meta, tensors = read_safetensors(path, FORMAT, schema)
         try:
             steps = tuple(
-                HealStep(int(epoch), int(step), *(x if x is None else float(x) for x in rest))
-                for epoch, step, *rest in meta["steps"]
+                HealStep(
+                    int(epoch),
+                    int(step),
+                    *map(float, rest),
+                    reward=None if reward is None else float(reward),
+                )
+                for epoch, step, *rest, reward in meta["steps"]
             )
             lam, texts = float(meta["lam"]), str(meta["texts"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -126,14 +126,11 @@ def train_online(
                 judged = judged + torch.tensor([float(sum(kept)), float(len(kept))])
                 where = f"round {index}, step {step}"
                 _require_fed(batch, judged, settings.min_survival, where)
-                teacher = None
+                persona, teacher = axis.positive if config.prompted else None, None
                 if settings.objective == "teacher":
                     plus, minus = (partial(vector.steering, model, x) for x in (dose, -dose))
-                    persona = axis.positive if config.prompted else None
                     teacher = Teacher(plus, persona, minus if heal.odd else None)
-                pairs = [
-                    learnt(model, c, "completion", teacher and teacher.persona) for c in batch.texts
-                ]
+                pairs = [learnt(model, c, "completion", persona) for c in batch.texts]
                 barrier = Barrier(
                     model,
                     trainer.adapter,
