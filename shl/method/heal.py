@@ -351,10 +351,8 @@ class Training:
         meta, tensors = read_safetensors(path, FORMAT, schema)
         try:
             steps = tuple(
-                HealStep(
-                    int(epoch),
-                    int(step),
-                    *map(float, rest),
+                replace(
+                    HealStep(int(epoch), int(step), *map(float, rest)),
                     reward=None if reward is None else float(reward),
                 )
                 for epoch, step, *rest, reward in meta["steps"]
