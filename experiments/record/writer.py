@@ -310,7 +310,7 @@ def token_curves(model: Model, finished: Round, before: Sequence[Adapter]) -> li
     verdicts = (*finished.probes, *finished.dreams)
     dropped = [v for v in verdicts if "incoherent" in v.reasons and len(v.completion.tokens) > 20]
     groups = {
-        "kept": [v for v in verdicts if v.kept],
+        "kept": [v for v in verdicts if v.kept and v.completion.tokens],
         "dropped": dropped,
         "healed": [v for v in finished.healed.samples if v.completion.tokens],
     }

@@ -454,9 +454,3 @@ def test_a_dose_is_replaced_inside_a_body_only(model, vector):
         with suspended(model):
             assert torch.allclose(off, model(TOKENS), atol=1e-6)
     assert hook_count(model) == hooks
-
-
-def test_doses_of_three_dimensions_are_rejected(gemma):
-    with pytest.raises(ShlError) as error:
-        SteeringVector({1: torch.ones(32)}, "tiny", "demo", 1).steering(gemma, torch.ones(1, 2, 3))
-    assert "it must be (batch,) or (batch, pos)" in one_sentence(error)
