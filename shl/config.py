@@ -403,6 +403,9 @@ class OnlineConfig(_Settings):
     filter) on completions at several doses."""
     every: Count = 10
     """Optimiser steps in a round, after which the student is measured [count]."""
+    share: Annotated[float, Range(0, 1, above=True)] = 0.3
+    """Dose of the teacher as a share of the round's: every step steers a student that earlier steps
+    have moved already [share]."""
     refresh: Count = 5
     """The vector is extracted anew from the current student after this many steps [count]."""
     prompts: int | None = None

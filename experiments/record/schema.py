@@ -405,7 +405,7 @@ AFTER: dict[str | None, tuple[str, ...]] = {
     "vector": ("probe", "batch", "steered", "starved"),
     "probe": ("batch", "steered", "starved"),
     "batch": ("batch", "steered", "starved"),
-    "steered": ("healing",),
+    "steered": ("healing", "starved"),
     "healing": ("healed",),
     "healed": ("retention", "round"),
     "retention": ("round",),

@@ -6,8 +6,8 @@ With the objective "teacher" the loss is
 
 where the teacher is the current student with the steering vector on, reading the same tokens
 (on-policy distillation: Agarwal et al. 2023, arXiv:2306.13649; Gu et al. 2023, arXiv:2306.08543).
-No gradient passes through sampling. A student that has become its teacher would be steered further
-by the same vector, so the barrier sets how far it moves.
+No gradient passes through sampling. The teacher moves on with the student, so it has a small dose,
+and the barrier sets how far both move.
 
 With the objective "reward" each prompt has a group of completions, half of them at dose 0 and the
 others steered, and the first term is replaced by
@@ -74,7 +74,8 @@ def train_online(
     Args:
         vector: that of the student which enters the round; after every `refresh` steps it is
             extracted anew with the adapter on, unless it is random.
-        dose: of the teacher, or the largest one of the groups [multiples of the vector].
+        dose: the largest one of the groups, of which the teacher has its share [multiples of the
+            vector].
         index: round, for the schedule of lam and the random draws.
         resume: a state that `on_step` received from the same call in an earlier process; training
             continues from there and ends with the same bits.
@@ -128,7 +129,8 @@ def train_online(
                 _require_fed(batch, judged, settings.min_survival, where)
                 persona, teacher = axis.positive if config.prompted else None, None
                 if settings.objective == "teacher":
-                    plus, minus = (partial(vector.steering, model, x) for x in (dose, -dose))
+                    pushed = settings.share * dose
+                    plus, minus = (partial(vector.steering, model, x) for x in (pushed, -pushed))
                     teacher = Teacher(plus, persona, minus if heal.odd else None)
                 pairs = [learnt(model, c, "completion", persona) for c in batch.texts]
                 barrier = Barrier(

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import tyro
@@ -20,7 +21,7 @@ from experiments import run as program
 from experiments.checks.crash import differences
 from experiments.record import journal, resume, settings
 from experiments.record.journal import Journal, lock
-from experiments.record.reader import RecordReader
+from experiments.record.reader import RecordReader, read
 from experiments.record.resume import Recorder, Resume
 from experiments.record.schema import name_of
 from experiments.record.settings import RunConfig, folder_of, settings_of
@@ -31,6 +32,7 @@ from experiments.report.report import report
 from experiments.run import study
 from shl.config import OnlineConfig
 from shl.method.axes import load_axis
+from shl.method.stages import StarvedError
 from shl.models.tiny import tiny_gemma
 from shl.utils.errors import ShlError
 
@@ -263,6 +265,21 @@ def test_online_run_killed_at_random_moments_resumes(objective, tmp_path):
     taken = [line for log in logs for line in log if line.startswith("step")]
     assert [line for log in logs for line in log].count("step 0 0") == 1
     assert 5 <= len(taken) <= 10
+
+
+def test_a_starved_online_run_ends_with_a_sentence_on_record(tmp_path, monkeypatch):
+    filters = import_module("shl.method.filters")
+    monkeypatch.setattr(filters, "text_reasons", lambda t, *_: ["soup"] if len(t) % 2 else [])
+    settings = OnlineConfig(every=5, refresh=2, prompts=4, min_survival=1.0)
+    config = replace(CONFIG, loop=small_loop(mode="online", rounds=1, online=settings))
+    folder = tmp_path / "run"
+    with pytest.raises(StarvedError) as error:
+        go(folder, config)
+    sentence = one_sentence(error)
+    assert "round 0, step 4: 11 of 12 completions" in sentence
+    assert "at least 100% must pass; dropped last: soup" in sentence
+    assert [name_of(e) for e in read(folder)[1]][-1] == "starved"
+    assert "completions of the student passed the filter" in (folder / "report.html").read_text()
 
 
 def test_training_resumes_from_its_last_saved_step(alone, tmp_path):

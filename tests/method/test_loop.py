@@ -108,7 +108,7 @@ def test_finished_stages_are_saved_in_order(run):
 def test_loaded_stages_are_not_computed(run, monkeypatch):
     _, rounds, log = run
     loop = import_module("shl.method.loop")
-    for name in ("extract_vector", "generate", "judge", "evaluate", "train_adapter"):
+    for name in ("extract_configured", "generate", "judge", "evaluate", "train_adapter"):
         monkeypatch.setattr(loop, name, lambda *_, n=name, **__: pytest.fail(f"{n} was called"))
     saved = [call for call in log.calls if call[0] != "on_step"]
     again = list(love(tiny_gemma(), AXIS, CONFIG, observer=Replay(saved)))

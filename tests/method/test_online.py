@@ -37,7 +37,7 @@ CONFIG = small_loop(
     mode="online",
     generate=GenerateConfig(max_new_tokens=12, min_new_tokens=6),
     heal=PLAIN,
-    online=OnlineConfig(every=6, refresh=2, prompts=3, rows=4),
+    online=OnlineConfig(every=6, refresh=2, prompts=3, rows=4, share=1.0),
 )
 REWARD = replace(CONFIG, online=replace(CONFIG.online, objective="reward"))
 DOSE = 4.0
@@ -298,6 +298,7 @@ def test_the_reward_raises_what_it_rewards(gemma, vector, monkeypatch):
 CHANGES = [
     {"objective": "reward"},
     {"every": 5},
+    {"share": 0.5},
     {"refresh": 1},
     {"prompts": 2},
     {"objective": "reward", "rows": 6},

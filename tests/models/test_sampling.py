@@ -89,8 +89,12 @@ def test_next_logits_and_their_top_k_equal_the_last_logits_of_the_model(model):
 def test_sampled_ids_are_those_of_tokens():
     logits, tokens = torch.tensor([[0.2, 0.5, 0.3]]).log(), torch.tensor([[7, 9, 4]])
     config = GenerateConfig(top_k=0, top_p=1.0)
-    # Descending: 9 to 0.5, 4 to 0.8, then 7.
-    for draw, token in ((0.4, 9), (0.6, 4), (0.9, 7)):
+    # As given: 7 to 0.2, 9 to 0.7, then 4.
+    for draw, token in ((0.1, 7), (0.3, 9), (0.6, 9), (0.8, 4)):
+        assert sample(logits, torch.tensor([draw]), config, tokens).tolist() == [token]
+    # Of two in descending order: 9 to 0.5 / 0.8, then 4.
+    for draw, token in ((0.6, 9), (0.65, 4)):
+        config = GenerateConfig(top_k=2, top_p=1.0)
         assert sample(logits, torch.tensor([draw]), config, tokens).tolist() == [token]
     assert sample(logits, torch.zeros(1), GenerateConfig(temperature=0), tokens).tolist() == [9]
 
