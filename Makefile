@@ -48,7 +48,7 @@ install: .venv/installed  ## install into .venv, pinned by constraints.txt
 experiment: install  ## run or continue the study: AXIS= MODEL= ROUNDS= SEED= ARGS="--heal.tau 1.0"
 	$(STUDY) --rounds $(ROUNDS) $(ARGS)
 
-arms: install  ## run the method, prompting and controls, and compare: AXIS="..." MODEL="..." ARMS="core|steps|far|online|all|NAMES" SEEDS="42 43 44" RAY=local|auto|ray://HOST:PORT
+arms: install  ## run the method, prompting and controls, and compare: AXIS="..." MODEL="..." ARMS="core|steps|far|on-policy|all|NAMES" SEEDS="42 43 44" RAY=local|auto|ray://HOST:PORT
 	$(BIN)/python -m experiments.arms --axis $(AXIS) --model $(MODEL) --arms $(ARMS) \
 	  --seeds $(SEEDS) --rounds $(ROUNDS) $(if $(RAY),--ray $(RAY)) $(ARGS)
 

@@ -45,7 +45,7 @@ class ArmsConfig:
     model: tuple[str, ...] = ("gemma-3-270m",)
     """Embedded models, hub names, or local folders."""
     arms: tuple[str, ...] = ("core",)
-    """core, steps, far, online, all, or names of arms."""
+    """core, steps, far, on-policy, all, or names of arms."""
     seeds: tuple[int, ...] = (42, 43, 44)
     """One run of every arm per seed."""
     out: Path | None = None

@@ -155,7 +155,7 @@ GROUPS = {
     "core": tuple(arm.name for arm in _CORE),
     "steps": tuple(arm.name for arm in (*_STEPS, _CORE[0])),
     "far": tuple(arm.name for arm in _FAR_ARMS),
-    "online": tuple(arm.name for arm in (_CORE[0], *_ONLINE)),
+    "on-policy": tuple(arm.name for arm in (_CORE[0], *_ONLINE)),
     "all": tuple(ARMS),
 }
 """Arms that are run and compared together."""

@@ -159,6 +159,8 @@ def test_arms_change_only_their_own_settings():
     assert len(set(map(repr, settings))) == len(settings)
     assert ARMS["p95-tau0.25"].change(loop).heal.tau == 0.25
     assert [arm.name for arm in chosen(("p95", "core"))] == list(GROUPS["core"])
+    assert not GROUPS.keys() & ARMS.keys()
+    assert [arm.name for arm in chosen(("on-policy",))] == ["rmse", "online", "online-reward"]
     with pytest.raises(ShlError) as error:
         chosen(("rsme",))
     assert "there is no arm 'rsme'" in one_sentence(error)

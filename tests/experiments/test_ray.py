@@ -349,7 +349,7 @@ def test_a_folder_of_arms_in_use_is_refused_before_anything_is_loaded(
     held.release()
 
 
-@pytest.mark.parametrize("group", ["core", "steps", "far", "all"])
+@pytest.mark.parametrize("group", ["core", "steps", "far", "on-policy", "all"])
 def test_each_shared_stage_is_computed_by_one_arm_before_others_need_it(group):
     loops = {arm.name: arm.change(LOOP) for arm in chosen((group,))}
     done, order = {}, list(SHARED)
