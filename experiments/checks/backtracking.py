@@ -43,7 +43,7 @@ class BacktrackingConfig:
     """Built-in axis with paraphrases, or the path of a TOML file."""
     model: str = "gemma-3-270m"
     """Embedded model, hub name, or local folder."""
-    doses: tuple[float, ...] = (1.0, 1.5)
+    doses: tuple[float, ...] = (1.5,)
     """Doses at which backtracking begins [multiples of the vector]."""
     per_prompt: int = 4
     """Completions of each way for each of the axis's prompts [count]."""

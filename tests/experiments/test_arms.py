@@ -67,7 +67,7 @@ def test_arm_with_shared_stages_equals_a_run_of_its_own(folder, tmp_path, monkey
 
 def test_shared_stages_are_not_computed_again(folder, monkeypatch):
     seen = []
-    for name in ("measure", "extract_vector", "judge", "train_adapter"):
+    for name in ("measure", "extract_configured", "judge", "train_adapter"):
         made = getattr(method_loop, name)
         monkeypatch.setattr(
             method_loop, name, lambda *a, n=name, f=made, **k: (seen.append(n), f(*a, **k))[1]
@@ -78,7 +78,7 @@ def test_shared_stages_are_not_computed_again(folder, monkeypatch):
     # Round 0 is copied up to the training; its end and all of round 1 are computed. Measuring
     # judges free samples.
     last = ["train_adapter", "measure", "judge"]
-    assert seen == [*last, "extract_vector", *["judge"] * len(judged), *last]
+    assert seen == [*last, "extract_configured", *["judge"] * len(judged), *last]
     seen.clear()
     run(monkeypatch, folder, "mean")
     assert seen == []
