@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -247,25 +247,22 @@ def start(folder, out):
 
 
 def start_in_terminal(folder, out):
-    """A driver in a terminal; its process id and the terminal, whose keys reach all processes in
-    the foreground."""
+    """A driver in a terminal: its process id, the terminal, whose keys reach all processes in the
+    foreground, and what it shows, read as it comes so that no process waits to print."""
     pid, terminal = pty.fork()
     if not pid:
         os.chdir(ROOT)
         command = driver_of(folder, out)
         os.execve(command[0], command, os.environ | {"TERM": "xterm", "COLUMNS": "200"})
-    return pid, terminal
+    shown = []
 
+    def read_on():
+        with suppress(OSError):  # the last process has closed it
+            while True:
+                shown.append(os.read(terminal, 4096).decode(errors="replace"))
 
-def printed(terminal, until=None):
-    """What a terminal shows, up to some text or to its end."""
-    shown = ""
-    while until is None or until not in shown:
-        try:
-            shown += os.read(terminal, 4096).decode(errors="replace")
-        except OSError:  # the last process has closed it
-            return shown
-    return shown
+    threading.Thread(target=read_on, daemon=True).start()
+    return pid, terminal, shown
 
 
 def test_drivers_may_die_or_be_stopped_but_not_share_a_folder(folder, alone, cluster, tmp_path):
@@ -284,15 +281,16 @@ def test_drivers_may_die_or_be_stopped_but_not_share_a_folder(folder, alone, clu
     wait_until(lambda: not psutil.pid_exists(worker), 60)
 
     before = len(read_lines(run / "events.jsonl"))
-    pid, terminal = start_in_terminal(folder, tmp_path)
+    pid, terminal, shown = start_in_terminal(folder, tmp_path)
     wait_until(lambda: len(read_lines(run / "events.jsonl")) > before)
     worker, _ = last_process(run)
     os.kill(worker, signal.SIGSTOP)
     os.write(terminal, b"\x03")
-    out = printed(terminal, "stopping")
+    wait_until(lambda: "stopping" in "".join(shown))
     os.kill(worker, signal.SIGCONT)
-    out += printed(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGINT, out
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    out = "".join(shown)
+    assert status == 128 + signal.SIGINT, out
     assert "each worker finishes its stage" in out
     assert "to continue:" in out
     assert "experiments.arms --ray local" in out
