@@ -132,10 +132,11 @@ def _label(e: Event) -> str:
 
 def _numbers(e: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Every number that a reading measured, nested ones under dotted names."""
+    of_every_event = ("round", "seconds", "cpu", "texts")
     for key, value in e.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}.")
-        elif type(value) in (int, float) and (prefix or key not in ("round", "seconds", "texts")):
+        elif type(value) in (int, float) and (prefix or key not in of_every_event):
             yield f"{prefix}{key}", float(value)
 
 
