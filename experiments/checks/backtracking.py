@@ -7,7 +7,7 @@ trait of a text is `shl.method.online.trait_scores`, under paraphrased personas.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from shl.utils.model import Model
 
 RESAMPLES = 10_000
 COLUMNS = ("survival", "tail perplexity", "trait", "trait of survivors")
+FULL = "plain, full dose"
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,6 @@ class BacktrackingConfig:
     """Sampling."""
 
 
-Ways = Mapping[str, Sequence[Completion]]
-
-
 def backtracking(config: BacktrackingConfig) -> None:
     """Generate in every way, and print each reading and its difference to backtracking."""
     axis = load_axis(config.axis)
@@ -74,9 +72,8 @@ def backtracking(config: BacktrackingConfig) -> None:
             table.add_column(column)
         same = applied(ways[ours])
         for name, values in found.items():
-            table.add_row(
-                name, f"{dose if 'full' in name else same:.2f}", *cells(values, len(axis.prompts))
-            )
+            mean = dose if name == FULL else same
+            table.add_row(name, f"{mean:.2f}", *cells(values, len(axis.prompts)))
             if name != ours:
                 differences = cells(found[ours], len(axis.prompts), values)
                 table.add_row(f"{ours} less {name}", "", *differences)
@@ -115,7 +112,7 @@ def completions(
         "backtracking": ours,
         "plain, same mean dose": made(mean),
         "decaying, same mean dose": made(dose, half_life=half_life(mean / dose, most)),
-        "plain, full dose": made(dose),
+        FULL: made(dose),
     }
 
 
