@@ -24,7 +24,7 @@ from shl.hooks.vector import SteeringVector
 from shl.kl import nll_and_top
 from shl.kl.divergence import full_log_probs
 from shl.method.filters import text_reasons, words_of
-from shl.models.generate import Batch, Completion, innermost_steering, prefill, run
+from shl.models.generate import Batch, Completion, History, innermost_steering, prefill, run
 from shl.models.nan_checks import require_finite
 from shl.models.scores import completion_hidden
 from shl.models.tokens import decode
@@ -183,10 +183,11 @@ class Watched:
         self._base: KVCache | None = None  # of prompts and checked tokens but the last
         self._table: Tensor | None = None  # the dose of each of the caller's rows
 
-    def history(self, row: int) -> tuple[tuple[float, ...], tuple[tuple[int, float], ...]]:
-        """The dose of each token, empty without a rewind, and the rewinds."""
+    def history(self, row: int) -> History:
+        """The dose of each token, empty without a rewind, the rewinds, and the NLL under base."""
         known = self.rows[row]
-        return (tuple(known.doses), tuple(known.rewinds)) if known.rewinds else ((), ())
+        doses = tuple(known.doses) if known.rewinds else ()
+        return doses, tuple(known.rewinds), tuple(known.nll)
 
     def check(self, batch: Batch) -> set[int]:
         """Once the rows have whole windows, score what is new and rewind the rows that went wrong;

@@ -249,6 +249,7 @@ def judge(
     config: FilterConfig | None = None,
     *,
     persona: str | None = None,
+    reuse_nll: bool = False,
 ) -> list[Verdict]:
     """Apply every rule of the filter to each completion.
 
@@ -258,6 +259,7 @@ def judge(
 
     Args:
         persona: the persona in the prompts, which completions must not repeat.
+        reuse_nll: see `shl.models.scores.base_perplexities`.
 
     Raises:
         ShlError: a completion's NLL under base is not finite.
@@ -270,7 +272,8 @@ def judge(
         True
     """
     config = config or FilterConfig()
-    scores = base_perplexities(model, completions, batch_size=config.batch_size)
+    size = config.batch_size
+    scores = base_perplexities(model, completions, batch_size=size, reuse_nll=reuse_nll)
     verdicts = []
     for completion, (whole, tail) in zip(completions, scores, strict=True):
         reasons = text_reasons(completion.text, config, persona)
@@ -289,7 +292,7 @@ def judge(
         [verdicts[i].completion for i in left],
         [verdicts[i].perplexity for i in left],
         others,
-        batch_size=config.batch_size,
+        batch_size=size,
     )
     for i, topic in zip(left, topics, strict=True):
         off = ("off_topic",) if topic < config.min_topic else ()

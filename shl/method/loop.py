@@ -316,7 +316,8 @@ class Study:
         sampling = vars(self.config.generate) | {"seed": seed_for(self.config.seed, *key)}
         with vector.steering(self.model, dose):
             texts = generate(self.model, prompts, **sampling, backtrack=backtrack)
-        return tuple(judge(self.model, texts, self.config.filter, persona=self.persona))
+        config = self.config.filter
+        return tuple(judge(self.model, texts, config, persona=self.persona, reuse_nll=True))
 
     def measure_steered(
         self, index: int, vector: SteeringVector, walk: Walk, verdicts: Sequence[Verdict]

@@ -6,7 +6,7 @@ position only, each row has its own random stream, and finished rows leave the b
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Protocol, runtime_checkable
 
@@ -170,6 +170,8 @@ class Completion:
 
     A completion that was rewound (`shl.Backtrack`) has in `rewinds` the number of tokens kept and
     the new dose of each rewind in order, and in `doses` the dose at which each token was sampled.
+    One that was watched has in `base_nll` the NLL of each token (nats) under the model that wrote
+    it with all handles suspended; completions are compared without it.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -186,6 +188,7 @@ class Completion:
     ended: bool = True
     doses: tuple[float, ...] = ()
     rewinds: tuple[tuple[int, float], ...] = ()
+    base_nll: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
 
 def without_persona(model: Model, completion: Completion) -> Completion:
@@ -242,6 +245,9 @@ class Batch:
         return running(rows=[self.indices[row] for row in rows], prompts=lengths)
 
 
+History = tuple[tuple[float, ...], tuple[tuple[int, float], ...], tuple[float, ...]]
+
+
 @runtime_checkable
 class Watch(Protocol):
     """What is called between the steps of a batch, and may rewind its rows."""
@@ -251,8 +257,8 @@ class Watch(Protocol):
         the cache that are dropped. A finished row that is kept gets no tokens until it is dropped
         or rewound."""
 
-    def history(self, row: int) -> tuple[tuple[float, ...], tuple[tuple[int, float], ...]]:
-        """`doses` and `rewinds` of a row's completion."""
+    def history(self, row: int) -> History:
+        """`doses`, `rewinds` and `base_nll` of a row's completion."""
 
 
 @runtime_checkable
@@ -331,7 +337,7 @@ def generate(
             batch = _decode_batch(model, indices, prompts, config, seed, watch, more)
             for row, i in enumerate(indices):
                 tokens, ended = tuple(batch.tokens[row]), batch.ended[row]
-                history = watch.history(row) if watch is not None else ((), ())
+                history = watch.history(row) if watch is not None else ()
                 text, prompt = decode(model, tokens), tuple(rows[i])
                 done[i] = Completion(questions[i], text, tokens, prompt, doses[i], ended, *history)
 

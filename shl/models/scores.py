@@ -20,11 +20,19 @@ from shl.utils.shapes import Hidden, PerToken
 
 @torch.no_grad()
 def base_perplexities(
-    model: Model, completions: Sequence[Completion], *, batch_size: int = 16
+    model: Model,
+    completions: Sequence[Completion],
+    *,
+    batch_size: int = 16,
+    reuse_nll: bool = False,
 ) -> list[tuple[float, float]]:
     """Perplexity of each completion, and of its last quarter, under base given the prompt.
 
     All handles are suspended. A completion without tokens has (inf, inf).
+
+    Args:
+        reuse_nll: take `Completion.base_nll` where there is one, which is right for the model that
+            wrote the completion with its prompt.
 
     Example:
         >>> from shl.models.generate import generate
@@ -34,12 +42,16 @@ def base_perplexities(
         >>> whole > 1
         True
     """
-    scores = [(float("inf"), float("inf"))] * len(completions)
+    known = [c.base_nll if reuse_nll and c.base_nll else None for c in completions]
+    new = [c for c, losses in zip(completions, known, strict=True) if losses is None]
     with suspended(model):
-        for i, losses in enumerate(token_nll(model, completions, batch_size=batch_size)):
-            if len(losses):
-                tail = losses[-max(1, len(losses) // 4) :]
-                scores[i] = (float(losses.mean().exp()), float(tail.mean().exp()))
+        scored = iter(token_nll(model, new, batch_size=batch_size))
+    scores = []
+    for reused in known:
+        losses = next(scored) if reused is None else torch.tensor(reused)
+        tail = losses[-max(1, len(losses) // 4) :]
+        whole_and_tail = (float(losses.mean().exp()), float(tail.mean().exp()))
+        scores.append(whole_and_tail if len(losses) else (float("inf"), float("inf")))
     return scores
 
 

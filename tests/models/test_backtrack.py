@@ -14,7 +14,7 @@ from shl.hooks.handle import suspended
 from shl.hooks.vector import SteeringVector
 from shl.method.backtrack import FEW_WORDS, Backtrack, dose_table, replay
 from shl.models.generate import generate, sample
-from shl.models.scores import token_nll
+from shl.models.scores import base_perplexities, token_nll
 from shl.models.tiny import tiny_gemma
 from shl.models.tokens import Prompt
 from shl.utils.errors import ShlError
@@ -114,6 +114,26 @@ def test_rows_rewind_on_their_own_and_replay_to_the_token(model, dose, limit):
     plain = steered(model, dose=dose)
     for c, other in zip(batched, plain, strict=True):
         assert c.rewinds or c == other
+
+
+def test_watched_completions_know_their_nll_under_base(model):
+    found = steered(model, ByNll(limit=3.6), temperature=1.0)
+    assert any(c.rewinds for c in found)
+    with suspended(model):
+        expected = token_nll(model, found)
+    for c, losses in zip(found, expected, strict=True):
+        assert c.base_nll == pytest.approx(losses.tolist(), abs=1e-4)
+    scores = base_perplexities(model, found)
+    for score, reused in zip(scores, base_perplexities(model, found, reuse_nll=True), strict=True):
+        assert reused == pytest.approx(score, rel=1e-4)
+    # Only where it is asked for, and where a completion has them: mean 2, and 3 in the last one.
+    told = [replace(found[0], tokens=(7,) * 4, base_nll=(1.0, 2.0, 2.0, 3.0)), found[1]]
+    reused = base_perplexities(model, told, reuse_nll=True)
+    assert reused[0] == pytest.approx((math.exp(2), math.exp(3)))
+    assert base_perplexities(model, told)[0] != pytest.approx(reused[0])
+    plain = steered(model, temperature=1.0)
+    assert all(c.base_nll == () for c in plain)
+    assert base_perplexities(model, plain, reuse_nll=True) == base_perplexities(model, plain)
 
 
 def test_replay_needs_the_doses_and_the_rewinds(gemma):
