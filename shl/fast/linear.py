@@ -1,14 +1,16 @@
 """Matrix products on a CPU, in fp32.
 
 `linear` is `torch.nn.functional.linear` with the same precision. For few rows of x and a large W,
-as in decoding, each thread multiplies its own part of W, because MKL splits a single such product
-poorly.
+as in decoding, it multiplies parts of W by all of x: MKL then copies x and not W, and each thread
+has its own parts. On AVX2 the product with a vocabulary of 262,144 takes 0.45 to 0.7 of the time.
 
 `onednn_linear` computes a large product by oneDNN, which torch ships but uses for other dtypes
 only. On AMD processors MKL reaches 50 to 90 % of oneDNN's speed. oneDNN adds all terms of a dot
 product in sequence, where MKL adds in blocks, so its rounding error is up to 3.7 times MKL's. It is
 meant for sums over the vocabulary, not for a model's forward pass.
 """
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ FEW_ROWS = 128
 """With more rows MKL's own threading is faster."""
 LARGE_WEIGHT = 1 << 15
 """For weights with fewer elements, splitting costs more than it saves."""
+PART = 1024
+"""Rows of W in a part, about as many as a core's cache holds."""
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether torch has oneDNN's fp32 product, the operator that torch.compile uses for a linear."""
 
@@ -32,8 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     threads = torch.get_num_threads()
     d_out, d_in = weight.shape
     if (
-        threads == 1
-        or d_out % threads
+        (threads == 1 and x.numel() == d_in)
         or weight.numel() < LARGE_WEIGHT
         or x.shape[-1] != d_in
         or not 0 < x.numel() <= FEW_ROWS * d_in
@@ -44,10 +47,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or torch.is_autocast_enabled("cpu")
     ):
         return functional.linear(x, weight, bias)
-    rows = x.reshape(1, -1, d_in).expand(threads, -1, -1)
-    out = torch.bmm(rows, weight.view(threads, -1, d_in).mT).transpose(0, 1)
-    out = out.reshape(*x.shape[:-1], d_out)
+    parts = _parts(d_out, threads)
+    columns = x.reshape(-1, d_in).T.expand(parts, -1, -1)
+    out = torch.bmm(weight.view(parts, -1, d_in), columns)  # [part, row of W in it, row of x]
+    out = out.permute(2, 0, 1).reshape(*x.shape[:-1], d_out)
     return out if bias is None else out + bias
+
+
+@cache
+def _parts(d_out: int, threads: int) -> int:
+    """The largest divisor of `d_out` up to a part for each thread or each `PART` rows."""
+    return next(n for n in range(max(threads, d_out // PART), 0, -1) if d_out % n == 0)
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:

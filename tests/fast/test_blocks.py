@@ -3,11 +3,12 @@
 import pytest
 import torch
 from helpers import stock, tokens_of
+from torch.nn import functional
 from transformer_lens.components import RMSNorm
 
 from shl.fast.blocks import FastBlock, FastRMSNorm
 from shl.fast.hooked import inputs_are_read_only
-from shl.fast.linear import FEW_ROWS, LARGE_WEIGHT, linear
+from shl.fast.linear import FEW_ROWS, LARGE_WEIGHT, _parts, linear
 
 TOKENS = tokens_of(2, 12)
 UNEVEN = torch.linspace(0.1, 2.0, 32)  # Gemma norms a plain factor away
@@ -119,30 +120,37 @@ def test_transformer_lens_options_take_effect(model, switch):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("threads", [1, 3, 5])  # 48 rows of W do not fall into fives
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 5), (FEW_ROWS,)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_linear_split_by_thread_equals_float64(rows, with_bias):
+def test_linear_in_parts_equals_float64(rows, with_bias, threads, monkeypatch):
+    monkeypatch.setattr("shl.fast.linear.PART", 12)  # four parts
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     g = torch.Generator().manual_seed(0)
     d_out, d_in = 48, LARGE_WEIGHT // 32
     x, w, b = (torch.randn(s, generator=g) for s in ((*rows, d_in), (d_out, d_in), (d_out,)))
     bias = b if with_bias else None
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        x.requires_grad_()
-        got = linear(x, w, bias)
-        assert "Mm" not in type(got.grad_fn).__name__  # not torch's own function
-        (grad,) = torch.autograd.grad(got.sum(), x)
-        again = torch.func.vmap(lambda row: linear(row, w, bias))(x.reshape(-1, 1, d_in))
-        torch.set_num_threads(5)  # 48 rows of W do not fall into fives
-        whole = linear(x, w, bias)
-    finally:
-        torch.set_num_threads(threads)
+    x.requires_grad_()
+    whole, real = [], functional.linear
+    monkeypatch.setattr(functional, "linear", lambda *args: whole.append(args) or real(*args))
+    got = linear(x, w, bias)
+    assert len(whole) == (threads == 1 and got.numel() == d_out)
+    (grad,) = torch.autograd.grad(got.sum(), x)
+    again = torch.func.vmap(lambda row: linear(row, w, bias))(x.reshape(-1, 1, d_in))
     exact = x.double() @ w.double().T + (b.double() if with_bias else 0)
     assert got.shape == (*rows, d_out)
-    for found in (got, whole, again.view(got.shape)):
+    for found in (got, again.view(got.shape)):
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(grad, w.sum(0).expand(grad.shape), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("d_out", "threads", "parts"),
+    [(262_144, 2, 256), (128_256, 2, 96), (640, 2, 2), (640, 3, 2), (7, 4, 1)],
+)
+def test_parts_of_a_weight(d_out, threads, parts):
+    """128,256 = 2^8 * 3 * 167 has no divisor from 97 to 125, 640 none of three."""
+    assert _parts(d_out, threads) == parts
 
 
 def test_invalid_shapes_and_dtypes_raise_torchs_errors(monkeypatch):
