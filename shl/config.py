@@ -93,7 +93,8 @@ class VectorConfig(_Settings):
     """
 
     contexts: Count = 64
-    """Everyday questions put to both personas [count, from the axis file]."""
+    """Everyday questions put to both personas, drawn from the axis file by the study's seed
+    [count]."""
     layers: tuple[int, ...] | None = None
     """Layers to steer, or None for the middle third of the model [layer indices]."""
     batch_size: Count = 16

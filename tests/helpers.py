@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 
 import torch
@@ -22,6 +23,7 @@ from shl.hooks.sites import HF_NAMES
 from shl.measure.vignettes import vignettes
 from shl.models.load import build_bridge, build_model, choose_engine
 from shl.models.tiny import tiny_hf, tiny_tokenizer
+from shl.utils.seeds import generator_for
 
 SIZES = {
     "vocab_size": 104,
@@ -203,6 +205,12 @@ def nll_by_hand(model, completion):
 def kl_by_hand(student, reference):
     """KL(student || reference) per row of two tables of log-probabilities."""
     return (student.exp() * (student - reference)).sum(-1)
+
+
+def with_drawn_contexts(axis, seed=42):
+    """The axis with its contexts in the order in which a study's seed draws them."""
+    order = torch.randperm(len(axis.contexts), generator=generator_for(seed, "contexts"))
+    return replace(axis, contexts=tuple(axis.contexts[i] for i in order.tolist()))
 
 
 def small_loop(**changes):

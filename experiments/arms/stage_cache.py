@@ -29,8 +29,8 @@ def same_result(name: str, index: int, one: LoopConfig, other: LoopConfig) -> bo
         return used[0] == used[1] and (name != "nulls:cloze" or layers[0] == layers[1])
     if index > 0 or stage not in ("vector", "probe", "batch", "steered"):
         return False
-    if stage == "vector" and one.vector == other.vector and one.vector.direction == "contrast":
-        return True
+    if stage == "vector" and one.vector.direction == "contrast":
+        return (one.vector, one.seed) == (other.vector, other.seed)
     # Training and the schedule of lam over the rounds come after these stages.
     before = [replace(c, heal=HealConfig(), online=OnlineConfig(), rounds=1) for c in (one, other)]
     if stage in ("vector", "probe"):

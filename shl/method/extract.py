@@ -18,6 +18,7 @@ from shl.models.activations import residual_at_tag
 from shl.models.tokens import Prompt
 from shl.utils.errors import require
 from shl.utils.model import Model
+from shl.utils.seeds import generator_for
 from shl.utils.shapes import Direction
 
 Rule = Callable[[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]], Direction]
@@ -134,20 +135,24 @@ def extract_vector(
 
 
 def extract_configured(
-    model: Model, axis: Axis, config: VectorConfig, *, round: int | None = None
+    model: Model, axis: Axis, config: VectorConfig, *, seed: int, round: int | None = None
 ) -> SteeringVector:
     """Extract an axis's vector as `extract_vector` does, with the settings of a study.
+
+    Args:
+        seed: of the study; it draws the contexts from those of the axis, the same in every round.
 
     Example:
         >>> from shl.method.axes import load_axis
         >>> from shl.models.tiny import tiny_gemma
         >>> config = VectorConfig(contexts=4, layers=(1,))
-        >>> extract_configured(tiny_gemma(), load_axis("love"), config).contexts
+        >>> extract_configured(tiny_gemma(), load_axis("love"), config, seed=42).contexts
         4
     """
+    order = torch.randperm(len(axis.contexts), generator=generator_for(seed, "contexts"))
     return extract_vector(
         model,
-        axis,
+        replace(axis, contexts=tuple(axis.contexts[i] for i in order)),
         config.layers,
         contexts=config.contexts,
         batch_size=config.batch_size,

@@ -232,7 +232,9 @@ class Study:
             return vector
         config, settings = self.config, self.config.vector
         with named(f"round {index}, extracting the vector"):
-            vector = extract_configured(self.model, self.axis, settings, round=index)
+            vector = extract_configured(
+                self.model, self.axis, settings, seed=config.seed, round=index
+            )
             if settings.direction == "random":
                 # Walks end near the middle of the ladder; at its top both texts are incoherent.
                 kappas = ladder(config.dose)

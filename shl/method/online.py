@@ -95,7 +95,7 @@ def train_online(
         ...     heal=HealConfig(rank=2),
         ...     online=OnlineConfig(every=2, prompts=2, min_survival=0),
         ... )
-        >>> vector = extract_configured(model, axis, config.vector)
+        >>> vector = extract_configured(model, axis, config.vector, seed=config.seed)
         >>> len(train_online(model, axis, vector, 0.5, config).steps)
         2
     """
@@ -121,7 +121,9 @@ def train_online(
             anew = step % settings.refresh == 0
             with named(f"step {step}"):
                 if anew and step and config.vector.direction == "contrast":
-                    vector = extract_configured(model, axis, config.vector, round=index)
+                    vector = extract_configured(
+                        model, axis, config.vector, seed=config.seed, round=index
+                    )
                 batch = _batch(model, axis, vector, dose, config, (index, step))
                 kept = [v.kept for v in batch.verdicts]
                 judged = judged + torch.tensor([float(sum(kept)), float(len(kept))])

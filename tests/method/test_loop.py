@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from helpers import hook_count, lenient, one_sentence, small_loop
+from helpers import hook_count, lenient, one_sentence, small_loop, with_drawn_contexts
 
 from shl.config import DoseConfig
 from shl.hooks.bake import baked
@@ -121,9 +121,10 @@ def test_loaded_stages_are_not_computed(run, monkeypatch):
 
 def test_each_vector_is_extracted_from_the_current_student(run):
     model, (first, second), _ = run
-    base = extract_vector(model, AXIS, BAND, contexts=3)
+    axis = with_drawn_contexts(AXIS)
+    base = extract_vector(model, axis, BAND, contexts=3)
     with baked(model, [first.adapter]):
-        student = extract_vector(model, AXIS, BAND, contexts=3)
+        student = extract_vector(model, axis, BAND, contexts=3)
     for layer in BAND:
         assert torch.equal(first.vector.directions[layer], base.directions[layer])
         assert torch.equal(second.vector.directions[layer], student.directions[layer])
@@ -252,9 +253,9 @@ def test_completions_are_judged_with_the_persona_in_their_prompt(gemma, monkeypa
     lenient(monkeypatch)
     judged, loop = [], import_module("shl.method.loop")
 
-    def judge(model, texts, config, *, persona=None):
+    def judge(model, texts, config, *, persona=None, **options):
         judged.append((persona, {c.prompt.persona for c in texts}))
-        return filters.judge(model, texts, config, persona=persona)
+        return filters.judge(model, texts, config, persona=persona, **options)
 
     filters = import_module("shl.method.filters")
     monkeypatch.setattr(loop, "judge", judge)

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from helpers import lenient, small_loop
+from helpers import lenient, small_loop, with_drawn_contexts
 
 from shl.config import DoseConfig, FilterConfig, GenerateConfig, VectorConfig
 from shl.hooks.bake import baked
@@ -89,7 +89,7 @@ def test_against_no_persona_contrasts_with_the_question_alone():
     for layer in layers:
         by_hand = sum(residual(layer, "K", q) - residual(layer, None, q) for q in questions)
         assert torch.allclose(vector.directions[layer], by_hand / 3, atol=1e-6)
-        assert torch.equal(extracted.directions[layer], vector.directions[layer])
+        assert torch.allclose(extracted.directions[layer], by_hand / 3, atol=1e-6)
     opposite = extract_vector(model, axis, layers)
     assert not torch.allclose(opposite.directions[1], vector.directions[1], atol=1e-3)
 
@@ -100,11 +100,12 @@ def test_removed_axes_are_projected_out_of_each_rounds_vector(monkeypatch):
     removed = VectorConfig(3, (2, 3), remove=("valence", "length"))
     rounds = list(love(model, AXIS, small_loop(vector=removed)))
     adapters = []
+    axis = with_drawn_contexts(AXIS)
     for done in rounds:
         with baked(model, adapters):
-            whole = extract_vector(model, AXIS, (2, 3), contexts=3)
+            whole = extract_vector(model, axis, (2, 3), contexts=3)
             others = [
-                extract_vector(model, replace(load_axis(name), contexts=AXIS.contexts[:3]), (2, 3))
+                extract_vector(model, replace(load_axis(name), contexts=axis.contexts[:3]), (2, 3))
                 for name in ("valence", "length")
             ]
         assert done.vector.rule == "mean_difference without valence, length"

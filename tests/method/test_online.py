@@ -50,7 +50,7 @@ def every_text_passes(monkeypatch):
 
 @pytest.fixture
 def vector(gemma):
-    return extract_configured(gemma, AXIS, CONFIG.vector)
+    return extract_configured(gemma, AXIS, CONFIG.vector, seed=CONFIG.seed)
 
 
 def train(model, vector, config=CONFIG, **more):

@@ -7,10 +7,11 @@ import torch
 from helpers import random_adapter
 from safetensors.torch import save_file
 
+from shl.config import VectorConfig
 from shl.hooks.bake import baked
 from shl.hooks.vector import SteeringVector
 from shl.method.axes import load_axis
-from shl.method.extract import extract_vector
+from shl.method.extract import extract_configured, extract_vector
 from shl.models.activations import residual_at_tag
 from shl.models.tokens import Prompt, encode
 from shl.utils.errors import ShlError
@@ -79,6 +80,24 @@ def test_a_custom_rule_receives_paired_rows(model, axis):
     assert torch.allclose(seen[0][0], positive, atol=1e-5)
     assert torch.allclose(seen[0][1], negative, atol=1e-5)
     assert torch.equal(vector.directions[2], (seen[0][0] - seen[0][1]).median(0).values)
+
+
+def test_a_study_draws_its_contexts_by_its_seed(gemma):
+    axis, asked = load_axis("love"), {}
+
+    def record(model, prompts, layers, **_):
+        asked.setdefault(seed, [p.text for p in prompts])
+        return {1: torch.randn(len(prompts), 32)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shl.method.extract.residual_at_tag", record)
+        for seed in (1, 2):
+            extract_configured(gemma, axis, VectorConfig(contexts=40, layers=(1,)), seed=seed)
+    for drawn in asked.values():
+        assert len(set(drawn)) == 40
+        assert set(drawn) < set(axis.contexts)
+    # Two draws of 40 of 128 share 12.5 on average; 28 or more with a probability below 1e-9.
+    assert len(set(asked[1]) & set(asked[2])) < 28
 
 
 def test_the_default_band_is_the_middle_third(gemma, axis):
