@@ -179,7 +179,7 @@ def test_a_sentence_has_the_verdict_the_deciding_estimate_and_the_rest():
 
 
 def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
-    """16 samples a stage, 84 vignettes, 3 rounds, 5 rungs of 8 probes, 1000 resamples."""
+    """32 samples a stage, 84 vignettes, 3 rounds, 5 rungs of 8 probes, 1000 resamples."""
     ladder = tuple((0.3 * k, 8 if k < 3 else 1, 8.0 * k) for k in range(1, 6))
     found = answer_all(
         *run(
@@ -195,10 +195,10 @@ def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
     by_key = {a.key: a for a in found}
     for key in (*KEYS, "readable", "barrier", "worked"):
         assert by_key[key].verdict == "yes", by_key[key].sentence
-    # 16 of 16 against 16 of 16: 1 - 16 / (16 + 1.96^2) = 0.194, rounded up to a hundredth.
+    # 32 of 32 against 32 of 32: 1 - 32 / (32 + 1.96^2) = 0.107, rounded up to a hundredth.
     survival = figure(by_key["Q2"], "survival less base's", 2)
-    assert survival["low"] == pytest.approx(-(1.959964**2) / (16 + 1.959964**2), abs=1e-6)
-    assert survival["needs"] == by_key["Q2"].thresholds["SURVIVAL_MARGIN"] * -1 == -0.20
+    assert survival["low"] == pytest.approx(-(1.959964**2) / (32 + 1.959964**2), abs=1e-6)
+    assert survival["needs"] == by_key["Q2"].thresholds["SURVIVAL_MARGIN"] * -1 == -0.11
 
 
 @pytest.mark.parametrize(
