@@ -66,9 +66,19 @@ NonNegative = Annotated[float, Range(0)]
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
+    """Base of the settings: each field annotated with a `Range` or a `Literal` is checked.
+
+    Raises:
+        ShlError: a value is out of range.
+
+    Example:
+        >>> GenerateConfig(top_p=2.0)
+        Traceback (most recent call last):
+        shl.utils.errors.ShlError: top_p is 2.0, it must be above 0 and at most 1.
+    """
+
     def __post_init__(self) -> None:
-        """Check the fields annotated with a `Range` or a `Literal`."""
         for setting in fields(self):
             value = getattr(self, setting.name)
             match get_args(setting.type):
@@ -81,7 +91,7 @@ class _Settings:
 
 
 @dataclass(frozen=True)
-class VectorConfig(_Settings):
+class VectorConfig(Settings):
     """Extraction of the steering vector: mean difference at the assistant tag.
 
     Raises:
@@ -113,7 +123,7 @@ class VectorConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(_Settings):
+class GenerateConfig(Settings):
     """Sampling of completions. There is no repetition penalty, because loops must stay visible.
 
     Raises:
@@ -143,7 +153,7 @@ class GenerateConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class FilterConfig(_Settings):
+class FilterConfig(Settings):
     """Thresholds of the coherence filter. Every rule that fires is recorded.
 
     Raises:
@@ -191,7 +201,7 @@ class FilterConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class DoseConfig(_Settings):
+class DoseConfig(Settings):
     """The search over the dose multiplier kappa.
 
     Raises:
@@ -236,7 +246,7 @@ class DoseConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class HealConfig(_Settings):
+class HealConfig(Settings):
     """One round of training: loss = NLL + lam * relu(D - tau), per completion.
 
     Raises:
@@ -383,7 +393,7 @@ no teacher."""
 
 
 @dataclass(frozen=True)
-class OnlineConfig(_Settings):
+class OnlineConfig(Settings):
     """On-policy training, in which every step samples new completions from the current student.
 
     Of `HealConfig` it uses the adapter, the learning rate, `every`, `clip`, `odd`, the barrier and
@@ -440,7 +450,7 @@ class OnlineConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class EvalConfig(_Settings):
+class EvalConfig(Settings):
     """Measurement of a model on the vignettes and on free samples.
 
     Raises:
@@ -468,7 +478,7 @@ class EvalConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class LoopConfig(_Settings):
+class LoopConfig(Settings):
     """Settings of the whole study: rounds, seed, and one config per stage.
 
     Raises:

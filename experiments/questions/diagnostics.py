@@ -74,7 +74,8 @@ def dose(m: Measurements) -> Answer:
     rounds = [{name: e[name] for name in names} for e in of_round(m.events, "round")]
     text = "; ".join(
         f"round {e['round']}: kappa {e['kappa']:.2f}{' (the lowest)' if e['at_floor'] else ''}, "
-        f"{e['kept']} of {e['generated']} completions kept"
+        # Online training keeps none.
+        + (f"{e['kept']} of {e['generated']} completions kept" if e["kept"] else "on-policy")
         for e in rounds
     )
     return _info("dose", "which dose?", text or NO_ROUND, {"rounds": rounds})

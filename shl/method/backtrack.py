@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from shl.config import Count, CountOrZero, FilterConfig, NonNegative, Range, Share, _Settings
+from shl.config import Count, CountOrZero, FilterConfig, NonNegative, Range, Settings, Share
 from shl.fast import KVCache
 from shl.hooks.handle import suspended
 from shl.hooks.sites import final_hidden, readout
@@ -41,7 +41,7 @@ FEW_WORDS = 16
 
 
 @dataclass(frozen=True)
-class Backtrack(_Settings):
+class Backtrack(Settings):
     """When a completion is rewound, and how it continues: `generate(..., backtrack=Backtrack())`.
 
     Each `window` of tokens is scored under base with all handles suspended. It has gone wrong if

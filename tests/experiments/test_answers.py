@@ -372,6 +372,8 @@ def test_lowest_dose_unmoved_adapters_and_an_early_end():
     first, second = answers["dose"].sentence.split("; ")
     assert first == "Round 0: kappa 0.50, 6 of 9 completions kept"
     assert second == "round 1: kappa 0.50 (the lowest), 6 of 9 completions kept."
+    online = [e | {"kept": 0} if e["event"] == "round" else e for e in events]
+    assert ask((online, found))["dose"].sentence.startswith("Round 0: kappa 0.50, on-policy; ")
     done = ask(run())
     assert done["moved"].sentence == "Every adapter moved."
     assert done["ended"].sentence == "2 rounds, all done."
