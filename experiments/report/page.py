@@ -32,7 +32,7 @@ from experiments.report.tables import (
     ladders,
     nuisance_rows,
     other_estimates,
-    rows,
+    tables,
 )
 from shl.config import EvalConfig
 from shl.kl import aggregate
@@ -282,7 +282,7 @@ def page(
         answer_columns=ANSWER_COLUMNS,
         answer_row=answer_row,
         other_estimates=other_estimates,
-        table=cells(rows(events)),
+        tables={label: cells(part) for label, part in tables(events).items()},
         nuisance=cells(nuisance_rows(events)),
         thresholds={"coherent": COHERENT, "keeps": KEEPS, "rises": RISES},
         charts=figures or {},

@@ -17,9 +17,7 @@ from experiments.report.tables import (
     answer_row,
     cells,
     markdown,
-    readings,
-    rows,
-    trainings,
+    tables,
 )
 from shl.config import EvalConfig
 
@@ -47,7 +45,8 @@ def report(folder: Path, console: Console) -> None:
     axis = axis_of(folder)
     title = f"{config['model']}, axis {axis.name}, seed {config['loop']['seed']}"
     console.print(f"[bold]{escape(title)}[/]", highlight=False)
-    for part in (readings(rows(events)), trainings(rows(events))):
+    parts = tables(events).values()
+    for part in parts:
         console.print(_table(part))
     for e in (e for e in events if e["event"] == "validity"):
         verdict = "valid" if e["valid"] else "not valid"
@@ -62,7 +61,7 @@ def report(folder: Path, console: Console) -> None:
     console.print(found)
     for a in (a for a in answers if a.deciding is None):
         console.print(f"[bold]{a.key}: {a.question}[/] {escape(a.sentence)}", highlight=False)
-    write(folder / "table.md", markdown(rows(events)))
+    write(folder / "table.md", "\n".join(map(markdown, parts)))
     listed = json.dumps(as_json(answers), indent=2, ensure_ascii=False)
     write(folder / "answers.json", f"{listed}\n")
     write(folder / "diary.md", diary(texts))

@@ -67,15 +67,15 @@ def rows(events: Sequence[Event]) -> list[dict[str, str]]:
     return table
 
 
-def readings(table: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """What was measured at each stage: the columns of `rows` that are not of the training."""
-    return [{k: v for k, v in row.items() if k not in TRAINING} for row in table]
-
-
-def trainings(table: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The dose and the training of each stage that has one."""
-    found = [{k: row[k] for k in ("stage", *TRAINING) if k in row} for row in table]
-    return [row for row in found if len(row) > 1]
+def tables(events: Sequence[Event]) -> dict[str, list[dict[str, str]]]:
+    """`rows` as two tables by label: what was measured at each stage, and the dose and the training
+    of those that have one; without rows there is no table."""
+    table = rows(events)
+    measured = [{k: v for k, v in row.items() if k not in TRAINING} for row in table]
+    trained = [{k: row[k] for k in ("stage", *TRAINING) if k in row} for row in table]
+    trained = [row for row in trained if len(row) > 1]
+    found = {"readings of each stage": measured, "dose and training": trained}
+    return {label: part for label, part in found.items() if part}
 
 
 def _items(events: Sequence[Event], stage: Event) -> dict[str, str]:

@@ -139,9 +139,14 @@ def test_table_has_a_row_per_stage_with_the_numbers_of_its_event(folder):
     stages = [e for e in events if e["event"] == "stage"]
     (column,) = {key for row in table for key in row if key.startswith("auth_nats")}
     assert [row[column] for row in table] == [f"{e['nats']['authority']:.2f}" for e in stages]
-    assert names == [
-        line.split("|")[1].strip() for line in (folder / "table.md").read_text().splitlines()[2:]
-    ]
+    measured, trained = (
+        [line.split("|")[1:-1] for line in part.splitlines()]
+        for part in (folder / "table.md").read_text().split("\n\n")
+    )
+    assert [line[0].strip() for line in measured] == ["stage", "---", *names]
+    assert [line[0].strip() for line in trained] == ["stage", "---", *names[3:]]
+    assert [cell.strip() for cell in trained[0]][:3] == ["stage", "kept/gen", "kappa"]
+    assert not {cell.strip() for cell in measured[0][1:]} & {c.strip() for c in trained[0]}
 
 
 def test_plots_are_not_blank(folder):
