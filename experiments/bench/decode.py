@@ -123,7 +123,7 @@ def backtracking(repeats: int = 3, rows: int = 32, new: int = 48) -> list[Row]:
         limit = replace(rules, max_tail_perplexity=max(math.exp(nll), rules.min_perplexity))
         return Backtrack(filter=limit, **loose)
 
-    fifth = rows - rows // 5
+    fifth = rows - max(1, rows // 5)
     cases = {"a fifth": at((worst[fifth - 1] + worst[fifth]) / 2), "none": at(worst[-1] + 20)}
     plain: dict[str, Callable[[], list[Completion]]] = {"plain": lambda: call(None)}
     calls = plain | {name: partial(call, backtrack) for name, backtrack in cases.items()}
