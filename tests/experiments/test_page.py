@@ -25,7 +25,7 @@ from experiments.report import plots
 from experiments.report.escape import clean
 from experiments.report.page import HEAT, cards, cost, heat, instruments, page, sizes, write_page
 from experiments.report.report import report
-from experiments.report.tables import ladders
+from experiments.report.tables import ladders, rows
 from experiments.run import study
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.hooks.vector import SteeringVector
@@ -140,7 +140,12 @@ def test_a_finished_run_has_every_section_and_chart(folder, parts):
     for curve in [c for e in events if e["event"] == "token_kl" for c in e["curves"]]:
         assert clean("".join(curve["pieces"])) in reader.texts("div", "tokens")
     assert text.count("min_real_words") == 1
-    assert "peak memory, resident" in reader.texts("dt")
+    terms = reader.texts("dt")
+    assert "peak memory, resident" in terms
+    explained = {name for term in terms for name in term.partition(" [")[0].split(", ")}
+    columns = {column.removesuffix(" (noise)") for row in rows(events) for column in row}
+    assert {"beta", "KL", "lam", "auth_nats"} < columns
+    assert columns - {"stage", "cloze", "random"} <= explained
 
 
 def test_pages_of_one_record_differ_only_in_the_cost_of_their_processes(folder, tmp_path):
