@@ -12,7 +12,7 @@ the divergence. A student that is the teacher has beta = rho = 1, one that staye
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def retention(
     pairs: Sequence[tuple[Completion, Completion]],
     *,
     entered: Opened,
-    steering: Opened,
+    steering: Callable[[Sequence[Completion]], AbstractContextManager[Any]],
     student: Opened,
 ) -> Retention:
     """Read the first tokens of each completion; the handles on the model are suspended.
@@ -108,7 +108,7 @@ def retention(
         pairs: each completion as the student and as the teacher reads it, with the teacher's own
             prompt tokens.
         entered: opens the student that entered the round, which the teacher is too.
-        steering: opens the teacher's steering.
+        steering: opens the teacher's steering of the completions that it reads.
         student: opens the student after the round.
 
     Example:
@@ -121,14 +121,14 @@ def retention(
         (0.0,)
     """
     own, read = (
-        [Completion(c.prompt, c.text, c.tokens[:MOST], c.prompt_tokens) for c in side]
+        [replace(c, tokens=c.tokens[:MOST], doses=c.doses[:MOST]) for c in side]
         for side in zip(*pairs, strict=True)
     )
     with suspended(model):
         base = completion_hidden(model, own)
         with entered():
             before = completion_hidden(model, own)
-            with steering():
+            with steering(read):
                 taught = completion_hidden(model, read)
         with student():
             learnt = completion_hidden(model, own)

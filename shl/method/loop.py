@@ -11,7 +11,7 @@ loaded results ends with the same bits as one that was not interrupted.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from shl.measure.nulls import random_like
 from shl.measure.retention import retention, running_text
 from shl.measure.vignettes import evaluate, remember_base, vignettes
 from shl.method.axes import Axis
-from shl.method.backtrack import Backtrack
+from shl.method.backtrack import Backtrack, at_own_doses
 from shl.method.barrier import Teacher
 from shl.method.dose import Walk, after_batch, ladder, settle, start
 from shl.method.extract import extract_configured
@@ -413,6 +413,12 @@ class Study:
                 name: [running_text(model, text) for text in items[name][:READ]] for name in items
             }
             texts |= {name: [c for c in given if c.tokens] for name, given in sources.items()}
+
+            @contextmanager
+            def steered(given: Sequence[Completion]) -> Iterator[None]:
+                with teacher.steering(), at_own_doses(model, given):
+                    yield
+
             with named(f"round {index}, reading retention"):
                 found = {
                     name: retention(
@@ -422,7 +428,7 @@ class Study:
                             for c in given[:READ]
                         ],
                         entered=partial(baked, model, before),
-                        steering=teacher.steering,
+                        steering=steered,
                         student=partial(baked, model, after),
                     )
                     for name, given in texts.items()

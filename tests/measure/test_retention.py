@@ -26,7 +26,10 @@ def pairs(gemma):
 
 
 def read(gemma, pairs, *, student, entered=nullcontext, dose=1.0):
-    steering = partial(vector().steering, gemma, dose)
+    def steering(texts):
+        assert [c.prompt_tokens for c in texts] == [c.prompt_tokens for _, c in pairs]
+        return vector().steering(gemma, dose)
+
     return retention(gemma, pairs, entered=entered, steering=steering, student=student)
 
 

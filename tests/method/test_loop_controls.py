@@ -1,5 +1,6 @@
 """Controls of the loop: no steering, prompting, a random vector, no opposite persona."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -14,6 +15,7 @@ from shl.measure.continuations import conflict_items
 from shl.measure.retention import retention
 from shl.measure.vignettes import vignettes
 from shl.method.axes import axis_names, load_axis
+from shl.method.backtrack import dose_table
 from shl.method.extract import extract_vector
 from shl.method.heal import train_adapter
 from shl.method.loop import READ, love
@@ -232,7 +234,7 @@ def test_retention_of_a_later_round_is_between_its_own_students():
         retention,
         model,
         [(c, c) for c in two.kept[:READ]],
-        steering=partial(two.vector.steering, model, two.dose),
+        steering=lambda _: two.vector.steering(model, two.dose),
         student=partial(baked, model, [one.adapter, two.adapter]),
     )
     assert two.retained["training"] == read(entered=partial(baked, model, [one.adapter]))
@@ -253,3 +255,17 @@ def test_backtracking_applies_to_full_batches_alone():
     assert rewound > 0
     assert any(c.doses for c in on.kept)
     assert not any(c.rewinds for c in off.kept)
+    # The teacher of a rewound text has the dose of each of its tokens.
+    model = tiny_gemma()
+    shares = [
+        retention(
+            model,
+            [(c, c) for c in on.kept if c.tokens],
+            entered=nullcontext,
+            steering=lambda texts, of=of: on.vector.steering(model, of(texts)),
+            student=partial(baked, model, [on.adapter]),
+        ).teacher
+        for of in (lambda texts: dose_table(texts, on.dose), lambda _: on.dose)
+    ]
+    assert on.retained["training"].teacher == pytest.approx(shares[0], rel=1e-4)
+    assert on.retained["training"].teacher != pytest.approx(shares[1], rel=1e-2)
