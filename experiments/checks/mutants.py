@@ -14,6 +14,7 @@ import re
 import sys
 import tomllib
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -78,7 +79,7 @@ def _mutants(path: Path) -> list[tuple[str, str, str]]:
             verdict = "other"
         if verdict in ("survived", "no tests", "other"):
             change = _change(name, path)
-            if any(re.search(pattern, change, re.M) for pattern in EQUIVALENT):
+            if any(re.search(pattern, change, re.M) for pattern in _equivalent()):
                 verdict = "equivalent"
         found.append((name, verdict, change))
     return found
@@ -91,13 +92,12 @@ def _change(name: str, path: Path) -> str:
     return "\n".join([name.partition("__mutmut_")[0], *edits])
 
 
+@cache
 def _equivalent() -> list[str]:
     """Patterns of the changes in the list of equivalent mutants."""
     text = Path("tests/equivalent_mutants.toml").read_text("utf-8")
     return [row["change"] for row in tomllib.loads(text)["equivalent"]]
 
-
-EQUIVALENT = _equivalent()
 
 if __name__ == "__main__":
     main()
