@@ -13,7 +13,7 @@ from shl.config import FilterConfig, GenerateConfig
 from shl.hooks.handle import suspended
 from shl.hooks.vector import SteeringVector
 from shl.method.backtrack import FEW_WORDS, Backtrack, dose_table, replay
-from shl.models.generate import generate, sample
+from shl.models.generate import Completion, generate, sample
 from shl.models.scores import token_nll
 from shl.models.tiny import tiny_gemma
 from shl.models.tokens import Prompt
@@ -334,3 +334,13 @@ def test_a_dose_table_has_the_sign_of_the_steering(gemma):
     table = dose_table([text, plain], -0.5)
     assert table[0].tolist() == pytest.approx([-1.0] * first + [-d for d in text.doses] + [-0.75])
     assert table[1].tolist() == [-0.5] * table.shape[1]
+
+
+def test_a_dose_table_by_hand():
+    # Three prompt tokens, of which the last predicts the first of two tokens; the second row has no
+    # doses of its own and is one token longer.
+    own = Completion(Prompt("?"), "ab", (5, 6), (2, 9, 7), 1.0, doses=(0.75, 0.5))
+    other = Completion(Prompt("?"), "abc", (5, 6, 7), (2, 9, 7), 1.0)
+    table = dose_table([own, other], 1.0)
+    assert table.tolist() == [[0.75, 0.75, 0.75, 0.5, 0.5, 0.5], [1.0] * 6]
+    assert dose_table([own], -2.0).tolist() == [[-0.75, -0.75, -0.75, -0.5, -0.5]]
