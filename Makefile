@@ -25,7 +25,7 @@ PARALLEL = -n 2 --dist loadfile
 # Without HookedTransformer all models are bridges; what needs the first is skipped, and counted.
 TL4_TESTS = $(patsubst %,tests/hooks/test_%.py,sites steering lora hooks) tests/models/test_bridge.py
 TL4_SKIPS = 49
-.PHONY: help install experiment arms smoke status report probe crash bench test defects check docs notebooks
+.PHONY: help install experiment arms smoke status report probe crash bench test defects mutants check docs notebooks
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
 	@echo "variables: AXIS=$(AXIS) MODEL=$(MODEL) ROUNDS=$(ROUNDS) SEED=$(SEED) ARGS=\"--help\""
@@ -82,6 +82,9 @@ endif
 
 defects: install  ## put known defects into a copy of the code: each must fail a test
 	$(BIN)/python -m experiments.checks.defects $(ARGS)
+
+mutants: install  ## mutation testing in mutants/, for hours, resumable; table by file: ARGS="--table|--survivors NAME|NAME*"
+	$(BIN)/python -P experiments/checks/mutants.py $(ARGS)
 
 check: install  ## check format, lint and static types
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

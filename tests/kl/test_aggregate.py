@@ -15,6 +15,8 @@ def test_aggregates_of_the_worked_example():
     for how, value in expected.items():
         assert float(aggregate(kl, how)) == pytest.approx(value, abs=1e-5), how
     assert float(aggregate(torch.tensor([1.0, 2.0, 4.0, 9.0]), "p50")) == 3.0  # (2 + 4) / 2
+    # Every aggregate of one number is that number.
+    assert {float(aggregate(torch.tensor([3.0]), how)) for how in expected} == {3.0}
 
 
 def test_gradient_of_rmse_is_that_of_its_formula_and_0_at_zero():

@@ -30,18 +30,23 @@ def inputs(seed=0):
     return h, ref, torch.randn(8, 50, generator=g), torch.randint(50, (5,), generator=g)
 
 
-def truth(h, w):
-    return (CAP * torch.tanh(h.double() @ w.double() / CAP)).log_softmax(1)
+def truth(h, w, bias=None):
+    z = h.double() @ w.double() + (0.0 if bias is None else bias.double())
+    return (CAP * torch.tanh(z / CAP)).log_softmax(1)
 
 
+BIAS = 2 * torch.randn(50, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["no bias", "bias"])
 @pytest.mark.parametrize("reverse", [True, False])
-def test_values_and_gradients_equal_float64(reverse):
+def test_values_and_gradients_equal_float64(reverse, bias):
     h, ref, w, targets = inputs()
     x, y = h.clone().requires_grad_(True), h.double().requires_grad_(True)
     kernel = reverse_kl_and_nll if reverse else forward_kl_and_nll
     with pytest.warns(UserWarning, match="soft-capped at 3"):
-        kl, loss = kernel(x, ref, w, targets, soft_cap=CAP)
-    p, q = truth(y, w), truth(ref, w)
+        kl, loss = kernel(x, ref, w, targets, bias=bias, soft_cap=CAP)
+    p, q = truth(y, w, bias), truth(ref, w, bias)
     expected = (p.exp() * (p - q)).sum(1) if reverse else (q.exp() * (q - p)).sum(1)
     own = -p.gather(1, targets[:, None])[:, 0]
     assert (kl - expected).abs().max() <= 1e-5
@@ -51,20 +56,21 @@ def test_values_and_gradients_equal_float64(reverse):
     assert (x.grad - y.grad).abs().max() <= 1e-5
 
 
-def test_scores_equal_float64():
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["no bias", "bias"])
+def test_scores_equal_float64(bias):
     h, _, w, targets = inputs()
-    own = -truth(h, w).gather(1, targets[:, None])[:, 0]
+    own = -truth(h, w, bias).gather(1, targets[:, None])[:, 0]
 
     def from_log_probs(h, w, targets, **cap):
         return -log_probs_at(h, w, targets[:, None], **cap)[:, 0]
 
     for score in (nll, differentiable_nll, from_log_probs):
         with pytest.warns(UserWarning, match="soft-capped"):
-            assert (score(h, w, targets, soft_cap=CAP) - own).abs().max() <= 1e-5
+            assert (score(h, w, targets, bias=bias, soft_cap=CAP) - own).abs().max() <= 1e-5
     with pytest.warns(UserWarning, match="soft-capped"):
-        losses, top = nll_and_top(h, w, targets, soft_cap=CAP)
+        losses, top = nll_and_top(h, w, targets, bias=bias, soft_cap=CAP)
     assert (losses - own).abs().max() <= 1e-5
-    assert (top - truth(h, w).exp().amax(1)).abs().max() <= 1e-5
+    assert (top - truth(h, w, bias).exp().amax(1)).abs().max() <= 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:the logits are soft-capped")

@@ -358,3 +358,46 @@ def test_default_shares_by_hand():
     for real, fires in ((8, False), (7, True)):
         words = ["morning"] * real + ["brrr"] * (10 - real)
         assert ("soup" in text_reasons(" ".join(words), CONFIG)) == fires
+
+
+def test_only_the_three_most_frequent_ngrams_count():
+    # aa, bb and cc occur 4 times in runs of 5; xy occurs 3 times and covers 6, but is the fourth.
+    items = "aaaaabbbbbcccccxyxyxy"
+    assert ngram_share(items, [2]) == 5 / 21
+    assert ngram_share(items.replace("ccccc", ""), [2]) == 6 / 16
+
+
+@pytest.mark.parametrize("phrase", ["we go", "then we go", "and then we go"])
+def test_a_loop_of_two_three_or_four_words_is_a_word_loop(phrase):
+    # Three times n words and three others between them: its shorter n-grams cover less.
+    n = len(phrase.split())
+    text = f"{phrase} to {phrase} by {phrase} up"
+    share = 3 * n / (3 * n + 3)
+    for bound, fires in ((share, False), (share - 0.01, True)):
+        assert ("word_loop" in text_reasons(text, FilterConfig(max_word_share=bound))) == fires
+
+
+def test_space_between_equal_characters_does_not_end_their_run():
+    for count, fires in ((5, False), (6, True)):
+        text = f"{FLUENT} {'- ' * count}"
+        assert ("char_loop" in text_reasons(text, CONFIG)) == fires
+
+
+def test_compression_is_judged_from_a_hundred_characters_up_to_its_bound():
+    text = FLUENT[:100]
+    bound = compression(text)
+    for config, fires in (
+        (FilterConfig(min_compression=bound), False),
+        (FilterConfig(min_compression=bound + 0.01), True),
+    ):
+        assert ("compressible" in text_reasons(text, config)) == fires
+    assert "compressible" not in text_reasons(text[:99], FilterConfig(min_compression=0.99))
+
+
+def test_any_five_words_of_the_persona_in_a_row_are_an_echo():
+    words = words_of(PERSONA)
+    for start in range(len(words) - 4):
+        text = " ".join(["well", *words[start : start + 5], "indeed"])
+        assert "persona_echo" in text_reasons(text, CONFIG, PERSONA)
+        four = " ".join(["well", *words[start : start + 4], "indeed"])
+        assert "persona_echo" not in text_reasons(four, CONFIG, PERSONA)

@@ -172,9 +172,10 @@ def test_token_divergence_equals_that_of_full_logits(gemma, texts):
     assert token_divergence(gemma, texts[0]).tolist() == [0.0] * len(texts[0].tokens)
 
 
-def test_gradient_is_that_of_the_loss_on_full_logits(gemma, texts):
+@pytest.mark.parametrize("divergence", ["kl_rev", "kl_fwd"])
+def test_gradient_is_that_of_the_loss_on_full_logits(divergence, gemma, texts):
     """d/dA, d/dB of mean(NLL + 3 relu(rmse KL - tau)), by autograd through float64 softmaxes."""
-    config = replace(HELD, batch_size=8)
+    config = replace(HELD, batch_size=8, divergence=divergence)
     adapter = fresh_adapter(gemma, config, seed=1)
     for up in adapter.up.values():
         up.data = 0.1 * torch.randn(up.shape, generator=torch.Generator().manual_seed(len(up)))
@@ -187,7 +188,8 @@ def test_gradient_is_that_of_the_loss_on_full_logits(gemma, texts):
             row = torch.tensor([[*c.prompt_tokens, *c.tokens]])
             log_p = gemma(row)[0].double().log_softmax(-1)[len(c.prompt_tokens) - 1 : -1]
             nll = -log_p[torch.arange(len(log_p)), list(c.tokens)].mean()
-            d = kl_by_hand(log_p, reference).square().mean().sqrt()
+            pair = (log_p, reference) if divergence == "kl_rev" else (reference, log_p)
+            d = kl_by_hand(*pair).square().mean().sqrt()
             loss = loss + (nll + 3.0 * torch.relu(d - config.tau)) / len(texts)
         expected = torch.autograd.grad(loss, adapter.parameters())
     assert terms["fired"] > 0.5

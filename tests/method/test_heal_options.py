@@ -12,7 +12,8 @@ from helpers import random_adapter
 from shl.config import HealConfig
 from shl.hooks.adapter import fresh_adapter, singular_value_penalty
 from shl.kl import reverse_kl_and_nll
-from shl.method.heal import heal, train_adapter
+from shl.method.barrier import Teacher
+from shl.method.heal import Healed, HealStep, _next_lam, heal, train_adapter
 from shl.models.generate import generate
 
 # One epoch is four steps; the barrier fires from the second on.
@@ -155,6 +156,44 @@ def test_calibration_raises_lam_while_d_is_above_tau(gemma, texts):
     # With tau above D the barrier does not fire, and lam stays at its floor.
     idle = train(gemma, texts, replace(config, tau=50.0)).steps
     assert {step.lam for step in idle} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("lam", "d", "tau", "expected"),
+    [
+        (2.0, 0.75, 0.5, 2 * math.exp(0.1 * 0.5)),  # (0.75 - 0.5) / 0.5
+        (2.0, 0.25, 0.5, 2 * math.exp(-0.1 * 0.5)),
+        (2.0, 0.5, 0.5, 2.0),
+        (2.0, 9.0, 0.5, 2 * math.exp(0.1)),  # cut at 1
+        (2.0, 0.06, 0.01, 2 * math.exp(0.1 * 0.5)),  # 0.05 / 0.1, no smaller tau divides
+        (4.9, 9.0, 0.5, 5.0),  # lam_max
+        (1.5, 0.0, 0.5, 1.4),  # the floor: 1.5 exp(-0.1) is 1.357
+    ],
+)
+def test_the_next_lam_by_hand(lam, d, tau, expected):
+    config = HealConfig(tau=tau, calibrate_rate=0.1, lam_max=5.0)
+    assert _next_lam(lam, d, config, 1.4) == pytest.approx(expected, rel=1e-12)
+
+
+def test_means_of_epochs_by_hand(gemma):
+    steps = tuple(
+        HealStep(epoch, k, nll, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0)
+        for k, (epoch, nll) in enumerate([(0, 1.0), (0, 3.0), (0, 5.0), (1, 7.0), (1, 8.0)])
+    )
+    healed = Healed(random_adapter(gemma), steps, SMALL)
+    assert healed.epochs == 2
+    # (1 + 3 + 5) / 3 and (7 + 8) / 2
+    assert [healed.epoch_mean("nll", epoch) for epoch in (0, 1, -1, -2)] == [3.0, 7.5, 7.5, 3.0]
+    assert healed.epoch_mean("nll") == 7.5
+
+
+def test_heal_is_train_adapter_without_the_log(gemma, texts):
+    """With every argument other than its default."""
+    teacher = Teacher(persona="You are calm.")
+    config = HealConfig(rank=1, sites=("q",), layers=(1,), epochs=1, batch_size=2, target="soft")
+    adapter = heal(gemma, texts[:2], config, seed=5, teacher=teacher)
+    assert same(adapter, train_adapter(gemma, texts[:2], config, seed=5, teacher=teacher).adapter)
+    assert not same(adapter, heal(gemma, texts[:2], config, seed=6, teacher=teacher))
 
 
 def test_weight_decay_shrinks_the_adapter(gemma, texts):

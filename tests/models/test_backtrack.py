@@ -13,7 +13,7 @@ from shl.config import FilterConfig, GenerateConfig
 from shl.hooks.handle import suspended
 from shl.hooks.vector import SteeringVector
 from shl.method.backtrack import FEW_WORDS, Backtrack, dose_table, replay
-from shl.models.generate import generate, sample
+from shl.models.generate import Completion, generate, sample
 from shl.models.scores import base_perplexities, token_nll
 from shl.models.tiny import tiny_gemma
 from shl.models.tokens import Prompt
@@ -299,6 +299,24 @@ def test_a_window_goes_wrong_by_hand(text, nll, top, found):
     assert Backtrack().reasons(text, nll, top) == found
 
 
+def test_a_window_at_its_bounds_has_not_gone_wrong():
+    # Means of halves and whole numbers are exact; the logarithm of a perplexity of 1 is 0.
+    at = Backtrack(max_rise=2.0, max_top_prob=0.5)
+    assert at.reasons("", [1.0] * 8 + [3.0] * 8, [0.5] * 16) == ()
+    assert at.reasons("", [1.0] * 8 + [3.5] * 4 + [3.0] * 4, [0.5] * 16) == ("rise",)
+    assert at.reasons("", [1.0] * 8, [0.5] * 7 + [0.75]) == ("too_predictable",)
+    one = Backtrack(filter=FilterConfig(max_tail_perplexity=1.0, min_perplexity=1.0))
+    assert one.reasons("", [0.0] * 8, [0.1] * 8) == ()
+    assert one.reasons("", [0.0] * 7 + [0.5], [0.1] * 8) == ("incoherent",)
+
+
+def test_every_rewind_without_a_clean_window_goes_one_window_further_back():
+    # 30 tokens are 3 whole windows of 8 and 6 more; 30 - 24 = 6, so 8 is as far back as it may go.
+    assert [Backtrack(max_rewind=24).kept(30, again) for again in range(5)] == [24, 16, 8, 8, 8]
+    assert [Backtrack(max_rewind=40).kept(30, again) for again in range(5)] == [24, 16, 8, 0, 0]
+    assert [Backtrack(max_rewind=24).kept(n, 0) for n in (1, 8, 9, 16, 17)] == [0, 0, 8, 8, 16]
+
+
 @given(
     count=st.integers(1, 200),
     again=st.integers(0, 5),
@@ -336,3 +354,13 @@ def test_a_dose_table_has_the_sign_of_the_steering(gemma):
     table = dose_table([text, plain], -0.5)
     assert table[0].tolist() == pytest.approx([-1.0] * first + [-d for d in text.doses] + [-0.75])
     assert table[1].tolist() == [-0.5] * table.shape[1]
+
+
+def test_a_dose_table_by_hand():
+    # Three prompt tokens, of which the last predicts the first of two tokens; the second row has no
+    # doses of its own and is one token longer.
+    own = Completion(Prompt("?"), "ab", (5, 6), (2, 9, 7), 1.0, doses=(0.75, 0.5))
+    other = Completion(Prompt("?"), "abc", (5, 6, 7), (2, 9, 7), 1.0)
+    table = dose_table([own, other], 1.0)
+    assert table.tolist() == [[0.75, 0.75, 0.75, 0.5, 0.5, 0.5], [1.0] * 6]
+    assert dose_table([own], -2.0).tolist() == [[-0.75, -0.75, -0.75, -0.5, -0.5]]
