@@ -1,11 +1,35 @@
 """Tiny models shared by the tests, and a guard that no test leaves a hook on them."""
 
+import functools
 import os
+import typing
 from pathlib import Path
 
 # Triton reads this when it is imported; without a GPU its kernels run in Python.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+
+import jaxtyping
+
+# Python 3.11 collects a protocol's attributes anew at each check that something is a `Model`.
+typing._get_protocol_attrs = functools.cache(typing._get_protocol_attrs)
+jaxtyped = jaxtyping.jaxtyped
+
+
+def checked(*, typechecker):
+    """jaxtyping's decorator for classes and for functions with arrays in their signature, the type
+    checker alone for other functions: jaxtyping binds the arguments of each call and checks them
+    twice, which takes a quarter of the tests' time."""
+    shapes = jaxtyped(typechecker=typechecker)
+
+    def decorate(made):
+        arrays = isinstance(made, type) or "jaxtyping." in str(made.__annotations__)
+        return (shapes if arrays else typechecker)(made)
+
+    return decorate
+
+
+jaxtyping.jaxtyped = checked
 
 import helpers
 import pytest
