@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 import typing
 from pathlib import Path
 
@@ -40,6 +41,8 @@ from shl.models.tiny import tiny_gemma
 
 torch.set_num_threads(1)
 HOOKED = choose_engine("auto") == "hooked"
+SLOW = ("project", "experiments")
+"""Folders whose tests run the program, real models or builds."""
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +95,21 @@ def pytest_collection_modifyitems(items):
             reason = "needs HookedTransformer, which TransformerLens 4 does not have"
             item.add_marker(pytest.mark.skip(reason=reason))
     items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Coverage is what the package's own tests reach, without the whole runs of the program, which
+    the tracer makes half as slow again."""
+    slow = item.path.parent.name in SLOW and "coverage" in sys.modules
+    tracer = sys.modules["coverage"].Coverage.current() if slow else None
+    if tracer is not None:
+        tracer.stop()
+    try:
+        return (yield)
+    finally:
+        if tracer is not None:
+            tracer.start()
 
 
 def pytest_addoption(parser):
