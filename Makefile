@@ -20,8 +20,8 @@ STUDY = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --s
 # Triton kernels have no docstrings, and shapes re-exports those of jaxtyping.
 DOCUMENTED = $(filter-out %.__init__ shl.kl.triton shl.utils.shapes, \
   $(subst /,.,$(basename $(wildcard shl/*.py shl/*/*.py))))
-# A file's tests share its models and runs.
-PARALLEL = -n 2 --dist loadfile
+# A file's tests share its models and runs. Files are taken in the order of tests/conftest.py.
+PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 # Without HookedTransformer all models are bridges; what needs the first is skipped, and counted.
 TL4_TESTS = $(patsubst %,tests/hooks/test_%.py,sites steering lora hooks) tests/models/test_bridge.py
 TL4_SKIPS = 49

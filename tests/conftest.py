@@ -94,7 +94,8 @@ def pytest_collection_modifyitems(items):
         if not HOOKED and (own or fixture == "stock_gemma"):
             reason = "needs HookedTransformer, which TransformerLens 4 does not have"
             item.add_marker(pytest.mark.skip(reason=reason))
-    items[:] = kept
+    # What takes long begins first, so that one worker does not end long before the other.
+    items[:] = sorted(kept, key=lambda item: item.path.parent.name not in SLOW)
 
 
 @pytest.hookimpl(wrapper=True)
