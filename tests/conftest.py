@@ -1,11 +1,36 @@
 """Tiny models shared by the tests, and a guard that no test leaves a hook on them."""
 
+import functools
 import os
+import sys
+import typing
 from pathlib import Path
 
 # Triton reads this when it is imported; without a GPU its kernels run in Python.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+
+import jaxtyping
+
+# Python 3.11 collects a protocol's attributes anew at each check that something is a `Model`.
+typing._get_protocol_attrs = functools.cache(typing._get_protocol_attrs)
+jaxtyped = jaxtyping.jaxtyped
+
+
+def checked(*, typechecker):
+    """jaxtyping's decorator for classes and for functions with arrays in their signature, the type
+    checker alone for other functions: jaxtyping binds the arguments of each call and checks them
+    twice, which takes a quarter of the tests' time."""
+    shapes = jaxtyped(typechecker=typechecker)
+
+    def decorate(made):
+        arrays = isinstance(made, type) or "jaxtyping." in str(made.__annotations__)
+        return (shapes if arrays else typechecker)(made)
+
+    return decorate
+
+
+jaxtyping.jaxtyped = checked
 
 import helpers
 import pytest
@@ -16,6 +41,8 @@ from shl.models.tiny import tiny_gemma
 
 torch.set_num_threads(1)
 HOOKED = choose_engine("auto") == "hooked"
+SLOW = ("project", "experiments")
+"""Folders whose tests run the program, real models or builds."""
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +94,23 @@ def pytest_collection_modifyitems(items):
         if not HOOKED and (own or fixture == "stock_gemma"):
             reason = "needs HookedTransformer, which TransformerLens 4 does not have"
             item.add_marker(pytest.mark.skip(reason=reason))
-    items[:] = kept
+    # What takes long begins first, so that one worker does not end long before the other.
+    items[:] = sorted(kept, key=lambda item: item.path.parent.name not in SLOW)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Coverage is what the package's own tests reach, without the whole runs of the program, which
+    the tracer makes half as slow again."""
+    slow = item.path.parent.name in SLOW and "coverage" in sys.modules
+    tracer = sys.modules["coverage"].Coverage.current() if slow else None
+    if tracer is not None:
+        tracer.stop()
+    try:
+        return (yield)
+    finally:
+        if tracer is not None:
+            tracer.start()
 
 
 def pytest_addoption(parser):

@@ -221,7 +221,7 @@ def small_loop(**changes):
         "generate": GenerateConfig(max_new_tokens=8, min_new_tokens=4),
         "dose": DoseConfig(rungs=2, probe_size=2, min_train=6, batch_size=4, max_batches=3),
         "heal": HealConfig(rank=2, sites=("q", "down"), epochs=2, lr=2e-2, tau=0.01),
-        "eval": EvalConfig(samples=3, bootstrap=20),
+        "eval": EvalConfig(samples=3, bootstrap=20, conflicts=4),
     }
     return LoopConfig(**settings | changes)
 

@@ -8,10 +8,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 from einops import rearrange
 from huggingface_hub import snapshot_download
@@ -79,7 +82,7 @@ def cache_folder() -> Path:
 
 
 def embedded_folder(name: str) -> Path:
-    """The folder of an embedded model, converted from its GGUF on first use (about a minute).
+    """The folder of an embedded model, converted from its GGUF on first use (half a minute).
 
     The conversion is atomic: the finished folder is renamed to its final name.
 
@@ -170,7 +173,33 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+class Reader(gguf.GGUFReader):
+    """A reader whose slices are plain arrays, several times faster than those of a memmap."""
+
+    @property  # type: ignore[override]
+    def data(self) -> np.ndarray:
+        """The bytes of the file."""
+        return self._bytes
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._bytes = np.asarray(mapped)
+
+
+@contextmanager
+def one_reader() -> Iterator[None]:
+    """transformers reads a GGUF for its config, tensors and tokenizer: parse its 800,000 fields
+    once."""
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(Reader)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
+
+
 @no_progress_bars()
+@one_reader()
 def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     """Write a GGUF's de-quantised fp32 weights, config and tokenizer as a Hugging Face folder."""
     model = AutoModelForCausalLM.from_pretrained(

@@ -14,6 +14,7 @@ import sys
 import tomllib
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from experiments.record.status import status
 from experiments.record.writer import RecordWriter
 from experiments.report import page
 from experiments.report.diary import diary
+from experiments.report.figures import Chart
 from experiments.report.report import report
 from experiments.report.tables import rows
 from experiments.run import nothing_shared, study
@@ -298,7 +300,8 @@ def test_hostile_settings_with_valid_checksums(name, run_folder, tmp_path, monke
     drawn, draw = {}, page.charts
 
     def charts(folder, config, axis, events, texts):
-        """The charts, drawn once for each value of what they show beside events and texts."""
+        """The charts, drawn once for each value of what they show beside events and texts; a
+        drawing is rendered once."""
         loop, limit = config["loop"], config["loop"]["filter"]["max_tail_perplexity"]
         shown = (loop["eval"]["confidence"], loop["heal"]["tau"], loop["dose"]["target_survival"])
         key = repr((axis.expected, limit, *shown))
@@ -306,6 +309,7 @@ def test_hostile_settings_with_valid_checksums(name, run_folder, tmp_path, monke
         return drawn[key]
 
     monkeypatch.setattr(page, "charts", charts)
+    monkeypatch.setattr(Chart, "svg", property(cache(Chart.svg.fget)))
     folder = shutil.copytree(run_folder, tmp_path / "run")
     rng, events = random.Random(name), read_lines(folder / "events.jsonl")
     original = json.loads((folder / name).read_text())

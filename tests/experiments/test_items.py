@@ -16,6 +16,7 @@ from experiments.report.tables import rows
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.hooks.handle import handles_on
 from shl.hooks.vector import SteeringVector
+from shl.measure import continuations
 from shl.measure.continuations import Cloze, cloze_shift, context_use
 from shl.measure.vignettes import evaluate
 from shl.method.axes import load_axis
@@ -166,14 +167,16 @@ def test_odd_and_even_parts_by_hand():
 def test_probe_prints_doses_and_random_vectors(monkeypatch, tmp_path):
     monkeypatch.setenv("SHL_CACHE", str(tmp_path))
     console = Console(width=200, record=True, file=StringIO())
+    few = continuations.conflict_items()[:4]
+    monkeypatch.setattr(continuations, "conflict_items", lambda: few)
     axis = replace(load_axis("love"), contexts=("Tea?", "Rain?"), prompts=("Hello?",))
     both = ProbeConfig(nulls=2, dose=4.0, instruments=("cloze", "trait"))
     show_items(console, both, tiny_gemma(), axis)
     text = console.export_text()
-    for name, count in (("cloze", 24), ("trait", 40)):
+    for name, count in (("cloze", 24), ("trait", 4)):
         assert f"of {count} items" in text
         assert f"the vector moves {name} by" in text
-    assert "over 40 conflicts" in text
+    assert "over 4 conflicts" in text
     assert "beyond chance" in text
 
 

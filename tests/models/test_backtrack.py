@@ -102,16 +102,16 @@ def test_the_dose_falls_at_a_rewind_and_rises_up_to_where_it_began(gemma):
 
 @pytest.mark.parametrize(("dose", "limit"), [(1.0, 3.6), (-1.5, 3.2), (-1.5, 3.7)])
 def test_rows_rewind_on_their_own_and_replay_to_the_token(model, dose, limit):
-    backtrack = ByNll(limit=limit, recover_after=8)
-    batched = steered(model, backtrack, dose)
-    assert batched == [steered(model, backtrack, dose, [p])[0] for p in PROMPTS]
-    assert batched == steered(model, backtrack, dose, batch_size=2)
+    backtrack, new = ByNll(limit=limit, recover_after=8), {"max_new_tokens": 29}
+    batched = steered(model, backtrack, dose, **new)
+    assert batched == [steered(model, backtrack, dose, [p], **new)[0] for p in PROMPTS]
+    assert batched == steered(model, backtrack, dose, batch_size=2, **new)
     rewound = [c for c in batched if c.rewinds]
     assert rewound
     for c in batched:
         assert replay(model, c, V).argmax(1).tolist() == list(c.tokens)
         assert len(c.doses) == (len(c.tokens) if c.rewinds else 0)
-    plain = steered(model, dose=dose)
+    plain = steered(model, dose=dose, **new)
     for c, other in zip(batched, plain, strict=True):
         assert c.rewinds or c == other
 

@@ -3,6 +3,8 @@
 import hashlib
 from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import pytest
 from helpers import one_sentence
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
@@ -39,7 +41,7 @@ def fake(monkeypatch, tmp_path, cache):
 
 @pytest.fixture
 def convert(monkeypatch, fake, cache):
-    """Replace the conversion, which takes a minute: the GGUF's bytes become the config."""
+    """Replace the conversion, which takes half a minute: the GGUF's bytes become the config."""
     calls = []
 
     def gguf_to_folder(gguf, folder):
@@ -171,3 +173,25 @@ def test_progress_bars_are_disabled_during_the_conversion_only(capfd):
         assert not logging.is_progress_bar_enabled()
     finally:
         logging.enable_progress_bar()
+
+
+def test_a_gguf_is_parsed_once_and_as_its_library_does(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_array("words", ["one", "more"])
+    writer.add_tensor("x", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path = str(tmp_path / "tiny.gguf")
+    with weights.one_reader():
+        found = gguf.GGUFReader(path)
+        assert gguf.GGUFReader(path) is found
+    expected = gguf.GGUFReader(path)
+    assert type(found) is not type(expected)
+    assert {k: f.contents() for k, f in found.fields.items()} == {
+        k: f.contents() for k, f in expected.fields.items()
+    }
+    (ours,), (theirs,) = found.tensors, expected.tensors
+    assert ours.name == theirs.name == "x"
+    assert np.array_equal(ours.data, theirs.data)

@@ -1,4 +1,5 @@
-"""The embedded gemma-3-270m itself, against transformers on the same cached folder."""
+"""The embedded gemma-3-270m itself, against transformers on the same cached folder, and the
+notebook that shows it."""
 
 import json
 import warnings
@@ -6,9 +7,12 @@ import warnings
 import pytest
 import torch
 from helpers import random_adapter
+from matplotlib.figure import Figure
 from peft import PeftModel
+from test_notebooks import NAMES, cells, run
 from transformers import AutoModelForCausalLM
 
+import shl
 from shl.hooks.adapter import Adapter
 from shl.hooks.bake import baked
 from shl.hooks.vector import SteeringVector
@@ -108,8 +112,8 @@ def test_a_bridge_equals_transformers_and_takes_files_of_the_other_engine(model,
             vector = SteeringVector.load(tmp_path / "v.safetensors", one, any_weights=True)
             adapter = Adapter.load(tmp_path / "a.safetensors", one)
             with baked(one, [adapter]), vector.steering(one):
-                logits.append(one(tokens))
-    assert float((logits[0] - plain).abs().max()) > 1.0
+                logits.append(one(tokens[:, :60]))
+    assert float((logits[0] - plain[:, :60]).abs().max()) > 1.0
     assert float((logits[0] - logits[1]).abs().max()) <= 1e-3
 
 
@@ -165,3 +169,23 @@ def test_adapter_files_are_bound_to_the_weights(model, tmp_path):
             Adapter.load(path, model)
     finally:
         weight.data = own
+
+
+def test_first_notebook(model, monkeypatch):
+    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04"]
+    # The stored outputs were computed on a CPU.
+    monkeypatch.setattr(shl, "load_model", {"gemma-3-270m": model}.__getitem__)
+    # No stored output depends on these answers.
+    changes = {"axis.prompts[:4], max_new_tokens=24": "axis.prompts[:2], max_new_tokens=12"}
+    space, outputs = run(NAMES[0], monkeypatch, changes)
+    stored = "".join("".join(o.get("text", "")) for c in cells(NAMES[0]) for o in c["outputs"])
+    # The same seeds repeat the texts of the weaker doses; on another CPU one of them may differ,
+    # where a draw lies within the last bits of a boundary.
+    lines = [x for x in outputs if isinstance(x, str) and x[:4] in ("-0.5", "+0.0", "+0.5")]
+    assert len(lines) == 3
+    assert sum(line in stored for line in lines) >= 2
+    divergence = space["response"].divergence("rmse").median(1).values
+    assert float(divergence[2]) < 1e-4  # dose 0
+    assert divergence.argmin() == 2
+    assert divergence[3] < divergence[4] < divergence[5]
+    assert len([x for x in outputs if isinstance(x, Figure)]) == 2
