@@ -207,7 +207,7 @@ def test_defaults_and_help_of_the_command_line(call, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "--heal.tau" in out
-    assert "--axis" in out
+    assert "--axis STR" in out
 
 
 def test_without_a_terminal_each_finished_stage_prints_a_line(call, monkeypatch, capsys, tmp_path):
