@@ -36,6 +36,7 @@ from shl.measure.nulls import Nulls
 from shl.measure.stats import bootstrap
 from shl.measure.vignettes import reading
 from shl.method.axes import Axis
+from shl.utils.errors import require
 
 Profiles = np.ndarray
 """`[stage, 7 + paraphrase]`: log mean probability per foundation, then log valid-answer mass per
@@ -123,6 +124,11 @@ class Measurements:
         if one of them is not on record."""
         lines = [items_of(self.events, instrument, stage) for stage in found]
         values = [line["items"] for line in lines if line is not None]
+        counts = sorted({len(items) for items in values})
+        require(
+            len(counts) < 2,
+            f"the readings of {instrument} have {counts} items, all stages must have the same.",
+        )
         return np.array(values).T if len(values) == len(found) else None
 
     @cached_property

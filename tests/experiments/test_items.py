@@ -6,6 +6,7 @@ from io import StringIO
 import numpy as np
 import pytest
 import torch
+from helpers import one_sentence
 from records import run, scores
 from rich.console import Console
 
@@ -121,6 +122,15 @@ def test_conflicts_that_base_does_not_follow_are_not_used():
     found = answers((events, texts))
     assert "valid-answer mass" in found["Q2"].figures["decided"][0]["what"]
     assert found["readable"].figures["context"] is False
+
+
+def test_stages_with_different_numbers_of_items_are_refused():
+    events, texts = record(shifts=GOOD, ratios={})
+    (line,) = [e for e in events if e.get("instrument") == "context" and e["stage"] == "base"]
+    line["items"].pop()
+    with pytest.raises(ShlError) as error:
+        answers((events, texts))
+    assert "the readings of context have [4, 5] items" in one_sentence(error)
 
 
 def test_statistics_by_hand():

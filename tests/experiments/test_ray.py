@@ -115,7 +115,7 @@ def last_process(run):
     return (lines[-1]["process"], lines[-1]["event"]) if lines else None
 
 
-def wait_until(true, seconds=240):
+def wait_until(true, seconds=480):
     """Wait for a condition; without it, fail."""
     deadline = time.monotonic() + seconds
     while not (found := true()):
