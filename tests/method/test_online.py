@@ -157,18 +157,15 @@ def test_the_student_moves_towards_its_teacher_on_held_out_prompts(gemma, vector
 
 
 def test_the_barrier_holds_d_at_tau(gemma, vector):
-    settings = replace(CONFIG.online, every=60, refresh=10)
-    far = train(gemma, vector, replace(CONFIG, online=settings))
-    tau = 0.02
+    tau, settings = 0.02, replace(CONFIG.online, every=60, refresh=10)
     held = replace(PLAIN, divergence="kl_rev", tau=tau, lam=8.0, calibrate_rate=0.5)
-    loose = replace(held, tau=1e6)
     near = train(gemma, vector, replace(CONFIG, online=settings, heal=held))
-    assert train(gemma, vector, replace(CONFIG, online=settings, heal=loose)).epoch_mean("d") > (
-        4 * tau
-    )
     assert 0.3 * tau < near.epoch_mean("d") < 1.5 * tau
     assert near.barrier in ("bound", "fired but did not bind")
-    assert far.barrier == "off"
+    # Without a bound the student is far after half as many steps.
+    loose, half = replace(held, tau=1e6), replace(settings, every=30)
+    assert train(gemma, vector, replace(CONFIG, online=half, heal=loose)).epoch_mean("d") > 4 * tau
+    assert train(gemma, vector).barrier == "off"
 
 
 @pytest.mark.parametrize("config", [CONFIG, REWARD], ids=["teacher", "reward"])
@@ -288,7 +285,7 @@ def test_the_reward_raises_what_it_rewards(gemma, vector, monkeypatch):
         return [v.completion.tokens.count(wanted) / 12 for v in verdicts]
 
     monkeypatch.setattr(online, "rewards", shares)
-    settings = replace(REWARD.online, every=40, prompts=6, rows=8)
+    settings = replace(REWARD.online, every=30, prompts=4, rows=6)
     config = replace(REWARD, online=settings, heal=replace(PLAIN, lr=2e-2))
     steps = train(gemma, vector, config).steps
     first, last = (sum(s.reward for s in part) / 10 for part in (steps[:10], steps[-10:]))
