@@ -173,7 +173,7 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class Reader(gguf.GGUFReader):
+class _Reader(gguf.GGUFReader):
     """A reader whose slices are plain arrays, several times faster than those of a memmap."""
 
     @property  # type: ignore[override]
@@ -187,11 +187,11 @@ class Reader(gguf.GGUFReader):
 
 
 @contextmanager
-def one_reader() -> Iterator[None]:
+def _one_reader() -> Iterator[None]:
     """transformers reads a GGUF for its config, tensors and tokenizer: parse its 800,000 fields
     once."""
     reader = gguf.GGUFReader
-    gguf.GGUFReader = cache(Reader)  # type: ignore[misc, assignment]
+    gguf.GGUFReader = cache(_Reader)  # type: ignore[misc, assignment]
     try:
         yield
     finally:
@@ -199,7 +199,7 @@ def one_reader() -> Iterator[None]:
 
 
 @no_progress_bars()
-@one_reader()
+@_one_reader()
 def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     """Write a GGUF's de-quantised fp32 weights, config and tokenizer as a Hugging Face folder."""
     model = AutoModelForCausalLM.from_pretrained(

@@ -184,7 +184,7 @@ def test_a_gguf_is_parsed_once_and_as_its_library_does(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     path = str(tmp_path / "tiny.gguf")
-    with weights.one_reader():
+    with weights._one_reader():
         found = gguf.GGUFReader(path)
         assert gguf.GGUFReader(path) is found
     expected = gguf.GGUFReader(path)
