@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
 
-from experiments.bench.decode import MODEL, prompts
+from experiments.bench.decode import MODEL, prompts, transformers_model
 from experiments.bench.measure import Row, extra_memory, interleave, speedup, spread_note
 from shl.config import HealConfig
 from shl.hooks.adapter import Adapter, fresh_adapter
@@ -20,7 +19,6 @@ from shl.models.generate import Completion
 from shl.models.load import load_model
 from shl.models.scores import completion_hidden
 from shl.models.tokens import decode, encode
-from shl.models.weights import model_folder
 from shl.utils.model import Model
 
 NEW, BATCH = 64, 4
@@ -69,18 +67,17 @@ def our_step(model: Model, adapter: Adapter, texts: list[Completion]) -> Callabl
     return run
 
 
-def peft_model(adapter: Adapter) -> Any:
+def peft_model(model: Model, adapter: Adapter) -> Any:
     """The same adapter with the same factors in PEFT, on transformers' model."""
     from peft import LoraConfig, get_peft_model
 
-    base = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=torch.float32)
     config = LoraConfig(
         r=CONFIG.rank,
         lora_alpha=round(adapter.scale * CONFIG.rank),
         target_modules=sorted({HF_NAMES[site.kind].split(".")[-1] for site in adapter.sites}),
         layers_to_transform=sorted({site.layer for site in adapter.sites}),
     )
-    peft = get_peft_model(base, config).eval()
+    peft = get_peft_model(transformers_model(model), config).eval()
     for theirs, ours in zip(factors(peft, adapter), adapter.parameters(), strict=True):
         theirs.data.copy_(ours.detach())
     return peft
@@ -100,10 +97,12 @@ def their_step(peft: Any, texts: list[Completion], *, sliced: bool) -> Callable[
     """PEFT's step, right-padded and with a forward of the reference; `sliced` applies the head at
     completion positions only."""
     rows = [[*c.prompt_tokens, *c.tokens] for c in texts]
-    tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    tokens, mask = (
+        pad_sequence([torch.tensor(x) for x in padded], batch_first=True).to(peft.device)
+        for padded in (rows, [[1] * len(row) for row in rows])
+    )
     spans = [(len(c.prompt_tokens) - 1, len(c.tokens)) for c in texts]
-    targets = [torch.tensor(c.tokens) for c in texts]
+    targets = [torch.tensor(c.tokens, device=peft.device) for c in texts]
     head = peft.get_base_model().lm_head
     body = peft.get_base_model().model
 
@@ -139,7 +138,7 @@ def bench(repeats: int = 3, *, engine: str = "auto", step: tuple[str, str] = STE
     for b in adapter.up.values():
         b.data.copy_(0.01 * torch.randn(b.shape, generator=generator))
     texts = completions(model)
-    peft = peft_model(adapter)
+    peft = peft_model(model, adapter)
     cases = {
         "ours": our_step(model, adapter, texts),
         "full": their_step(peft, texts, sliced=False),
@@ -153,7 +152,7 @@ def bench(repeats: int = 3, *, engine: str = "auto", step: tuple[str, str] = STE
         speedup("sliced PEFT step / ours", "", ours, sliced, note),
         extra_memory(*MEMORY, ours, full),
         extra_memory("ours / sliced PEFT, extra memory", "", ours, sliced),
-        Row(ERROR[0], off, ERROR[1], off, their_off, "", "theirs: PEFT in fp32"),
+        Row(ERROR[0], off, ERROR[1], off, their_off, "", f"theirs: PEFT in {model.cfg.dtype}"),
     ]
 
 
@@ -165,7 +164,7 @@ def gradient(parameters: Iterable[Tensor]) -> Tensor:
 def errors(
     step: Callable[[], Tensor], adapter: Adapter, peft: Any, texts: list[Completion]
 ) -> tuple[float, float]:
-    """Relative error (2-norm) of our gradient and of PEFT's fp32 one, against PEFT in float64."""
+    """Relative error (2-norm) of our gradient and of PEFT's, against PEFT in float64."""
     step()
     ours = gradient(adapter.parameters())
     their_step(peft, texts, sliced=True)()

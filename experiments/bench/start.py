@@ -10,7 +10,7 @@ _SHL = """
 import time, shl
 shl.load_model.__module__
 t = time.perf_counter()
-model = shl.load_model("gemma-3-270m")
+model = shl.load_model("gemma-3-270m", device="cpu")
 print(time.perf_counter() - t)
 """
 _TRANSFORMERS = """

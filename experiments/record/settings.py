@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import re
 import subprocess
 from collections.abc import Mapping
@@ -30,13 +31,16 @@ ROOT = Path(__file__).parent.parent.parent
 
 def versions(device: str, others: Mapping[str, str]) -> dict[str, Any]:
     """Python, packages, code, commit, device and threads; `others` are more packages."""
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False)
+    commit = "unknown"
+    if git := shutil.which("git"):
+        describe = [git, "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+        found = subprocess.run(describe, capture_output=True, text=True, check=False)
+        commit = found.stdout.strip() if found.returncode == 0 else commit
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES} | dict(others),
         "code": code_digest(),
-        "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
+        "commit": commit,
         "device": device,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

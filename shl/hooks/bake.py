@@ -195,7 +195,7 @@ def baked(
 def fused_decoding(model: Model) -> Iterator[None]:
     """Merge the baked stacks of `model` into the weights inside the body, instead of hooks.
 
-    A decoding step is then as fast as base's. It applies to fast models with fp32 weights on a CPU
+    A decoding step is then as fast as base's. It applies to fast models with fp32 weights
     without gradients, and to stacks with a dose of 1 for every token whose sites have no other
     hooks; other stacks keep their hooks. Logits differ in their last bits.
 
@@ -225,7 +225,6 @@ def _fusible(handle: Baked) -> bool:
         handle.fused
         and bool(handle.sites)
         and handle.scope.whole
-        and model.W_U.device.type == "cpu"
         and model.W_U.dtype == torch.float32
         and all(site.kind != "resid" for site in handle.sites)
         and all(map(handle.owns_all_hooks, modules))

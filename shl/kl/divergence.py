@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -89,27 +91,34 @@ def ids_for_full_logits(targets: Tensor | SoftTargets, soft_cap: float) -> Tenso
     return targets
 
 
-_FUSED: ContextVar[bool] = ContextVar("shl_fused", default=False)
+_FUSED: ContextVar[bool | None] = ContextVar("shl_fused", default=None)
 
 
 @contextmanager
-def fused() -> Iterator[None]:
-    """Use the Triton kernel for the elementwise part of the sweeps inside the body.
+def fused(on: bool = True) -> Iterator[None]:
+    """Use the Triton kernel for the elementwise part of the sweeps inside the body, or with `on`
+    False torch's operations.
 
-    Off by default: the kernel is tested in Triton's interpreter and was not timed on a GPU. Needs
-    the `triton` package.
+    By default the kernel is used on CUDA where the `triton` package is installed. On a CPU it runs
+    in Triton's interpreter, for tests.
     """
-    token = _FUSED.set(True)
+    token = _FUSED.set(on)
     try:
         yield
     finally:
         _FUSED.reset(token)
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def _sweep(
     h: Hidden, delta: Hidden | None, unembed: Unembed, bias: Bias, mean_w: Hidden | None = None
 ) -> Sweep:
-    if _FUSED.get():
+    on = _FUSED.get()
+    if on or (on is None and h.is_cuda and _has_triton()):
         # Triton is an optional dependency and slow to import.
         from shl.kl.triton import fused_sweep
 

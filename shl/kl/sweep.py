@@ -11,26 +11,29 @@ from shl.utils.shapes import Bool, Float, Hidden, PerToken, Unembed
 
 Bias = Float[Tensor, " vocab"] | None
 WIDTH = 1024
-"""Tokens of the vocabulary per product. MKL is up to twice as fast at a batch of such products, one
-per thread, as at one wide product that all threads share."""
+"""Tokens of the vocabulary per product on a CPU. MKL is up to twice as fast at a batch of such
+products, one per thread, as at one wide product that all threads share."""
+CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 25
+"""Logits of a chunk. On a CPU larger chunks exceed its cache, and smaller ones synchronise threads
+more often; on a GPU a chunk is a few kernels, each of which must be large."""
 
 
-def chunk_size(tokens: int, vocab: int) -> int:
-    """Tokens of the vocabulary per chunk, a function of the shape alone, so that results are
-    reproducible. A chunk of logits has 4 MB: larger ones exceed the CPU's cache, smaller ones
-    synchronise threads more often."""
-    return max(1, min(vocab, max(512, (1 << 20) // max(tokens, 1))))
+def chunk_size(tokens: int, vocab: int, *, gpu: bool = False) -> int:
+    """Tokens of the vocabulary per chunk, a function of the shape and the kind of device alone, so
+    that results are reproducible."""
+    logits = GPU_CHUNK if gpu else CPU_CHUNK
+    return max(1, min(vocab, max(512, logits // max(tokens, 1))))
 
 
-def chunks(tokens: int, vocab: int) -> Iterator[tuple[int, int, int]]:
+def chunks(tokens: int, vocab: int, *, gpu: bool = False) -> Iterator[tuple[int, int, int]]:
     """(start, count, width) of chunks, each with `count` times `width` tokens of the vocabulary.
 
     Example:
-        >>> list(chunks(512, 5000))
-        [(0, 2, 1024), (2048, 2, 1024), (4096, 1, 904)]
+        >>> list(chunks(512, 5000)), list(chunks(512, 5000, gpu=True))
+        ([(0, 2, 1024), (2048, 2, 1024), (4096, 1, 904)], [(0, 1, 5000)])
     """
-    size = chunk_size(tokens, vocab)
-    width = min(size, WIDTH)
+    size = chunk_size(tokens, vocab, gpu=gpu)
+    width = size if gpu else min(size, WIDTH)
     most = size // width
     start = 0
     while start < vocab:
@@ -39,12 +42,27 @@ def chunks(tokens: int, vocab: int) -> Iterator[tuple[int, int, int]]:
         start += count * width or vocab - start
 
 
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`a @ b` in fp32. On a GPU a factor of 16 bits makes both such, and their products are summed
+    in fp32.
+
+    Example:
+        >>> product(torch.ones(1, 2), torch.ones(2, 1, dtype=torch.bfloat16))
+        tensor([[2.]])
+    """
+    if not b.is_cuda or b.dtype == torch.float32:
+        return torch.mm(a.float(), b.float(), out=out)
+    return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32, out=out)
+
+
 class Chunk:
-    """A part of the unembedding, `[count * width, d]`, and its bias, `[count, width]`; fp32."""
+    """A part of the unembedding, `[count * width, d]`, fp32 on a CPU, and its bias,
+    `[count, width]`, fp32."""
 
     def __init__(self, unembed: Tensor, bias: Bias, start: int, count: int, width: int) -> None:
         end = start + count * width
-        self.weight = unembed.T[start:end].float()
+        weight = unembed.T[start:end]
+        self.weight = weight if weight.is_cuda else weight.float()
         self.bias = None if bias is None else bias[start:end].float().view(count, width)
         self.shape = (count, width)
 
@@ -52,15 +70,21 @@ class Chunk:
         """`[rows, count, width]` without bias, a view into `buffer`."""
         count, width = self.shape
         out = buffer[: count * len(rows) * width].view(count, len(rows), width)
+        if self.weight.is_cuda:
+            return product(rows, self.weight.T, out[0])[:, None]
         parts = self.weight.unflatten(0, self.shape).mT
         return torch.bmm(rows.expand(count, -1, -1), parts, out=out).transpose(0, 1)
 
     def fast_logits(self, rows: Tensor) -> Tensor:
-        """As `logits`, by oneDNN, with up to twice the rounding error."""
+        """As `logits`, on a CPU by oneDNN, with up to twice the rounding error."""
+        if self.weight.is_cuda:
+            return product(rows, self.weight.T)[:, None]
         return onednn_linear(rows, self.weight).unflatten(1, self.shape)
 
     def weighted(self, e: Tensor) -> Tensor:
         """e W, from `[tok, count, width]` to `[tok, d]`."""
+        if self.weight.is_cuda:
+            return product(e.flatten(1), self.weight)
         return onednn_linear(e.flatten(1), self.weight.T)
 
     def view(self, buffer: Tensor, tok: int) -> Tensor:
@@ -71,7 +95,8 @@ class Chunk:
 
 def buffer_for(tok: int, vocab: int, like: Tensor) -> Tensor:
     """Memory for a chunk, allocated once per sweep, because allocation costs more than the sums."""
-    return like.new_empty(len(like) * max(count * width for _, count, width in chunks(tok, vocab)))
+    found = chunks(tok, vocab, gpu=like.is_cuda)
+    return like.new_empty(len(like) * max(count * width for _, count, width in found))
 
 
 # For larger ubar - u, exp(ubar - u) exceeds fp32's safe range. Such rows are far from the
@@ -115,6 +140,7 @@ def sweep(
     h = h.float()
     delta = None if delta is None else delta.float()
     rows = h if delta is None else torch.cat([h, delta])
+    factor = rows.to(unembed.dtype) if h.is_cuda else rows
     buffer, buffer_e, buffer_eu = (buffer_for(tok, vocab, like) for like in (rows, h, rows[tok:]))
     top = h.new_full((tok, 1), -torch.inf)
     total = h.new_zeros(tok, 1)
@@ -126,9 +152,9 @@ def sweep(
     excess = h.new_zeros(tok, 1)  # sum of e * expm1(shift - u)
     mean_uw = h.new_zeros(tok, d)  # sum of e * u * W
     far: Bool[Tensor, " tok"] = torch.zeros(tok, dtype=torch.bool, device=h.device)
-    for start, count, width in chunks(tok, vocab):
+    for start, count, width in chunks(tok, vocab, gpu=h.is_cuda):
         part = Chunk(unembed, bias, start, count, width)
-        zu = part.logits(rows, buffer) if known is None else part.fast_logits(rows)
+        zu = part.logits(factor, buffer) if known is None else part.fast_logits(factor)
         z = zu[:tok] if part.bias is None else zu[:tok].add_(part.bias)
         new_top = torch.maximum(top, _largest(z))
         rescale = (top - new_top).exp()
@@ -202,7 +228,7 @@ def logsumexp_and_max(
     buffer = buffer_for(tok, vocab, h)
     top = h.new_full((tok, 1), -torch.inf)
     total = h.new_zeros(tok, 1)
-    for start, count, width in chunks(tok, vocab):
+    for start, count, width in chunks(tok, vocab, gpu=h.is_cuda):
         part = Chunk(unembed, bias, start, count, width)
         z = part.fast_logits(h) if scoring else part.logits(h, buffer)
         z = z if part.bias is None else z.add_(part.bias)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shl.kl.sweep import LARGE, Bias, Sweep, logsumexp
+from shl.kl.sweep import LARGE, Bias, Sweep, logsumexp, product
 from shl.utils.shapes import Hidden, Unembed
 
 BLOCK = 1024
@@ -150,9 +150,9 @@ def fused_sweep(
         w = unembed[:, start : start + step]
         width = w.shape[1]
         z, u, e, eu = (b[: tok * width].view(tok, width) for b in (*buffers, *outs))
-        _product(h16, w, z)
+        product(h16, w, z)
         if delta16 is not None:
-            _product(delta16, w, u)
+            product(delta16, w, u)
         if bias is not None:
             z += bias[start : start + step].float()
         _row[(tok,)](
@@ -164,9 +164,9 @@ def fused_sweep(
         )
         rescale = state[:, 6:]
         if known is None:
-            mean_w.mul_(rescale).add_(_product(e, w.T))
+            mean_w.mul_(rescale).add_(product(e, w.T))
         if delta is not None:
-            mean_uw.mul_(rescale).add_(_product(eu, w.T))
+            mean_uw.mul_(rescale).add_(product(eu, w.T))
     top, total, centre, shift, excess, far, _ = state.unbind(1)
     lse = top + total.log()
     mean_w = mean_w / total[:, None] if known is None else known
@@ -178,13 +178,3 @@ def fused_sweep(
         ref_lse = logsumexp(h[rows].float() - delta[rows].float(), unembed, bias)
         kl[rows] = (centre + shift)[rows] - lse[rows] + ref_lse
     return Sweep(lse, mean_w, kl, mean_uw / total[:, None] - shift[:, None] * mean_w)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b with an fp32 result, for factors of any dtype."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    result = a.float() @ b.float()
-    return result if out is None else out.copy_(result)

@@ -237,7 +237,7 @@ class Barrier:
         logged = torch.stack([part.mean() for part in nll.detach().split(sizes)]).mean()
         if self._weights:
             offset = sum(len(c.tokens) for c in whole[: rows.start])
-            nll = nll * self._weights[k][offset:][picked].to(nll)
+            nll = nll * self._weights[k][offset:].to(nll)[picked]
         nll_term = torch.stack([part.mean() for part in nll.split(sizes)]).mean()
         (grad_nll,) = torch.autograd.grad(nll_term, leaf, retain_graph=True)
         grad_barrier = torch.zeros_like(grad_nll)

@@ -1,4 +1,4 @@
-"""The Triton kernel under its interpreter, against float64 and against the torch sweep."""
+"""The Triton kernel, on a GPU or under its interpreter, against float64 and the torch sweep."""
 
 import os
 import subprocess
@@ -13,9 +13,17 @@ from shl.kl.divergence import naive_kl_and_nll
 from shl.kl.sweep import sweep
 from shl.kl.triton import fused_sweep
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def on_device():
+    with torch.device(DEVICE):
+        yield
+
 
 def inputs(tok, d, vocab, *, scale=1.0, apart=0.3, seed=0):
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(DEVICE).manual_seed(seed)
     h = torch.randn(tok, d, generator=g) * scale
     delta = torch.randn(tok, d, generator=g) * apart
     return h, delta, torch.randn(vocab, d, generator=g).T
@@ -39,7 +47,7 @@ def truth(h, delta, unembed, bias=None):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_equals_float64(tok, d, vocab, with_bias):
     h, delta, unembed = inputs(tok, d, vocab)
-    bias = torch.randn(vocab, generator=torch.Generator().manual_seed(1)) if with_bias else None
+    bias = torch.randn(vocab, generator=torch.Generator(DEVICE).manual_seed(1)) if with_bias else None
     got = fused_sweep(h, delta, unembed, bias)
     kl, grad, lse, mean_w = truth(h, delta, unembed, bias)
     assert (got.kl - kl).abs().max() <= 2e-6 * (1 + kl.max())

@@ -1,0 +1,225 @@
+"""Whole runs on a GPU, or where there is none on a device that is simulated on the CPU.
+
+A simulated tensor says that it is on the device and holds its data on the CPU. An operation that
+mixes it with a CPU tensor raises, as it does on a GPU.
+"""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+from helpers import lenient, small_loop
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+import shl
+from shl.config import METHOD, DoseConfig, HealConfig, OnlineConfig, VectorConfig
+from shl.measure.validity import validity
+from shl.models.tiny import tiny_gemma
+
+pytestmark = pytest.mark.hooked
+AXIS = shl.load_axis("love")
+SIMULATED = torch.device("lazy:0")
+ATEN = torch.ops.aten
+COPIES = {ATEN._to_copy.default, ATEN.copy_.default}
+"""Operations between devices."""
+INDEXING = {
+    ATEN.index.Tensor,
+    ATEN.index_put.default,
+    ATEN.index_put_.default,
+    ATEN._index_put_impl_.default,
+}
+"""Operations that take indices on the CPU for a tensor on the device."""
+
+
+class Simulated(torch.Tensor):
+    """A tensor on the simulated device; `on_cpu` holds its data."""
+
+    @staticmethod
+    def __new__(cls, on_cpu):
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            on_cpu.size(),
+            strides=on_cpu.stride(),
+            storage_offset=on_cpu.storage_offset(),
+            dtype=on_cpu.dtype,
+            device=SIMULATED,
+        )
+
+    def __init__(self, on_cpu):
+        self.on_cpu = on_cpu
+
+    @property
+    def data(self):
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, other):
+        torch.Tensor.data.__set__(self, other)
+        self.on_cpu = other.on_cpu
+
+    def tolist(self):
+        return self.on_cpu.tolist()
+
+    def numpy(self, **_):
+        raise TypeError(f"a tensor on {SIMULATED} has no numpy array")
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        return run_on_cpu(op, args, kwargs or {})
+
+
+class Simulation(TorchDispatchMode):
+    """While it is active, tensors can be made on the simulated device and moved there."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return run_on_cpu(op, args, kwargs or {})
+
+
+def run_on_cpu(op, args, kwargs):
+    """Run an operation on the data, and wrap what it returns if that is on the device."""
+    indexed = op in INDEXING and isinstance(args[0], Simulated)
+    compared = (args[0], *args[2:]) if indexed else (args, kwargs)
+    tensors = [x for x in tree_leaves(compared) if isinstance(x, torch.Tensor)]
+    # Scalars mix with tensors of any device.
+    places = {isinstance(x, Simulated) for x in tensors if x.ndim or isinstance(x, Simulated)}
+    if len(places) == 2 and op not in COPIES:
+        raise RuntimeError(f"{op} of tensors on {SIMULATED} and on the CPU")
+    asked = kwargs.get("device")
+    ours = any(isinstance(x, Simulated) for x in tree_leaves((args, kwargs)))
+    if asked is None and not ours:
+        return op(*args, **kwargs)
+    kwargs = kwargs if asked is None else kwargs | {"device": torch.device("cpu")}
+
+    def data(x):
+        return x.on_cpu if isinstance(x, Simulated) else x
+
+    out = op(*tree_map(data, args), **tree_map(data, kwargs))
+    here = True in places if asked is None else torch.device(asked) == SIMULATED
+    if not here:
+        return out
+    out = tree_map(lambda x: Simulated(x) if type(x) is torch.Tensor else x, out)
+    return return_and_correct_aliasing(op, args, kwargs, out) if ours else out
+
+
+@contextmanager
+def simulated():
+    """The simulated device, while it can be used."""
+    lift = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes a CPU tensor and moves it
+    try:
+        with Simulation():
+            yield SIMULATED
+    finally:
+        torch._C._set_only_lift_cpu_tensors(lift)
+
+
+@pytest.fixture
+def device():
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+    else:
+        with simulated() as found:
+            yield found
+
+
+def placed(device, dtype=torch.float32):
+    model = tiny_gemma().to(dtype)
+    return model.to(device, print_details=False)
+
+
+def test_a_simulated_device_refuses_what_a_gpu_refuses():
+    with simulated() as device:
+        here, there = torch.tensor([1.0, 2.0], device=device), torch.ones(2)
+        assert (here + 1).device == device
+        assert (here + there.to(device)).cpu().tolist() == [2.0, 3.0]
+        assert here[torch.tensor([1])].tolist() == [2.0]
+        for wrong in (
+            lambda: here + there,
+            lambda: there[here.long() - 1],
+            lambda: torch.cat([here, there]),
+            lambda: here.index_put_((torch.tensor([0]),), there[:1]),
+            lambda: here.numpy(),
+        ):
+            with pytest.raises((RuntimeError, TypeError)):
+                wrong()
+
+
+SOFT = HealConfig(target="soft", rank=2, epochs=1, tau=0.01)
+RUNS = {
+    "sampled": {},
+    "method": {"heal": replace(METHOD, rank=2, epochs=1, batch_size=2)},
+    "clip, p95": {"heal": replace(SOFT, clip=0.1, aggregate="p95")},
+    "odd, forward, prev": {
+        "heal": replace(SOFT, odd=True, divergence="kl_fwd", reference="prev", sv_penalty=0.1)
+    },
+    "backtrack": {
+        "dose": DoseConfig(walk=False, probe_size=2, min_train=4, batch_size=4, backtrack=True)
+    },
+    "random": {"vector": VectorConfig(contexts=3, direction="random")},
+    "remove": {"vector": VectorConfig(contexts=3, remove=("valence",))},
+    "prompted": {"prompted": True},
+    "online": {"mode": "online", "online": OnlineConfig(every=2)},
+    "reward": {"mode": "online", "online": OnlineConfig(every=1, objective="reward")},
+}
+
+
+def rounds(model, **changes):
+    with torch.enable_grad():
+        return list(shl.love(model, AXIS, small_loop(rounds=1) if not changes else small_loop(**({"rounds": 1} | changes))))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_round_on_the_device_equals_that_on_the_cpu(name, device, monkeypatch):
+    lenient(monkeypatch)
+    [here], [there] = (rounds(m, **RUNS[name]) for m in (placed(device), tiny_gemma()))
+    assert here.kappa == there.kappa
+    assert [c.tokens for c in here.kept] == [c.tokens for c in there.kept]
+    for one, other in ((here.steered, there.steered), (here.healed, there.healed)):
+        assert one.nats == pytest.approx(other.nats, abs=1e-3)
+    for a, b in zip(here.adapter.parameters(), there.adapter.parameters(), strict=True):
+        assert a.device == device
+        assert float((a.cpu() - b).norm() / b.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["method", "online", "reward"])
+def test_a_round_in_bf16_ends(name, device, monkeypatch):
+    lenient(monkeypatch)
+    [found] = rounds(placed(device, torch.bfloat16), **RUNS[name])
+    assert found.healed.nats
+
+
+def test_instruments_and_analysis_on_the_device_equal_those_on_the_cpu(device, monkeypatch, tmp_path):
+    lenient(monkeypatch)
+
+    def found(model):
+        prompts = ["Hello?", "How are you today?"]
+        vector = shl.extract_vector(model, AXIS, contexts=4)
+        with vector.steering(model, torch.tensor([0.5, 1.0])):
+            texts = shl.generate(model, prompts, max_new_tokens=8, min_new_tokens=8)
+        with torch.enable_grad():
+                adapter = shl.heal(model, texts, replace(SOFT, target="sampled"))
+        adapter.save(tmp_path / "a.safetensors")
+        vector.save(tmp_path / "v.safetensors")
+        adapter = shl.Adapter.load(tmp_path / "a.safetensors", model)
+        vector = shl.SteeringVector.load(tmp_path / "v.safetensors", model)
+        out = [float(x) for c in texts for x in c.tokens]
+        out += list(vector.norms().values()) + list(adapter.norms().values())
+        for materialise in (False, True):
+            with shl.baked(model, [adapter], materialise=materialise):
+                scores = shl.evaluate(model)
+                out += list(scores.nats.values())
+        out += [x for verdict in shl.judge(model, texts) for x in (verdict.tail_perplexity,)]
+        for kept in shl.activations(model, prompts, ["blocks.1.hook_resid_post"]).values():
+            out += kept.flatten().tolist()
+        view = shl.as_hf(model)
+        out += view.generate(torch.tensor([[2, 5, 7]], device=model.W_U.device), max_new_tokens=4, do_sample=False)[0].tolist()
+        out += shl.dose_response(model, vector, texts, doses=(0.0, 1.0)).divergence().flatten().tolist()
+        report = shl.check(model)
+        # The first line compares with transformers' copy of a stored model.
+        assert all(line.ok for line in report.lines[1:]), str(report)
+        return out
+
+    assert found(placed(device)) == pytest.approx(found(tiny_gemma()), rel=1e-3, abs=1e-4)
