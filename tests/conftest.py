@@ -2,7 +2,6 @@
 
 import functools
 import os
-import sys
 import typing
 from pathlib import Path
 
@@ -96,21 +95,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
     # What takes long begins first, so that one worker does not end long before the other.
     items[:] = sorted(kept, key=lambda item: item.path.parent.name not in SLOW)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """Coverage is what the package's own tests reach, without the whole runs of the program, which
-    the tracer makes half as slow again."""
-    slow = item.path.parent.name in SLOW and "coverage" in sys.modules
-    tracer = sys.modules["coverage"].Coverage.current() if slow else None
-    if tracer is not None:
-        tracer.stop()
-    try:
-        return (yield)
-    finally:
-        if tracer is not None:
-            tracer.start()
 
 
 def pytest_addoption(parser):

@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field

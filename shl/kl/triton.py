@@ -10,7 +10,6 @@ gradient products. Without delta everything that involves u is omitted.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from shl.kl.sweep import LARGE, Bias, Sweep, logsumexp, product
 from shl.utils.shapes import Hidden, Unembed

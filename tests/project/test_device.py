@@ -4,19 +4,17 @@ A simulated tensor says that it is on the device and holds its data on the CPU. 
 mixes it with a CPU tensor raises, as it does on a GPU.
 """
 
+import math
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
 from helpers import lenient, small_loop
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 import shl
-from shl.config import METHOD, DoseConfig, HealConfig, OnlineConfig, VectorConfig
-from shl.measure.validity import validity
+from shl.config import METHOD, DoseConfig, EvalConfig, HealConfig, OnlineConfig, VectorConfig
 from shl.models.tiny import tiny_gemma
 
 pytestmark = pytest.mark.hooked
@@ -78,30 +76,50 @@ class Simulation(TorchDispatchMode):
         return run_on_cpu(op, args, kwargs or {})
 
 
+def tensors_in(x):
+    """The tensors among arguments, in lists too."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, list | tuple):
+        for y in x:
+            yield from tensors_in(y)
+
+
+def mapped(change, x):
+    """`x` with `change` applied to each tensor."""
+    if isinstance(x, torch.Tensor):
+        return change(x)
+    return type(x)(mapped(change, y) for y in x) if isinstance(x, list | tuple) else x
+
+
+def data_of(x):
+    return x.on_cpu if isinstance(x, Simulated) else x
+
+
 def run_on_cpu(op, args, kwargs):
     """Run an operation on the data, and wrap what it returns if that is on the device."""
-    indexed = op in INDEXING and isinstance(args[0], Simulated)
-    compared = (args[0], *args[2:]) if indexed else (args, kwargs)
-    tensors = [x for x in tree_leaves(compared) if isinstance(x, torch.Tensor)]
-    # Scalars mix with tensors of any device.
-    places = {isinstance(x, Simulated) for x in tensors if x.ndim or isinstance(x, Simulated)}
-    if len(places) == 2 and op not in COPIES:
-        raise RuntimeError(f"{op} of tensors on {SIMULATED} and on the CPU")
+    everything = list(tensors_in((args, tuple(kwargs.values()))))
+    ours = any(isinstance(x, Simulated) for x in everything)
     asked = kwargs.get("device")
-    ours = any(isinstance(x, Simulated) for x in tree_leaves((args, kwargs)))
     if asked is None and not ours:
         return op(*args, **kwargs)
-    kwargs = kwargs if asked is None else kwargs | {"device": torch.device("cpu")}
-
-    def data(x):
-        return x.on_cpu if isinstance(x, Simulated) else x
-
-    out = op(*tree_map(data, args), **tree_map(data, kwargs))
-    here = True in places if asked is None else torch.device(asked) == SIMULATED
-    if not here:
+    indexed = op in INDEXING and isinstance(args[0], Simulated)
+    compared = tensors_in((args[0], *args[2:])) if indexed else everything
+    # Scalars mix with tensors of any device.
+    places = {isinstance(x, Simulated) for x in compared if x.ndim or isinstance(x, Simulated)}
+    if len(places) == 2 and op not in COPIES:
+        raise RuntimeError(f"{op} of tensors on {SIMULATED} and on the CPU")
+    named = {name: mapped(data_of, x) for name, x in kwargs.items()}
+    if asked is not None:
+        named["device"] = torch.device("cpu")
+    out = op(*mapped(data_of, args), **named)
+    if torch.Tag.inplace_view in op.tags:
+        return return_and_correct_aliasing(op, args, kwargs, mapped(Simulated, out))
+    if op._schema.is_mutable:
+        return kwargs.get("out", args[0])
+    if asked is not None and torch.device(asked) != SIMULATED:
         return out
-    out = tree_map(lambda x: Simulated(x) if type(x) is torch.Tensor else x, out)
-    return return_and_correct_aliasing(op, args, kwargs, out) if ours else out
+    return mapped(Simulated, out)
 
 
 @contextmanager
@@ -147,34 +165,34 @@ def test_a_simulated_device_refuses_what_a_gpu_refuses():
                 wrong()
 
 
-SOFT = HealConfig(target="soft", rank=2, epochs=1, tau=0.01)
+METHOD_ = replace(METHOD, rank=2, epochs=1, batch_size=4)
 RUNS = {
-    "sampled": {},
-    "method": {"heal": replace(METHOD, rank=2, epochs=1, batch_size=2)},
-    "clip, p95": {"heal": replace(SOFT, clip=0.1, aggregate="p95")},
+    "method": {"heal": METHOD_, "vector": VectorConfig(contexts=3, remove=("valence",))},
+    "clip, backtrack": {
+        "heal": replace(METHOD_, clip=0.1, aggregate="p95", tau=0.01),
+        "dose": DoseConfig(walk=False, probe_size=2, min_train=4, batch_size=4, backtrack=True),
+    },
     "odd, forward, prev": {
-        "heal": replace(SOFT, odd=True, divergence="kl_fwd", reference="prev", sv_penalty=0.1)
+        "heal": replace(METHOD_, odd=True, divergence="kl_fwd", reference="prev", sv_penalty=0.1),
+        "vector": VectorConfig(contexts=3, direction="random"),
     },
-    "backtrack": {
-        "dose": DoseConfig(walk=False, probe_size=2, min_train=4, batch_size=4, backtrack=True)
-    },
-    "random": {"vector": VectorConfig(contexts=3, direction="random")},
-    "remove": {"vector": VectorConfig(contexts=3, remove=("valence",))},
-    "prompted": {"prompted": True},
     "online": {"mode": "online", "online": OnlineConfig(every=2)},
     "reward": {"mode": "online", "online": OnlineConfig(every=1, objective="reward")},
 }
 
 
-def rounds(model, **changes):
+def round_of(model, name):
+    """One round of a run that is smaller still."""
+    few = EvalConfig(samples=2, bootstrap=20, conflicts=2, nulls=0)
     with torch.enable_grad():
-        return list(shl.love(model, AXIS, small_loop(rounds=1) if not changes else small_loop(**({"rounds": 1} | changes))))
+        [found] = shl.love(model, AXIS, small_loop(rounds=1, eval=few, **RUNS[name]))
+    return found
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_round_on_the_device_equals_that_on_the_cpu(name, device, monkeypatch):
     lenient(monkeypatch)
-    [here], [there] = (rounds(m, **RUNS[name]) for m in (placed(device), tiny_gemma()))
+    here, there = round_of(placed(device), name), round_of(tiny_gemma(), name)
     assert here.kappa == there.kappa
     assert [c.tokens for c in here.kept] == [c.tokens for c in there.kept]
     for one, other in ((here.steered, there.steered), (here.healed, there.healed)):
@@ -184,14 +202,17 @@ def test_a_round_on_the_device_equals_that_on_the_cpu(name, device, monkeypatch)
         assert float((a.cpu() - b).norm() / b.norm()) < 1e-2
 
 
-@pytest.mark.parametrize("name", ["method", "online", "reward"])
-def test_a_round_in_bf16_ends(name, device, monkeypatch):
+@pytest.mark.parametrize("name", ["method", "reward"])
+def test_a_round_in_bf16_moves_the_student(name, device, monkeypatch):
     lenient(monkeypatch)
-    [found] = rounds(placed(device, torch.bfloat16), **RUNS[name])
-    assert found.healed.nats
+    found = round_of(placed(device, torch.bfloat16), name)
+    assert all(norm > 0 for norm in found.adapter.norms().values())
+    assert all(map(math.isfinite, found.healed.nats.values()))
 
 
-def test_instruments_and_analysis_on_the_device_equal_those_on_the_cpu(device, monkeypatch, tmp_path):
+def test_instruments_and_analysis_on_the_device_equal_those_on_the_cpu(
+    device, monkeypatch, tmp_path
+):
     lenient(monkeypatch)
 
     def found(model):
@@ -200,7 +221,7 @@ def test_instruments_and_analysis_on_the_device_equal_those_on_the_cpu(device, m
         with vector.steering(model, torch.tensor([0.5, 1.0])):
             texts = shl.generate(model, prompts, max_new_tokens=8, min_new_tokens=8)
         with torch.enable_grad():
-                adapter = shl.heal(model, texts, replace(SOFT, target="sampled"))
+            adapter = shl.heal(model, texts, HealConfig(rank=2, epochs=1, tau=0.01))
         adapter.save(tmp_path / "a.safetensors")
         vector.save(tmp_path / "v.safetensors")
         adapter = shl.Adapter.load(tmp_path / "a.safetensors", model)
@@ -215,8 +236,15 @@ def test_instruments_and_analysis_on_the_device_equal_those_on_the_cpu(device, m
         for kept in shl.activations(model, prompts, ["blocks.1.hook_resid_post"]).values():
             out += kept.flatten().tolist()
         view = shl.as_hf(model)
-        out += view.generate(torch.tensor([[2, 5, 7]], device=model.W_U.device), max_new_tokens=4, do_sample=False)[0].tolist()
-        out += shl.dose_response(model, vector, texts, doses=(0.0, 1.0)).divergence().flatten().tolist()
+        out += view.generate(
+            torch.tensor([[2, 5, 7]], device=model.W_U.device), max_new_tokens=4, do_sample=False
+        )[0].tolist()
+        out += (
+            shl.dose_response(model, vector, texts, doses=(0.0, 1.0))
+            .divergence()
+            .flatten()
+            .tolist()
+        )
         report = shl.check(model)
         # The first line compares with transformers' copy of a stored model.
         assert all(line.ok for line in report.lines[1:]), str(report)
