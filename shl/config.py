@@ -471,7 +471,7 @@ class EvalConfig(Settings):
     nulls: Annotated[int, Range(0, 1000)] = 20
     """Random vectors of the same KL, both signs, that stand beside the cloze; read once per model
     and layers and kept in the cache folder; 0 for none [count]."""
-    samples: Count = 32
+    samples: Count = 64
     """Unsteered answers to the axis's prompts, sampled at each stage [count]."""
     batch_size: Count = 16
     """Vignettes scored in one forward pass [count]."""

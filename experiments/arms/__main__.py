@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -27,13 +27,10 @@ from experiments.record.journal import lock, write_error
 from experiments.record.settings import Dtype, Engine, RunConfig, name_for, settings_of
 from experiments.record.signals import Stopped
 from experiments.run import load_for
-from shl.config import EvalConfig, LoopConfig
+from shl.config import LoopConfig
 from shl.method.axes import load_axis
 from shl.utils.errors import ShlError, require
 from shl.utils.model import Model
-
-# Arms differ by less than a run does from base, so each stage is sampled twice as often.
-LOOP = LoopConfig(eval=EvalConfig(samples=32))
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class ArmsConfig:
     number; default 1 on Ray, else as many as torch takes [count]."""
     num_gpus: float = 0.0
     """GPUs of a study on Ray [count]."""
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = LOOP
+    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
     """The settings that all arms share."""
 
 

@@ -15,7 +15,7 @@ from experiments.questions.thresholds import CHANCE, MATCHED, SELECTIVE, SEPARAT
 from shl.config import FOUNDATIONS
 
 
-@question("prompting", "beyond prompting?", "MATCHED", "COLLAPSED")
+@question("prompting", "beyond prompting?", "MATCHED", "SURVIVAL_LOSS", "COLLAPSED")
 def prompting(m: Measurements) -> Finding:
     """Does a healed round that is as coherent as the prompted persona have more of the shift?
 
@@ -41,7 +41,7 @@ def prompting(m: Measurements) -> Finding:
         group = [
             m.shift(shift, [plus, minus, h], lead, comparisons=count),
             m.ratio(mass, [plus, h], MATCHED, matched),
-            m.survival(survival, h, plus, MATCHED),
+            m.survival(survival, h, plus),
         ]
         groups.append([replace(e, round=h["round"]) for e in group])
     each = [all_of(e.outcome for e in group) for group in groups]

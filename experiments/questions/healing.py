@@ -17,7 +17,7 @@ from experiments.questions.thresholds import COHERENT, COLLAPSED, KEEPS, MOVES
 from experiments.record.reader import Event, of_round
 
 
-@question("Q1", "does the student keep the shift?", "COHERENT", "KEEPS", "MOVES")
+@question("Q1", "does the student keep the shift?", "COHERENT", "SURVIVAL_LOSS", "KEEPS", "MOVES")
 def heals(m: Measurements) -> Finding:
     """Q1: is the healed student as coherent as base, with most of the steered shift?
 
@@ -55,7 +55,7 @@ def _broken(m: Measurements, steered: Event) -> Estimate:
     """That the steered stage is less coherent than base, without which there is nothing to heal."""
     what = f"steered COHERENCE short of {COHERENT:g} x base's"
     mass = m.ratio(what, [steered], 0.0, lambda r: COHERENT - float(r[0]))
-    e = m.survival("steered survival short of base's", steered, m.base, COHERENT)
+    e = m.survival("steered survival short of base's", steered, m.base)
     if e.limits:
         value, low, high = e.limits
         e = replace(e, limits=(-value, -high, -low), threshold=-e.threshold)
@@ -74,7 +74,7 @@ def _kept(m: Measurements, steered: Event, healed: Event) -> Estimate:
     return m.shift("share kept", both, lambda s: s[1] / s[0] if s[0] > 0 else 0.0, KEEPS, **more)
 
 
-@question("Q2", "coherent over the loop?", "COHERENT", "COLLAPSED")
+@question("Q2", "coherent over the loop?", "COHERENT", "SURVIVAL_LOSS", "COLLAPSED")
 def coherent(m: Measurements) -> Finding:
     """Q2: is every healed student as coherent as base?"""
     mass, survival = zip(*(m.coherence(h, round=h["round"]) for h in m.healed), strict=True)

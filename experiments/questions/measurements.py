@@ -25,7 +25,7 @@ from experiments.questions.thresholds import (
     COHERENT,
     COLLAPSED,
     SEPARATES,
-    survival_margin,
+    SURVIVAL_LOSS,
 )
 from experiments.record.reader import Event, items_of, samples, stages
 from experiments.record.resume import scores
@@ -301,31 +301,28 @@ class Measurements:
         what: str,
         stage: Event,
         other: Event,
-        share: float,
         *,
-        scaled: bool = False,
+        share: float | None = None,
         round: int | None = None,
     ) -> Estimate:
-        """Survival of a stage less another's, against the margin that `share` and the number of
-        samples give, or less `share` of the other's if `scaled`."""
+        """Survival of a stage less another's, against `SURVIVAL_LOSS`; or with `share` less that
+        share of the other's, against 0."""
         ours, theirs, name = self.samples(stage), self.samples(other), other["stage"]
         if not ours or not theirs:
             return missing(what, "no samples on record", round)
         kept, reference = (sum(not t["reasons"] for t in texts) for texts in (ours, theirs))
         if not reference:
             return missing(what, f"none of {len(theirs)} samples of {name} survive", round)
-        limits = self.survival_difference(ours, theirs, share if scaled else 1.0)
-        # The reference's survival, in as many samples as the stage has.
-        equal = int(reference * len(ours) / len(theirs) + 0.5)
-        margin = survival_margin(share, equal, len(ours), self.config.confidence)
+        limits = self.survival_difference(ours, theirs, 1.0 if share is None else share)
         note = f"{kept} of {len(ours)}, {name} {reference} of {len(theirs)}"
-        return Estimate(what, limits, 0.0 if scaled else -margin, SHARES, round, note)
+        least = -SURVIVAL_LOSS if share is None else 0.0
+        return Estimate(what, limits, least, SHARES, round, note)
 
     def coherence(self, h: Event, **more: Any) -> tuple[Estimate, Estimate]:
         """Use of context (or valid-answer mass) and survival of a stage against base's."""
         return (
             self.ratio("COHERENCE over base's", [h], COHERENT, **more),
-            self.survival("survival less base's", h, self.base, COHERENT, **more),
+            self.survival("survival less base's", h, self.base, **more),
         )
 
     @cached_property
@@ -338,7 +335,7 @@ class Measurements:
         for h in self.healed:
             k, base = h["round"], self.base
             found.append(self.ratio(mass, [h], COLLAPSED, round=k))
-            found.append(self.survival(survival, h, base, COLLAPSED, scaled=True, round=k))
+            found.append(self.survival(survival, h, base, share=COLLAPSED, round=k))
         return tuple(replace(e, quiet=True) for e in found)
 
 
@@ -366,11 +363,6 @@ def question(
             found = Finding([missing("healed stage")]) if waits else find(m)
             limits = {name: getattr(thresholds, name) for name in names}
             notes, estimates = [*found.notes], found.estimates
-            margin = max((-e.threshold for e in estimates if e.threshold < 0), default=0.0)
-            if margin:
-                if margin > 1 - limits.get("MATCHED", COHERENT) + 1e-6:
-                    notes.insert(0, f"survival margin {margin:.2f}, more samples a stage narrow it")
-                limits["SURVIVAL_MARGIN"] = margin
             if any(e.trait for e in estimates):
                 notes.append(m.doubt)
             verdict = found.verdict or all_of(e.outcome for e in estimates)

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.questions.estimates import wilson
 from experiments.questions.measurements import Measurements
-from experiments.questions.thresholds import COHERENT, survival_margin
+from experiments.questions.thresholds import COHERENT, SURVIVAL_LOSS
 from experiments.record.reader import Event, items_of, of_round, stages
 from experiments.report import figures as fig
 from experiments.report.escape import clean
@@ -57,8 +57,8 @@ STEP_CHARTS: dict[str, dict[str, tuple[str, fig.Look]]] = {
 CAPTIONS = {
     "trajectory": "Shift from base of the axis's cloze, or of its foundations where no cloze is "
     "valid on this model, {level} intervals paired by item; coherence over base's; survival, the "
-    "share of free samples that pass the filter, {level} Wilson intervals. Q2 needs "
-    f"{COHERENT:g} of base's coherence in every healed stage, and survival within a margin.",
+    "share of free samples that pass the filter, {level} Wilson intervals. In each healed stage Q2 "
+    f"needs {COHERENT:g} of base's coherence, and survival at most {SURVIVAL_LOSS:g} less.",
     "plane": "Care against authority, log of their mean probability over the vignettes; numbers "
     "are rounds, arrows follow the run.",
     "token_kl": "Distribution of the per-token KL to base over the completions below, all rounds; "
@@ -88,12 +88,6 @@ def _survival(e: Event, confidence: float) -> tuple[float, Interval]:
     if samples < 1 or not 0 <= share <= 1:
         return share, (share, share)
     return share, wilson(round(share * samples), samples, confidence)
-
-
-def _margin(base: Event, confidence: float) -> float:
-    """The drop from base's survival that still counts as no worse."""
-    kept = round(base["survival"] * base["samples"])
-    return survival_margin(COHERENT, kept, base["samples"], confidence)
 
 
 @fig.styled
@@ -134,7 +128,7 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
         (
             "survival [share of texts]",
             lambda e: _survival(e, confidence),
-            base["survival"] - _margin(base, confidence),
+            base["survival"] - SURVIVAL_LOSS,
         ),
     ]
     figure, axes = fig.grid(len(panels), 2)

@@ -15,7 +15,7 @@ from shl.models.tiny import tiny_gemma
 SIGN = np.where(np.arange(84) // 7 % 2, 1.0, -1.0)
 """+1 or -1 by vignette, six and six of each foundation."""
 MANY = 160
-"""Samples a stage, enough for the smallest survival margin of 0.03."""
+"""Samples a stage."""
 
 
 def scores(shift=None, *, mass=1.0, wobble=0.0, mass_wobble=0.0, hit=0.4):

@@ -75,11 +75,12 @@ def test_working_run_is_yes_throughout_with_figures_by_hand():
     assert found["Q2"].figures["perplexity"] == {"base": 9.0, "healed": [9.0, 9.0]}
     assert found["worked"].sentence == f"Yes. Yes: {', '.join(KEYS)}."
     # All hold. Only survival has an interval, of which 160 of 160 less 160 of 160 is 0, with
-    # -0.023 below it: 0.03 / 0.023 from the threshold in Q1 and Q2, 0.1 / 0.023 in prompting.
+    # z^2 / (160 + z^2) below it: 0.2 (160 + z^2) / z^2 from the threshold, more than 1.
     for key, name in (("Q1", "healed survival less base's"), ("Q2", "survival less base's")):
         assert found[key].deciding.what == name
-        assert found[key].deciding.margin == pytest.approx(0.03 * (160 + 3.8415) / 3.8415, rel=1e-3)
-    assert found["worked"].deciding.what == "Q1: healed survival less base's"
+        assert found[key].deciding.margin == pytest.approx(0.2 * (160 + 3.8415) / 3.8415, rel=1e-3)
+    # In Q0 15 of 16 less 1 of 8 is 0.8125, 0.71 from the threshold with 0.36 below it: about 2.
+    assert found["worked"].deciding.what.startswith("Q0: fall of survival from doses up to half")
     assert len(found["worked"].estimates) == len(KEYS)
 
 
@@ -104,7 +105,7 @@ CASES = {
     "Q2 mass": (run(mass=0.9), "no"),
     # masses of 1.3 and 0.7 by turns: the standard error of their mean is 0.3 / sqrt(84) = 0.03
     "Q2 mass?": (run(mass_wobble=0.3), "undecided"),
-    "Q2 survival": (run(kept=120, base_kept=160), "no"),  # 0.75 of base's
+    "Q2 survival": (run(kept=110, base_kept=160), "no"),  # 0.31 fewer, at most 0.24
     # 12 of 16 less 16 of 16 is -0.25; Newcombe's limits -0.50 and -0.02 lie to both sides of -0.20
     "Q2 survival?": (run(kept=12, base_kept=16, total=16), "undecided"),
     # 8 of 16: Wilson 0.28 to 0.72, so -0.5 + sqrt(0.22^2 + 0.194^2) = -0.207 is below -0.20
@@ -173,13 +174,10 @@ def test_a_sentence_has_the_verdict_the_deciding_estimate_and_the_rest():
     assert (
         "12 of 16, base 16 of 16), must be above -0.20. Open: survival less base's (round 1)" in few
     )
-    assert "Survival margin 0.20, more samples a stage narrow it." in few
-    # From 125 samples on the margin is 0.03, whatever their number.
-    assert "margin" not in ask(run())["Q2"].sentence
 
 
 def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
-    """32 samples a stage, 84 vignettes, 3 rounds, 5 rungs of 8 probes, 1000 resamples."""
+    """64 samples a stage, 84 vignettes, 3 rounds, 5 rungs of 8 probes, 1000 resamples."""
     ladder = tuple((0.3 * k, 8 if k < 3 else 1, 8.0 * k) for k in range(1, 6))
     found = answer_all(
         *run(
@@ -195,10 +193,24 @@ def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
     by_key = {a.key: a for a in found}
     for key in (*KEYS, "readable", "barrier", "worked"):
         assert by_key[key].verdict == "yes", by_key[key].sentence
-    # 32 of 32 against 32 of 32: 1 - 32 / (32 + 1.96^2) = 0.107, rounded up to a hundredth.
+    # 64 of 64 against 64 of 64: 1 - 64 / (64 + 1.96^2) below 0.
     survival = figure(by_key["Q2"], "survival less base's", 2)
-    assert survival["low"] == pytest.approx(-(1.959964**2) / (32 + 1.959964**2), abs=1e-6)
-    assert survival["needs"] == by_key["Q2"].thresholds["SURVIVAL_MARGIN"] * -1 == -0.11
+    assert survival["low"] == pytest.approx(-(1.959964**2) / (64 + 1.959964**2), abs=1e-6)
+    assert survival["needs"] == -by_key["Q2"].thresholds["SURVIVAL_LOSS"] == -0.2
+
+
+@pytest.mark.parametrize(
+    ("kept", "outcome"),
+    # 52 of 64 in base. Wilson limits of 0.8125 are 0.7005 and 0.8892, the same texts survive, so
+    # that their correlation is 1: 0 - |0.1120 - 0.0767| = -0.0353. 39 of 64 are 0.203 fewer, 19 of
+    # 64 0.516 fewer, without correlation at least 0.516 - sqrt(0.120^2 + 0.112^2) = 0.352.
+    [(52, "yes"), (39, "undecided"), (19, "no")],
+)
+def test_survival_may_be_a_fifth_lower_than_that_of_base(kept, outcome):
+    survival = figure(ask(run(kept=kept, base_kept=52, total=64))["Q2"], "survival less base's", 0)
+    assert (survival["needs"], survival["verdict"]) == (-0.2, outcome)
+    if kept == 52:
+        assert survival["low"] == pytest.approx(-0.0353, abs=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +439,6 @@ def test_every_threshold_has_its_reason_and_is_used():
     reasons = [node for node in tree[1:] if isinstance(node, ast.Expr)]
     assert len(names) == len(reasons)
     used = {name: v for a in answer_all(*run(), AXIS, FEW) for name, v in a.thresholds.items()}
-    assert used.pop("SURVIVAL_MARGIN") == 0.1  # prompting's, of 160 samples
     assert used == {name: getattr(thresholds, name) for name in names}
 
 

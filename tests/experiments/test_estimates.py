@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from experiments.questions.estimates import (
     EXACT,
@@ -16,7 +14,6 @@ from experiments.questions.estimates import (
     spearman,
     wilson,
 )
-from experiments.questions.thresholds import survival_margin
 
 
 def column(kept, total):
@@ -58,34 +55,6 @@ def test_pairs_that_agree_narrow_it_and_it_covers_about_as_often_as_it_says():
         _, low, high = difference((u < 0.7).tolist(), (v < 0.5).tolist(), paired=True)
         hits += low <= 0.2 <= high
     assert 380 - 13 <= hits <= 400
-
-
-@pytest.mark.parametrize("n", [1, 8, 16, 50, 125, 1000])
-@pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_all_kept_in_both_is_within_the_survival_margin_and_half_is_not(n, confidence):
-    margin = survival_margin(0.97, n, n, confidence)
-    kept, half = column(n, n), column(n // 2, n)
-    assert difference(kept, kept, confidence=confidence)[1] > -margin
-    if n >= 16:
-        assert difference(half, kept, confidence=confidence)[2] <= -margin
-    if n >= 8:
-        assert margin <= 1 / 3  # inside what counts as a collapse
-    # z^2 / (8 + z^2) = 0.324, z^2 / (125 + z^2) = 0.0298; at 80 % z is 1.2816, 1.642 / 9.642 = 0.17
-    known = {(8, 0.95): 0.33, (8, 0.8): 0.18, (125, 0.95): 0.03, (1000, 0.95): 0.03}
-    assert margin == known.get((n, confidence), margin)
-    assert survival_margin(0.9, n, n, confidence) == max(0.1, margin)
-
-
-@given(n=st.integers(4, 60), data=st.data())
-def test_a_stage_that_survives_as_often_as_its_reference_meets_the_margin(n, data):
-    kept = data.draw(st.integers((n + 1) // 2, n))
-    reference = column(kept, n)
-    equal = data.draw(st.permutations(reference))
-    margin = survival_margin(0.97, kept, n, 0.95)
-    assert difference(equal, reference, paired=True)[1] > -margin
-    # Never wider than the whole interval of the reference's own share.
-    low, high = wilson(kept, n)
-    assert margin <= max(0.03, high - low + 0.01)
 
 
 def test_spearman_by_hand():

@@ -20,13 +20,14 @@ import tyro
 from helpers import one_sentence, quick_worker, save
 from rich.console import Console
 
-from experiments.arms.__main__ import LOOP, ArmsConfig, run_arms
+from experiments.arms.__main__ import ArmsConfig, run_arms
 from experiments.arms.catalogue import chosen
 from experiments.arms.cluster import connected
 from experiments.arms.stage_cache import same_result
 from experiments.arms.studies import SHARED, STEERED, steps
 from experiments.record.journal import lock, read_lines
 from experiments.record.reader import read
+from shl.config import LoopConfig
 from shl.models.tiny import tiny_hf
 from shl.utils.errors import ShlError
 
@@ -349,7 +350,7 @@ def test_a_folder_of_arms_in_use_is_refused_before_anything_is_loaded(
 
 @pytest.mark.parametrize("group", ["core", "steps", "far", "on-policy", "all"])
 def test_each_shared_stage_is_computed_by_one_arm_before_others_need_it(group):
-    loops = {arm.name: arm.change(LOOP) for arm in chosen((group,))}
+    loops = {arm.name: arm.change(LoopConfig()) for arm in chosen((group,))}
     done, order = {}, list(SHARED)
     for step in steps(loops):
         assert all(after in done for after in step.after)
@@ -379,7 +380,7 @@ def test_each_shared_stage_is_computed_by_one_arm_before_others_need_it(group):
 
 
 def test_a_study_waits_no_longer_than_for_the_stage_that_it_needs():
-    loops = {arm.name: arm.change(LOOP) for arm in chosen(("core",))}
+    loops = {arm.name: arm.change(LoopConfig()) for arm in chosen(("core",))}
     waits = {(s.arm, s.until): s.after for s in steps(loops)}
     assert waits["rmse", "prompted-"] == ()
     assert waits["random", None] == (("rmse", "prompted-"),)
