@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from shl.config import quantile_of
-from shl.kl.sweep import Bias, Sweep, logsumexp, logsumexp_and_max, sweep
+from shl.kl.sweep import Bias, Sweep, logsumexp, logsumexp_and_max, product, sweep
 from shl.utils.errors import ShlError, require
 from shl.utils.shapes import Float, Hidden, Int, PerToken, Targets, Unembed
 
@@ -57,8 +57,27 @@ def naive_kl_and_nll(
 def full_log_probs(
     h: Tensor, unembed: Tensor, bias: Tensor | None, soft_cap: float = 0.0
 ) -> Tensor:
-    """Log-probabilities `[tok, vocab]`, capped before the softmax if `soft_cap` is above 0."""
-    logits = h @ unembed if bias is None else h @ unembed + bias
+    """Log-probabilities `[tok, vocab]` in the inputs' dtype, capped before the softmax if
+    `soft_cap` is above 0."""
+    return _normalised(h @ unembed, bias, soft_cap)
+
+
+def fp32_log_probs(
+    h: Tensor, unembed: Tensor, bias: Tensor | None, soft_cap: float = 0.0
+) -> Tensor:
+    """`full_log_probs` in fp32 from weights of any dtype, which are not copied on a GPU.
+
+    Example:
+        >>> h, w = torch.zeros(1, 2, dtype=torch.bfloat16), torch.zeros(2, 4, dtype=torch.bfloat16)
+        >>> fp32_log_probs(h, w, None).exp()
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    return _normalised(product(h, unembed), bias, soft_cap)
+
+
+def _normalised(logits: Tensor, bias: Tensor | None, soft_cap: float) -> Tensor:
+    if bias is not None:
+        logits = logits + bias
     if soft_cap > 0:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     return logits.log_softmax(1)
@@ -277,7 +296,7 @@ def reverse_kl_and_nll(
         ref_lse: `[tok]`, `logsumexp` of the reference's logits, if known; only with `lazy`.
         lazy: compute the KL's gradient in backward, only for rows with a non-zero upstream
             gradient. It takes two products over the vocabulary (with `ref_lse`), and three more for
-            those rows, instead of four. The KL's absolute error is then up to 1e-5.
+            those rows, instead of four. The KL's absolute error is then up to 1e-5 in fp32.
         soft_cap: if above 0, logits become cap * tanh(logits / cap). They are then not linear in h,
             so full logits are formed, with a warning.
 
@@ -364,7 +383,7 @@ def nll_and_top(
     """
     if soft_cap > 0:
         ids = ids_for_full_logits(targets, soft_cap)
-        log_p = full_log_probs(student.float(), unembed.float(), bias, soft_cap)
+        log_p = fp32_log_probs(student, unembed, bias, soft_cap)
         return -log_p.gather(1, ids[:, None])[:, 0], log_p.amax(1).exp()
     lse, largest = logsumexp_and_max(student, unembed, bias, scoring=True)
     chosen = (student.float() * unembed.T[targets].float()).sum(1)
@@ -386,9 +405,7 @@ def log_probs_at(
     with torch.no_grad():
         if soft_cap > 0:
             tokens = ids_for_full_logits(tokens, soft_cap)
-            return full_log_probs(student.float(), unembed.float(), bias, soft_cap).gather(
-                1, tokens
-            )
+            return fp32_log_probs(student, unembed, bias, soft_cap).gather(1, tokens)
         chosen = torch.einsum("td,tnd->tn", student.float(), unembed.T[tokens].float())
         if bias is not None:
             chosen = chosen + bias[tokens].float()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shl.hooks.handle import suspended
 from shl.hooks.sites import readout
-from shl.kl.divergence import full_log_probs
+from shl.kl.divergence import fp32_log_probs
 from shl.models.generate import Completion
 from shl.models.scores import completion_hidden
 from shl.models.tokens import Prompt, encode, encode_text
@@ -83,7 +83,7 @@ def fisher_products(
     out = []
     for parts in zip(*(x.split(ROWS) for x in (base, entered, teacher, student)), strict=True):
         log_p, before, after_t, after_s = (
-            full_log_probs(x, unembed, bias, soft_cap).float() for x in parts
+            fp32_log_probs(x, unembed, bias, soft_cap) for x in parts
         )
         p = log_p.exp()
         u_t, u_s = after_t - before, after_s - before

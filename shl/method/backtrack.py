@@ -22,7 +22,7 @@ from shl.hooks.sites import final_hidden, readout
 from shl.hooks.steering import Steering
 from shl.hooks.vector import SteeringVector
 from shl.kl import nll_and_top
-from shl.kl.divergence import full_log_probs
+from shl.kl.divergence import fp32_log_probs
 from shl.method.filters import text_reasons, words_of
 from shl.models.generate import Batch, Completion, History, innermost_steering, prefill, run
 from shl.models.nan_checks import require_finite
@@ -381,4 +381,4 @@ def replay(
         with vector.steering(model, dose_table([part], completion.dose)):
             parts.append(completion_hidden(model, [part])[start:])
     hidden = torch.cat(parts) if parts else torch.empty(0, model.cfg.d_model)
-    return full_log_probs(hidden.float(), model.W_U.float(), **readout(model))
+    return fp32_log_probs(hidden, model.W_U, **readout(model))

@@ -130,11 +130,17 @@ def test_public_functions_use_the_kernel_inside_fused(monkeypatch, kernel, sweep
     assert len(calls) == sweeps
 
 
-def test_equals_the_torch_sweep():
+@pytest.mark.parametrize(
+    ("dtype", "close"),
+    # bf16 has 8 bits, so that products of bf16 factors are within 2^-8 of each other.
+    [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)],
+)
+def test_equals_the_torch_sweep(dtype, close):
     h, delta, unembed = inputs(6, 8, 4100, scale=2.0, apart=1.0)
+    h, unembed = h.to(dtype).float(), unembed.to(dtype)
     a, b = fused_sweep(h, delta, unembed, None), sweep(h, delta, unembed, None)
     for x, y in zip(vars(a).values(), vars(b).values(), strict=True):
-        assert (x - y).abs().max() <= 1e-5 * (1 + y.abs().max())
+        assert (x - y).abs().max() <= close * (1 + y.abs().max())
 
 
 @pytest.mark.parametrize("vocab", [700, 4100])

@@ -46,14 +46,17 @@ def test_by_hand_on_two_tokens():
 EYE = torch.eye(2)
 
 
-def test_the_metric_is_that_of_base_and_shifts_are_those_from_the_student_that_entered():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_metric_is_that_of_base_and_shifts_are_those_from_the_student_that_entered(dtype):
     generator = torch.Generator().manual_seed(3)
-    base, entered, teacher, student = torch.randn(4, 40, 8, generator=generator)
+    states = torch.randn(4, 40, 8, generator=generator)
     unembed, bias = torch.randn(8, 50, generator=generator), torch.randn(50, generator=generator)
+    base, entered, teacher, student = states.to(dtype)
+    unembed = unembed.to(dtype)
     found = fisher_products(base, entered, teacher, student, unembed, bias=bias)
     p = (base.double() @ unembed.double() + bias).softmax(1)
     for k, (a, b) in enumerate([(teacher, teacher), (student, teacher), (student, student)]):
-        u, w = ((x - entered).double() @ unembed.double() for x in (a, b))
+        u, w = ((x.double() - entered.double()) @ unembed.double() for x in (a, b))
         covariance = (p * u * w).sum(1) - (p * u).sum(1) * (p * w).sum(1)
         assert torch.allclose(found[:, k].double(), covariance, rtol=1e-4, atol=1e-4)
 
