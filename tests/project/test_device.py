@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 
 import shl
 from shl.config import METHOD, DoseConfig, EvalConfig, HealConfig, OnlineConfig, VectorConfig
-from shl.models.tiny import tiny_gemma
+from shl.models.load import build_bridge
+from shl.models.tiny import tiny_gemma, tiny_hf
 
 pytestmark = pytest.mark.hooked
 AXIS = shl.load_axis("love")
@@ -143,9 +144,12 @@ def device():
             yield found
 
 
-def placed(device, dtype=torch.float32):
-    model = tiny_gemma().to(dtype)
-    return model.to(device, print_details=False)
+def placed(device, *, dtype=torch.float32, engine="hooked"):
+    """The tiny Gemma on the device."""
+    if engine == "bridge":
+        tokenizer = tiny_gemma(engine=engine).tokenizer
+        return build_bridge(tiny_hf().to(device), tokenizer, name="tiny-gemma")
+    return tiny_gemma().to(dtype).to(device, print_details=False)
 
 
 def test_a_simulated_device_refuses_what_a_gpu_refuses():
@@ -205,13 +209,14 @@ def test_a_round_on_the_device_equals_that_on_the_cpu(name, device, monkeypatch)
 @pytest.mark.parametrize("name", ["method", "reward"])
 def test_a_round_in_bf16_moves_the_student(name, device, monkeypatch):
     lenient(monkeypatch)
-    found = round_of(placed(device, torch.bfloat16), name)
+    found = round_of(placed(device, dtype=torch.bfloat16), name)
     assert all(norm > 0 for norm in found.adapter.norms().values())
     assert all(map(math.isfinite, found.healed.nats.values()))
 
 
+@pytest.mark.parametrize("engine", ["hooked", "bridge"])
 def test_instruments_and_analysis_on_the_device_equal_those_on_the_cpu(
-    device, monkeypatch, tmp_path
+    engine, device, monkeypatch, tmp_path
 ):
     lenient(monkeypatch)
 
@@ -232,22 +237,17 @@ def test_instruments_and_analysis_on_the_device_equal_those_on_the_cpu(
             with shl.baked(model, [adapter], materialise=materialise):
                 scores = shl.evaluate(model)
                 out += list(scores.nats.values())
-        out += [x for verdict in shl.judge(model, texts) for x in (verdict.tail_perplexity,)]
+        out += [verdict.tail_perplexity for verdict in shl.judge(model, texts)]
         for kept in shl.activations(model, prompts, ["blocks.1.hook_resid_post"]).values():
             out += kept.flatten().tolist()
-        view = shl.as_hf(model)
-        out += view.generate(
-            torch.tensor([[2, 5, 7]], device=model.W_U.device), max_new_tokens=4, do_sample=False
-        )[0].tolist()
-        out += (
-            shl.dose_response(model, vector, texts, doses=(0.0, 1.0))
-            .divergence()
-            .flatten()
-            .tolist()
-        )
+        ids = torch.tensor([[2, 5, 7]], device=model.W_U.device)
+        out += shl.as_hf(model).generate(ids, max_new_tokens=4, do_sample=False)[0].tolist()
+        response = shl.dose_response(model, vector, texts, doses=(0.0, 1.0))
+        out += response.divergence().flatten().tolist()
         report = shl.check(model)
         # The first line compares with transformers' copy of a stored model.
         assert all(line.ok for line in report.lines[1:]), str(report)
         return out
 
-    assert found(placed(device)) == pytest.approx(found(tiny_gemma()), rel=1e-3, abs=1e-4)
+    on_cpu = found(tiny_gemma(engine=engine))
+    assert found(placed(device, engine=engine)) == pytest.approx(on_cpu, rel=1e-3, abs=1e-4)
