@@ -21,7 +21,7 @@ RANK = 16
 ROUNDS = 2
 """Rounds of an arm, the later of which keep the earlier adapters."""
 DECODED, READ, TRAINED = 16_000, 100_000, 12_000
-"""Tokens of an arm of two rounds at the default settings. Decoded and trained ones are counted in
+"""Tokens of an arm of two rounds with 16 samples a stage. Decoded and trained ones are counted in
 the records of `RESULTS.md`; those that are only read are known to about a factor of two."""
 
 
@@ -102,13 +102,13 @@ def memory(shape: Shape, width: int) -> dict[str, float]:
 
     A HookedTransformer stores the tied embedding twice. Adapters and their optimiser are fp32: 16
     bytes for each parameter of the one that is trained, 4 for those of earlier rounds. While a
-    stack of adapters decodes, its layers' weights are there a second time, unless it is baked with
-    `fused=False`.
+    stack of adapters decodes, its layers' weights are there a second time if they are fp32, unless
+    it is baked with `fused=False`.
     """
     adapter = RANK * shape.adapted * sum(a + b for a, b in shape.sites)
     return {
         "weights": (shape.body + 2 * shape.embedding) * width,
-        "merged copy": shape.adapted * sum(a * b for a, b in shape.sites) * width,
+        "merged copy": shape.adapted * sum(a * b for a, b in shape.sites) * width * (width == 4),
         "adapters": adapter * (16 + 4 * (ROUNDS - 1)),
         "KV cache": 2 * shape.layers * shape.kv_heads * shape.d_head * ROWS * LENGTH * width,
         "hidden states": 3 * STEP * LENGTH * shape.d_model * width,

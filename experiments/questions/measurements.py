@@ -305,7 +305,7 @@ class Measurements:
         share: float | None = None,
         round: int | None = None,
     ) -> Estimate:
-        """Survival of a stage less another's, against `SURVIVAL_LOSS`; or with `share` less that
+        """Survival of a stage less another's, against -`SURVIVAL_LOSS`; or with `share` less that
         share of the other's, against 0."""
         ours, theirs, name = self.samples(stage), self.samples(other), other["stage"]
         if not ours or not theirs:

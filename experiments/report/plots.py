@@ -58,7 +58,7 @@ CAPTIONS = {
     "trajectory": "Shift from base of the axis's cloze, or of its foundations where no cloze is "
     "valid on this model, {level} intervals paired by item; coherence over base's; survival, the "
     "share of free samples that pass the filter, {level} Wilson intervals. In each healed stage Q2 "
-    f"needs {COHERENT:g} of base's coherence, and survival at most {SURVIVAL_LOSS:g} less.",
+    f"needs {COHERENT:g} of base's coherence, and survival at most {SURVIVAL_LOSS:g} below base's.",
     "plane": "Care against authority, log of their mean probability over the vignettes; numbers "
     "are rounds, arrows follow the run.",
     "token_kl": "Distribution of the per-token KL to base over the completions below, all rounds; "

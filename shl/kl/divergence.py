@@ -15,6 +15,9 @@ A teacher t with the same unembedding can take the place of the target tokens. W
 One sweep over vocabulary chunks with an online logsumexp gives both values and both gradients.
 """
 
+import os
+import shutil
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,8 +122,9 @@ def fused(on: bool = True) -> Iterator[None]:
     """Use the Triton kernel for the elementwise part of the sweeps inside the body, or with `on`
     False torch's operations.
 
-    By default the kernel is used on CUDA where the `triton` package is installed. On a CPU it runs
-    in Triton's interpreter, for tests.
+    By default the kernel is used on CUDA where the `triton` package, a C compiler and Python's
+    headers are installed, with which Triton builds its launcher. On a CPU it runs in Triton's
+    interpreter, for tests.
     """
     token = _FUSED.set(on)
     try:
@@ -130,13 +135,21 @@ def fused(on: bool = True) -> Iterator[None]:
 
 @cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return find_spec("triton") is not None and compiler is not None and headers.is_file()
 
 
 def _sweep(
-    h: Hidden, delta: Hidden | None, unembed: Unembed, bias: Bias, mean_w: Hidden | None = None
+    h: Hidden,
+    delta: Hidden | None,
+    unembed: Unembed,
+    bias: Bias,
+    mean_w: Hidden | None = None,
+    *,
+    on: bool | None = None,
 ) -> Sweep:
-    on = _FUSED.get()
+    on = _FUSED.get() if on is None else on
     if on or (on is None and h.is_cuda and _has_triton()):
         # Triton is an optional dependency and slow to import.
         from shl.kl.triton import fused_sweep
@@ -222,6 +235,8 @@ class Divergence(torch.autograd.Function):
             offset = student.new_zeros(()) if bias is None else bias[targets].float()
         nll = at_student.lse - (student * target_w).sum(1) - offset
         ctx.lazy = lazy and reverse and delta is not None
+        # On CUDA backward runs in a thread of its own, where the variable has its default.
+        ctx.fused = _FUSED.get()
         ctx.save_for_backward(grad_kl, at_student.mean_w, target_w, student, delta, unembed, bias)
         ctx.dtype = h.dtype
         return kl, nll
@@ -234,7 +249,8 @@ class Divergence(torch.autograd.Function):
         if ctx.lazy:
             rows = kl_up.nonzero()[:, 0]
             if len(rows):
-                part = _sweep(student[rows], delta[rows], unembed, bias, mean_w[rows])
+                picked = student[rows], delta[rows], unembed, bias, mean_w[rows]
+                part = _sweep(*picked, on=ctx.fused)
                 assert part.grad_kl is not None
                 grad_kl = grad_kl.index_copy(0, rows, part.grad_kl)
         grad = kl_up[:, None] * grad_kl + nll_up[:, None] * (mean_w - target_w)

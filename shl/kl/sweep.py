@@ -43,14 +43,14 @@ def chunks(tokens: int, vocab: int, *, gpu: bool = False) -> Iterator[tuple[int,
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """`a @ b` in fp32. On a GPU a factor of 16 bits makes both such, and their products are summed
-    in fp32.
+    """`a @ b` in fp32. On a GPU with a `b` of 16 bits, `a` is rounded to its dtype and the products
+    are summed in fp32.
 
     Example:
         >>> product(torch.ones(1, 2), torch.ones(2, 1, dtype=torch.bfloat16))
         tensor([[2.]])
     """
-    if not b.is_cuda or b.dtype == torch.float32:
+    if not b.is_cuda or b.dtype.itemsize != 2:
         return torch.mm(a.float(), b.float(), out=out)
     return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32, out=out)
 
@@ -75,10 +75,10 @@ class Chunk:
         parts = self.weight.unflatten(0, self.shape).mT
         return torch.bmm(rows.expand(count, -1, -1), parts, out=out).transpose(0, 1)
 
-    def fast_logits(self, rows: Tensor) -> Tensor:
+    def fast_logits(self, rows: Tensor, buffer: Tensor) -> Tensor:
         """As `logits`, on a CPU by oneDNN, with up to twice the rounding error."""
         if self.weight.is_cuda:
-            return product(rows, self.weight.T)[:, None]
+            return self.logits(rows, buffer)
         return onednn_linear(rows, self.weight).unflatten(1, self.shape)
 
     def weighted(self, e: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def sweep(
     far: Bool[Tensor, " tok"] = torch.zeros(tok, dtype=torch.bool, device=h.device)
     for start, count, width in chunks(tok, vocab, gpu=h.is_cuda):
         part = Chunk(unembed, bias, start, count, width)
-        zu = part.logits(factor, buffer) if known is None else part.fast_logits(factor)
+        zu = part.logits(factor, buffer) if known is None else part.fast_logits(factor, buffer)
         z = zu[:tok] if part.bias is None else zu[:tok].add_(part.bias)
         new_top = torch.maximum(top, _largest(z))
         rescale = (top - new_top).exp()
@@ -230,7 +230,7 @@ def logsumexp_and_max(
     total = h.new_zeros(tok, 1)
     for start, count, width in chunks(tok, vocab, gpu=h.is_cuda):
         part = Chunk(unembed, bias, start, count, width)
-        z = part.fast_logits(h) if scoring else part.logits(h, buffer)
+        z = part.fast_logits(h, buffer) if scoring else part.logits(h, buffer)
         z = z if part.bias is None else z.add_(part.bias)
         new_top = torch.maximum(top, _largest(z))
         chunk_total = _sum(z.sub_(new_top[..., None]).exp_())

@@ -138,7 +138,7 @@ def fused_sweep(
     tok, d = h.shape
     vocab, dtype = unembed.shape[1], unembed.dtype
     h16, delta16 = h.to(dtype), None if delta is None else delta.to(dtype)
-    step = max(BLOCK, min(vocab, CHUNK_BYTES // (8 * tok) // BLOCK * BLOCK))
+    step = max(BLOCK, min(vocab, CHUNK_BYTES // (8 * max(tok, 1)) // BLOCK * BLOCK))
     buffers = [h.new_empty(tok * step, dtype=torch.float32) for _ in range(2)]
     outs = [h.new_empty(tok * step, dtype=dtype) for _ in range(2)]
     state = torch.zeros(tok, 7, device=h.device)
@@ -154,13 +154,14 @@ def fused_sweep(
             product(delta16, w, u)
         if bias is not None:
             z += bias[start : start + step].float()
-        _row[(tok,)](
-            *(z, u, e, eu, state, width),
-            first=start == 0,
-            divergence=delta is not None,
-            large=LARGE,
-            block=BLOCK,
-        )
+        with torch.cuda.device_of(z):  # Triton launches on the current device
+            _row[(tok,)](
+                *(z, u, e, eu, state, width),
+                first=start == 0,
+                divergence=delta is not None,
+                large=LARGE,
+                block=BLOCK,
+            )
         rescale = state[:, 6:]
         if known is None:
             mean_w.mul_(rescale).add_(product(e, w.T))

@@ -81,6 +81,7 @@ def fisher_products(
         tensor([[1.0000, 0.5000, 0.2500]])
     """
     out = []
+    unembed = unembed if unembed.is_cuda else unembed.float()  # one copy
     for parts in zip(*(x.split(ROWS) for x in (base, entered, teacher, student)), strict=True):
         log_p, before, after_t, after_s = (
             fp32_log_probs(x, unembed, bias, soft_cap) for x in parts

@@ -380,5 +380,5 @@ def replay(
         part = replace(completion, tokens=completion.tokens[:end], doses=doses)
         with vector.steering(model, dose_table([part], completion.dose)):
             parts.append(completion_hidden(model, [part])[start:])
-    hidden = torch.cat(parts) if parts else torch.empty(0, model.cfg.d_model)
+    hidden = torch.cat(parts) if parts else model.W_U.new_empty(0, model.cfg.d_model)
     return fp32_log_probs(hidden, model.W_U, **readout(model))

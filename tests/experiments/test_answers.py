@@ -75,11 +75,11 @@ def test_working_run_is_yes_throughout_with_figures_by_hand():
     assert found["Q2"].figures["perplexity"] == {"base": 9.0, "healed": [9.0, 9.0]}
     assert found["worked"].sentence == f"Yes. Yes: {', '.join(KEYS)}."
     # All hold. Only survival has an interval, of which 160 of 160 less 160 of 160 is 0, with
-    # z^2 / (160 + z^2) below it: 0.2 (160 + z^2) / z^2 from the threshold, more than 1.
+    # z^2 / (160 + z^2) below it: 0.2 (160 + z^2) / z^2 = 8.5 halves above the threshold.
     for key, name in (("Q1", "healed survival less base's"), ("Q2", "survival less base's")):
         assert found[key].deciding.what == name
         assert found[key].deciding.margin == pytest.approx(0.2 * (160 + 3.8415) / 3.8415, rel=1e-3)
-    # In Q0 15 of 16 less 1 of 8 is 0.8125, 0.71 from the threshold with 0.36 below it: about 2.
+    # In Q0 15 of 16 less 1 of 8 is 0.8125, 0.71 from the threshold with 0.41 below it: 1.7.
     assert found["worked"].deciding.what.startswith("Q0: fall of survival from doses up to half")
     assert len(found["worked"].estimates) == len(KEYS)
 
@@ -105,8 +105,8 @@ CASES = {
     "Q2 mass": (run(mass=0.9), "no"),
     # masses of 1.3 and 0.7 by turns: the standard error of their mean is 0.3 / sqrt(84) = 0.03
     "Q2 mass?": (run(mass_wobble=0.3), "undecided"),
-    "Q2 survival": (run(kept=110, base_kept=160), "no"),  # 0.31 fewer, at most 0.24
-    # 12 of 16 less 16 of 16 is -0.25; Newcombe's limits -0.50 and -0.02 lie to both sides of -0.20
+    "Q2 survival": (run(kept=110, base_kept=160), "no"),  # 0.31 fewer, at least 0.24
+    # 12 of 16 less 16 of 16 is -0.25; Newcombe's limits -0.50 and -0.01 lie to both sides of -0.20
     "Q2 survival?": (run(kept=12, base_kept=16, total=16), "undecided"),
     # 8 of 16: Wilson 0.28 to 0.72, so -0.5 + sqrt(0.22^2 + 0.194^2) = -0.207 is below -0.20
     "Q2 half survives": (run(kept=8, base_kept=16, total=16), "no"),

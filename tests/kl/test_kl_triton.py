@@ -116,7 +116,8 @@ def test_public_functions_use_the_kernel_inside_fused(monkeypatch, kernel, sweep
         (kl @ upstream - nll @ upstream.flip(0)).backward()
         return kl.detach(), nll.detach(), x.grad
 
-    expected = run()
+    with fused(False):
+        expected = run()
     calls = []
     monkeypatch.setattr(
         "shl.kl.triton.fused_sweep", lambda *a, **k: calls.append(1) or fused_sweep(*a, **k)
@@ -126,13 +127,30 @@ def test_public_functions_use_the_kernel_inside_fused(monkeypatch, kernel, sweep
     assert len(calls) == sweeps
     for a, b in zip(got, expected, strict=True):
         assert (a - b).abs().max() <= 1e-5
-    run()
+    with fused(False):
+        run()
     assert len(calls) == sweeps
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_backward_takes_the_kernel_if_forward_did(monkeypatch, on):
+    """On CUDA autograd runs it in another thread, which does not see the context manager."""
+    h, delta, unembed = inputs(4, 8, 2000)
+    calls = []
+    monkeypatch.setattr(
+        "shl.kl.triton.fused_sweep", lambda *a, **k: calls.append(1) or fused_sweep(*a, **k)
+    )
+    x = h.requires_grad_(True)
+    with fused(on):
+        kl, _ = reverse_kl_and_nll(x, h.detach() - delta, unembed, torch.arange(4), lazy=True)
+    with fused(not on):
+        kl.sum().backward()
+    assert len(calls) == 2 * on
 
 
 @pytest.mark.parametrize(
     ("dtype", "close"),
-    # bf16 has 8 bits, so that products of bf16 factors are within 2^-8 of each other.
+    # The kernel rounds delta, e and e u to bf16, by up to 2^-9 each; torch's sweep on a CPU none.
     [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)],
 )
 def test_equals_the_torch_sweep(dtype, close):

@@ -1,7 +1,8 @@
 """Whole runs on a GPU, or where there is none on a device that is simulated on the CPU.
 
 A simulated tensor says that it is on the device and holds its data on the CPU. An operation that
-mixes it with a CPU tensor raises, as it does on a GPU.
+mixes it with a CPU tensor raises, as it does on a GPU. What depends on `is_cuda` is not reached
+there: products of 16 bits, chunks for a GPU, the Triton kernel by default.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 import shl
 from shl.config import METHOD, DoseConfig, EvalConfig, HealConfig, OnlineConfig, VectorConfig
 from shl.models.load import build_bridge
+from shl.models.scores import base_perplexities
 from shl.models.tiny import tiny_gemma, tiny_hf
 
 pytestmark = pytest.mark.hooked
@@ -138,7 +140,7 @@ def simulated():
 @pytest.fixture
 def device():
     if torch.cuda.is_available():
-        yield torch.device("cuda")
+        yield torch.device("cuda:0")
     else:
         with simulated() as found:
             yield found
@@ -237,7 +239,7 @@ def test_instruments_and_analysis_on_the_device_equal_those_on_the_cpu(
             with shl.baked(model, [adapter], materialise=materialise):
                 scores = shl.evaluate(model)
                 out += list(scores.nats.values())
-        out += [verdict.tail_perplexity for verdict in shl.judge(model, texts)]
+        out += [x for pair in base_perplexities(model, texts) for x in pair]
         for kept in shl.activations(model, prompts, ["blocks.1.hook_resid_post"]).values():
             out += kept.flatten().tolist()
         ids = torch.tensor([[2, 5, 7]], device=model.W_U.device)
