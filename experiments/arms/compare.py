@@ -55,17 +55,21 @@ Found = Mapping[str, Mapping[int, Sequence[Point]]]
 
 def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
     """By arm and seed: the healed student of each round, each dose of the steered one, and the
-    prompted personas."""
+    prompted personas.
+
+    One instrument reads the trait of all: the cloze if it is valid in the first run that is steered
+    along the axis. A random vector, or none, says nothing about its validity.
+    """
     found: dict[str, dict[int, list[Point]]] = {}
     runs = [path for name in ARMS for path in sorted((folder / name).glob("seed*"))]
-    for path in runs:
-        name, seed = path.parent.name, int(path.name.removeprefix("seed"))
-        if not read_lines(path / "events.jsonl"):
-            continue
-        past = RecordReader(path)
-        if past.find("prompted-", -1) is None:
-            continue
-        m = _measured(past)
+    pasts = [RecordReader(path) for path in runs if read_lines(path / "events.jsonl")]
+    measured = [(past, _measured(past)) for past in pasts if past.find("prompted-", -1)]
+    along = (m.reads_cloze for past, m in measured if _along_the_axis(past, m))
+    reads_cloze = next(along, None)
+    for past, m in measured:
+        name, seed = past.folder.parent.name, int(past.folder.name.removeprefix("seed"))
+        if reads_cloze is not None:
+            m.reads_cloze = reads_cloze
         found.setdefault(name, {})[seed] = [
             replace(
                 _point(m, name, seed, str(e["round"]), e), cpu=training_cpu(past.events, e["round"])
@@ -81,6 +85,8 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
         first = RecordReader(donor)
         first.events = [e for e in first.events if e["round"] < 0]
         m = _measured(first, doses)
+        if reads_cloze is not None:
+            m.reads_cloze = reads_cloze
         labels = [f"{e['dose']:.2f}" for e in doses]
         found.setdefault("steered", {})[seed] = [
             _point(m, "steered", seed, label, e) for label, e in zip(labels, m.steered, strict=True)
@@ -102,6 +108,11 @@ def training_cpu(events: Sequence[Event], last: int) -> float | None:
     own = [e for e in events if e["event"] in stages and e["round"] <= last]
     times = [float(e["cpu"]) for e in own if e.get("cpu") is not None]
     return sum(times) if len(times) == len(own) else None
+
+
+def _along_the_axis(past: RecordReader, m: Measurements) -> bool:
+    contrast = past.settings["loop"]["vector"]["direction"] == "contrast"
+    return contrast and bool(m.steered) and m.steered[0]["dose"] != 0
 
 
 def _measured(past: RecordReader, doses: Sequence[Line] = ()) -> Measurements:

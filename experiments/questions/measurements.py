@@ -142,8 +142,9 @@ class Measurements:
     def reads_cloze(self) -> bool:
         """Whether the axis's cloze is valid on this model: the personas differ in the expected
         direction in `SEPARATES` of the openings or more, and beyond doubt on average, and the first
-        steered stage, if there is one, shifts it further than random vectors do."""
-        if self.steered and (limits := self.null_interval(self.steered[0])) is not None:
+        stage that a vector steers, if there is one, shifts it further than random vectors do."""
+        by_vector = self.steered and self.steered[0].get("dose") != 0
+        if by_vector and (limits := self.null_interval(self.steered[0])) is not None:
             steered = self.read("cloze", [self.base, self.steered[0]])
             if steered is None or float((steered[:, 1] - steered[:, 0]).mean()) <= limits[1]:
                 return False

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cached_property
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from experiments.arms import compare
 from experiments.arms.__main__ import ArmsConfig, run_arms
 from experiments.arms.catalogue import ARMS, GROUPS, chosen
 from experiments.arms.compare import Point, _measured, _point, against, points, reach, spread
@@ -18,6 +20,7 @@ from experiments.arms.plots import plane, text_kl
 from experiments.arms.stage_cache import same_result
 from experiments.arms.tables import sentence
 from experiments.arms.text_kl import read_texts, summary
+from experiments.questions.measurements import Measurements
 from experiments.record.reader import RecordReader, read
 from experiments.record.settings import RunConfig
 from experiments.run import study
@@ -118,6 +121,19 @@ def test_comparison_has_the_points_of_every_arm_and_dose(folder, monkeypatch):
     assert files <= {p.name for p in folder.iterdir()}
     written = json.loads((folder / "arms.json").read_text())
     assert {row["arm"] for row in written["arms"]} == set(found)
+
+
+def test_one_instrument_reads_the_trait_of_all_arms(folder, monkeypatch):
+    """By its own record the prompted arm, which no vector steers, would not read the cloze."""
+    valid = cached_property(lambda m: m.steered[0]["dose"] != 0)
+    valid.__set_name__(Measurements, "reads_cloze")
+    monkeypatch.setattr(Measurements, "reads_cloze", valid)
+    seen, point = {}, compare._point
+    monkeypatch.setattr(
+        compare, "_point", lambda m, *a: seen.setdefault(a[0], m.reads_cloze) and point(m, *a)
+    )
+    points(folder)
+    assert seen == dict.fromkeys(("rmse", "none", "prompted", "persona", "steered"), True)
 
 
 def test_kl_of_a_text_is_that_of_the_model_that_wrote_it(folder):

@@ -230,6 +230,15 @@ def test_a_cloze_that_random_vectors_move_as_far_is_not_valid(kl, valid):
     assert row["random"] == f"+-{3 * kl**0.5:.2f}"
 
 
+def test_a_stage_that_no_vector_steers_says_nothing_about_the_cloze():
+    """The prompted persona as teacher, at dose 0, moves it by less than the random vectors' 6."""
+    found = with_nulls(record(shifts=GOOD, ratios=BROKEN), 4.0, [1.0, -3.0])
+    for e in found[0]:
+        if e["event"] == "stage" and e["stage"] == "steered":
+            e["dose"] = 0.0
+    assert Measurements(*found, AXIS, CONFIG).reads_cloze
+
+
 def test_retention_in_the_table_is_that_over_all_sources():
     one = {"teacher": [4.0], "both": [2.0], "student": [1.0], "share": 0.5, "cosine": 1.0}
     other = {"teacher": [5.0], "both": [1.0], "student": [8.0], "share": 0.2, "cosine": 0.16}
