@@ -68,8 +68,7 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
     reads_cloze = next(along, None)
     for past, m in measured:
         name, seed = past.folder.parent.name, int(past.folder.name.removeprefix("seed"))
-        if reads_cloze is not None:
-            m.reads_cloze = reads_cloze
+        _read_by(m, reads_cloze)
         found.setdefault(name, {})[seed] = [
             replace(
                 _point(m, name, seed, str(e["round"]), e), cpu=training_cpu(past.events, e["round"])
@@ -85,8 +84,7 @@ def points(folder: Path) -> dict[str, dict[int, list[Point]]]:
         first = RecordReader(donor)
         first.events = [e for e in first.events if e["round"] < 0]
         m = _measured(first, doses)
-        if reads_cloze is not None:
-            m.reads_cloze = reads_cloze
+        _read_by(m, reads_cloze)
         labels = [f"{e['dose']:.2f}" for e in doses]
         found.setdefault("steered", {})[seed] = [
             _point(m, "steered", seed, label, e) for label, e in zip(labels, m.steered, strict=True)
@@ -113,6 +111,11 @@ def training_cpu(events: Sequence[Event], last: int) -> float | None:
 def _along_the_axis(past: RecordReader, m: Measurements) -> bool:
     contrast = past.settings["loop"]["vector"]["direction"] == "contrast"
     return contrast and bool(m.steered) and m.steered[0]["dose"] != 0
+
+
+def _read_by(m: Measurements, reads_cloze: bool | None) -> None:
+    if reads_cloze is not None:
+        m.reads_cloze = reads_cloze
 
 
 def _measured(past: RecordReader, doses: Sequence[Line] = ()) -> Measurements:
