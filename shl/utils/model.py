@@ -26,9 +26,6 @@ class Model(Protocol):
 
     cfg: Any
     tokenizer: Any
-    ln_final: Any
-    unembed: Any
-    blocks: Any
     training: bool
 
     @property
@@ -40,7 +37,12 @@ class Model(Protocol):
         """The bias of the logits, `[d_vocab]`."""
 
     if TYPE_CHECKING:
-        # isinstance evaluates properties, and a bridge makes this dictionary at each access.
+        # From Python 3.12 on, isinstance does not see the submodules of a module; before, it
+        # evaluates properties, and a bridge makes this dictionary at each access.
+        ln_final: Any
+        unembed: Any
+        blocks: Any
+
         @property
         def hook_dict(self) -> Mapping[str, Any]:
             """Every HookPoint by name."""

@@ -1,8 +1,11 @@
 """Activations equal those of `run_with_cache`, at the given positions."""
 
+import inspect
+
 import pytest
 import torch
 from helpers import one_sentence, random_adapter
+from typing_extensions import get_protocol_members
 
 from shl.hooks.bake import baked
 from shl.hooks.recorder import Recorder
@@ -10,6 +13,7 @@ from shl.models.activations import activations, difference
 from shl.models.generate import generate
 from shl.models.tokens import encode
 from shl.utils.errors import ShlError
+from shl.utils.model import Model
 
 PROMPTS = ["Hi?", "What about you then?", "z"]
 NAMES = ["blocks.0.hook_resid_post", "blocks.1.attn.hook_z", "blocks.2.mlp.hook_post"]
@@ -97,3 +101,11 @@ def test_invalid_names_and_positions_are_rejected(gemma, names, position, messag
     with pytest.raises(ShlError) as error:
         activations(gemma, ["a", "Hello there, you"], names, tokens=position)
     assert message in one_sentence(error)
+
+
+def test_every_model_is_a_model_where_isinstance_sees_no_submodules(model):
+    """Python 3.12 looks protocol members up with `inspect.getattr_static`."""
+    members = get_protocol_members(Model)
+    assert {"cfg", "W_U", "run_with_cache", "parameters"} <= members
+    for name in members:
+        inspect.getattr_static(model, name)
