@@ -209,17 +209,18 @@ class DoseConfig(Settings):
 
     Example:
         >>> DoseConfig(rungs=3).alpha
-        1.5
+        2.25
     """
 
-    alpha: float = 1.5
-    """Nominal dose: kappa * alpha times the vector is added [multiples of the raw vector]. With 0
-    and walk off the student is not steered."""
+    alpha: float = 2.25
+    """Highest dose: kappa * alpha times the vector is added [multiples of the raw vector]. Text
+    should break there, so that a run shows whether the filter notices. With 0 and walk off the
+    student is not steered."""
     walk: bool = True
     """Probe a ladder of doses in each round. If off, every round uses kappa = 1."""
-    kappa_min: Annotated[float, Range(0, 1, above=True)] = 0.2
+    kappa_min: Annotated[float, Range(0, 1, above=True)] = 0.13
     """Lowest kappa on the ladder [multiplier]."""
-    rungs: Count = 5
+    rungs: Count = 6
     """Doses on the ladder, evenly spaced in log kappa from 1 down to kappa_min [count]."""
     probe_size: Count = 8
     """Completions per rung; all rungs are generated as rows of the same batches [count]."""

@@ -219,7 +219,15 @@ def small_loop(**changes):
         "rounds": 2,
         "vector": VectorConfig(contexts=3),
         "generate": GenerateConfig(max_new_tokens=8, min_new_tokens=4),
-        "dose": DoseConfig(rungs=2, probe_size=2, min_train=6, batch_size=4, max_batches=3),
+        "dose": DoseConfig(
+            alpha=1.5,
+            kappa_min=0.2,
+            rungs=2,
+            probe_size=2,
+            min_train=6,
+            batch_size=4,
+            max_batches=3,
+        ),
         "heal": HealConfig(rank=2, sites=("q", "down"), epochs=2, lr=2e-2, tau=0.01),
         "eval": EvalConfig(samples=3, bootstrap=20, conflicts=4),
     }

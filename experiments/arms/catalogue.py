@@ -139,8 +139,8 @@ _OTHERS = (
     Arm("prev", "barrier to the student that entered the round", _set("heal", reference="prev")),
     Arm(
         "no-walk",
-        "the nominal dose in every round: do too few completions survive?",
-        _set("dose", walk=False),
+        f"dose {_FAR:g} in every round: do too few completions survive?",
+        _set("dose", walk=False, alpha=_FAR),
     ),
     Arm(
         "no_persona",

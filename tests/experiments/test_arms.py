@@ -32,7 +32,11 @@ from shl.models.tiny import tiny_gemma
 from shl.models.tokens import Prompt, encode
 from shl.utils.errors import ShlError
 
-LOOP = small_loop(dose=DoseConfig(rungs=2, probe_size=2, min_train=6, batch_size=4, max_batches=8))
+LOOP = small_loop(
+    dose=DoseConfig(
+        alpha=1.5, kappa_min=0.2, rungs=2, probe_size=2, min_train=6, batch_size=4, max_batches=8
+    )
+)
 """With batches enough for the rule of `run`, which drops about half of the texts."""
 QUIET = Console(quiet=True)
 

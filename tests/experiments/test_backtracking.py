@@ -27,7 +27,14 @@ LOOP = small_loop(
     generate=GenerateConfig(max_new_tokens=24, temperature=0.0),
     filter=FilterConfig(max_tail_perplexity=10.0),
     dose=DoseConfig(
-        rungs=2, probe_size=2, min_train=8, batch_size=6, max_batches=3, backtrack=True
+        alpha=1.5,
+        kappa_min=0.2,
+        rungs=2,
+        probe_size=2,
+        min_train=8,
+        batch_size=6,
+        max_batches=3,
+        backtrack=True,
     ),
 )
 

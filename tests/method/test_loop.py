@@ -224,7 +224,9 @@ def test_the_error_for_too_few_survivors_lists_counts_and_rules(gemma, monkeypat
 
 def test_no_batch_is_generated_if_enough_probes_survive(gemma, monkeypatch):
     lenient(monkeypatch)
-    dose = DoseConfig(rungs=2, probe_size=3, min_train=3, batch_size=4, max_batches=3)
+    dose = DoseConfig(
+        alpha=1.5, kappa_min=0.2, rungs=2, probe_size=3, min_train=3, batch_size=4, max_batches=3
+    )
     r = next(love(gemma, AXIS, replace(CONFIG, dose=dose)))
     assert (len(r.kept), r.dreams) == (3, ())
 

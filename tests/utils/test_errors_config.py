@@ -101,7 +101,7 @@ def test_an_invalid_option_is_rejected_with_the_allowed_ones(name):
 def test_the_recommended_method_is_the_default():
     heal = HealConfig()
     assert (heal.aggregate, heal.divergence, heal.reference) == ("rmse", "kl_rev", "base")
-    assert (DoseConfig().target_survival, DoseConfig().kappa_min) == (0.75, 0.2)
+    assert (DoseConfig().target_survival, DoseConfig().kappa_min) == (0.75, 0.13)
     assert HealConfig(lam=0.0, calibrate=False).lam == 0
     assert config.LINEAR_SITES == ("q", "k", "v", "o", "gate", "up", "down")
 
