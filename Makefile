@@ -85,7 +85,7 @@ endif
 defects: install  ## put known defects into a copy of the code: each must fail a test
 	$(BIN)/python -m experiments.checks.defects $(ARGS)
 
-mutants: install  ## mutation testing in mutants/, for hours, resumable; table by file: ARGS="--table|--survivors NAME|NAME*"
+mutants: install  ## mutation testing in mutants/, for hours, resumable; table by file: ARGS="--table|--sample COUNT|--survivors NAME|NAME*"
 	$(BIN)/python -P experiments/checks/mutants.py $(ARGS)
 
 check: install  ## check format, lint and static types

@@ -2,7 +2,9 @@
 
 `make mutants` tries every mutant without a verdict, so a stopped run goes on where it was;
 `ARGS="shl.method.barrier*"` tries those of one module again, `ARGS="--table"` only prints the
-table, and `ARGS="--survivors shl.method"` the changes that no test notices.
+table, and `ARGS="--survivors shl.method"` the changes that no test notices. Once the mutants are
+made, `ARGS="--sample 300"` tries that many of them, drawn at random and the same each time, and
+prints what their score says about all.
 tests/equivalent_mutants.toml lists what no test can or should notice, with the reasons.
 
 mutmut starts pytest many times in one process, where jaxtyping's option may be given once only: so
@@ -15,6 +17,7 @@ import sys
 import tomllib
 from collections import Counter
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -23,6 +26,7 @@ from mutmut.mutation.data import SourceFileMutationData
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 from mutmut.stats import status_by_exit_code
 from mutmut.utils.file_utils import walk_mutatable_files
+from scipy.stats import binomtest
 
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 COLUMNS = ("killed", "timeout", "survived", "equivalent", "no tests", "other", "not checked")
@@ -30,14 +34,45 @@ COLUMNS = ("killed", "timeout", "survived", "equivalent", "no tests", "other", "
 
 def main() -> None:
     """Run mutmut on what the command line names, and print the table."""
-    option, *names = sys.argv[1:] or [""]
+    option, *rest = sys.argv[1:] or [""]
     if option == "--survivors":
-        _print_survivors(names[0] if names else "")
+        _print_survivors(rest[0] if rest else "")
         return
-    if option != "--table":
+    drawn, names, run = set[str](), sys.argv[1:], option != "--table"
+    if option == "--sample":
+        drawn = _drawn(int(rest[0]))
+        unchecked = (name for name, verdict, _ in _all_mutants() if verdict == "not checked")
+        names = [name for name in unchecked if name in drawn]
+        run = bool(names)
+    if run:
         install_import_hook(["shl"], CHECKER)
-        cli(["run", *sys.argv[1:]], standalone_mode=False)
+        cli(["run", *names], standalone_mode=False)
     _print_table()
+    if drawn:
+        counts = Counter(verdict for name, verdict, _ in _all_mutants() if name in drawn)
+        noticed, missed = _noticed(counts)
+        low, high = binomtest(noticed, noticed + missed).proportion_ci(method="wilson")
+        print(f"{f'a sample of {len(drawn)}':40}{_row(counts)}, 95 % {low:.1%} to {high:.1%}")
+
+
+def _drawn(count: int) -> set[str]:
+    """The first mutants in an order that is random and depends on their names alone."""
+    names = [name for name, _, _ in _all_mutants()]
+    if not names:
+        sys.exit("there are no mutants to draw from, run `make mutants` until they are made.")
+    return set(sorted(names, key=lambda name: sha256(name.encode()).digest())[:count])
+
+
+def _all_mutants() -> list[tuple[str, str, str]]:
+    return [mutant for path in walk_mutatable_files() for mutant in _mutants(path)]
+
+
+def _noticed(counts: Counter[str]) -> tuple[int, int]:
+    """How many of the mutants that could be noticed were, and how many were not."""
+    return (
+        counts["killed"] + counts["timeout"],
+        counts["survived"] + counts["no tests"] + counts["other"],
+    )
 
 
 def _print_table() -> None:
@@ -54,8 +89,7 @@ def _print_table() -> None:
 
 def _row(counts: Counter[str]) -> str:
     """The counts, and the share of those that are noticed among those that could be."""
-    noticed = counts["killed"] + counts["timeout"]
-    missed = counts["survived"] + counts["no tests"] + counts["other"]
+    noticed, missed = _noticed(counts)
     score = f"{noticed / (noticed + missed):12.1%}" if noticed + missed else ""
     return "".join(f"{counts[name]:12}" for name in COLUMNS) + score
 
