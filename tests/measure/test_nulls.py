@@ -23,8 +23,9 @@ from shl.utils.errors import ShlError
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SHL_CACHE", str(tmp_path))
-    return tmp_path
+    """A cache folder that does not exist yet."""
+    monkeypatch.setenv("SHL_CACHE", str(tmp_path / "not" / "made"))
+    return tmp_path / "not" / "made"
 
 
 def residual(model):

@@ -20,7 +20,7 @@ from experiments.record.status import status
 from experiments.report.report import report
 from experiments.run import study
 from shl.hooks.vector import SteeringVector
-from shl.measure.tinymfv import Tinymfv, TinymfvConfig, nats, tokenizer_for
+from shl.measure.tinymfv import Tinymfv, TinymfvConfig, _balanced, nats, tokenizer_for
 from shl.method.axes import load_axis
 from shl.models.as_hf import as_hf
 from shl.models.load import load_model
@@ -142,6 +142,11 @@ def test_reading_depends_on_hooks_and_persona(gemma):
     for other in (steered, prompted):
         assert np.abs(np.array(other["log_probs"]) - base["log_probs"]).max() > 1e-2
     assert instrument(gemma, None) == base
+
+
+def test_vignettes_are_taken_from_each_foundation_in_turn():
+    groups = [{"foundation_coarse": name, "id": i} for i, name in enumerate("aabbbc")]
+    assert [v["id"] for v in _balanced(groups, 5)] == [0, 2, 5, 1, 3]
 
 
 def test_nats_by_hand():

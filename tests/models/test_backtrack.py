@@ -98,6 +98,9 @@ def test_the_dose_falls_at_a_rewind_and_rises_up_to_where_it_began(gemma):
     slow = replace(once, recover_after=16, recover_by=1.0, seen=[])
     [c] = steered(gemma, slow, prompts=PROMPTS[:1])
     assert c.doses == pytest.approx([1.0] * 8 + [0.6] * 37)
+    late = replace(once, recover_after=9, seen=[])  # two windows of 8
+    [c] = steered(gemma, late, prompts=PROMPTS[:1])
+    assert c.doses == pytest.approx([1.0] * 8 + [0.6] * 16 + [0.75] * 16 + [0.9375] * 5)
 
 
 @pytest.mark.parametrize(("dose", "limit"), [(1.0, 3.6), (-1.5, 3.2), (-1.5, 3.7)])
@@ -286,6 +289,7 @@ WORDS = TEXT.split()
         ("", [9.0] * 8 + [3.3] * 8, [0.1] * 16, ()),  # only the last window counts
         ("", [0.1] * 16 + [3.0] * 8, [0.1] * 24, ()),
         ("", [0.1] * 16 + [3.2] * 8, [0.1] * 24, ("rise",)),
+        ("", [0.1] * 8 + [2.1] * 8 + [3.2] * 8, [0.1] * 24, ()),  # over the mean of all before
         ("", [1.0] * 3, [0.96] * 3, ("too_predictable",)),
         ("", [1.0] * 16, [0.96] * 8 + [0.94] * 8, ()),
         (" ".join([*WORDS, "again", "more"]), [1.0] * 8, [0.1] * 8, ()),
@@ -364,3 +368,4 @@ def test_a_dose_table_by_hand():
     table = dose_table([own, other], 1.0)
     assert table.tolist() == [[0.75, 0.75, 0.75, 0.5, 0.5, 0.5], [1.0] * 6]
     assert dose_table([own], -2.0).tolist() == [[-0.75, -0.75, -0.75, -0.5, -0.5]]
+    assert dose_table([own], 0.25)[0].tolist() == [0.75, 0.75, 0.75, 0.5, 0.5]
