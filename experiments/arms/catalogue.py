@@ -43,8 +43,8 @@ def _far(**changes: Any) -> Change:
     return lambda loop: _set("heal", **changes)(dose(loop))
 
 
-_SAMPLED = HealConfig()
-"""Training on sampled tokens."""
+_SAMPLED = HealConfig(tau=METHOD.tau)
+"""Training on sampled tokens, with the method's barrier."""
 _SOFT = replace(_SAMPLED, target="soft")
 _REGISTERS = replace(_SOFT, unsteered=METHOD.unsteered, narrative=METHOD.narrative)
 _POSITIONS = replace(_REGISTERS, positions="all")
