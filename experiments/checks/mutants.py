@@ -51,8 +51,12 @@ def main() -> None:
     if drawn:
         counts = Counter(verdict for name, verdict, _ in _all_mutants() if name in drawn)
         noticed, missed = _noticed(counts)
-        low, high = binomtest(noticed, noticed + missed).proportion_ci(method="wilson")
-        print(f"{f'a sample of {len(drawn)}':40}{_row(counts)}, 95 % {low:.1%} to {high:.1%}")
+        line = f"{f'a sample of {len(drawn)}':40}{_row(counts)}"
+        # The quickest tests are run first, so that a part of the sample is no sample.
+        if noticed + missed and not counts["not checked"]:
+            low, high = binomtest(noticed, noticed + missed).proportion_ci(method="wilson")
+            line += f", 95 % {low:.1%} to {high:.1%}"
+        print(line)
 
 
 def _drawn(count: int) -> set[str]:

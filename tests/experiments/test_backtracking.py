@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from helpers import one_sentence, small_loop
@@ -15,7 +16,7 @@ from experiments.record.schema import check_lines
 from experiments.record.settings import RunConfig
 from experiments.report.page import dosed, stories, write_page
 from experiments.run import study
-from shl.config import DoseConfig, FilterConfig, GenerateConfig
+from shl.config import FilterConfig, GenerateConfig
 from shl.hooks.vector import SteeringVector
 from shl.method.backtrack import replay
 from shl.models.tiny import tiny_gemma
@@ -26,16 +27,7 @@ LOOP = small_loop(
     rounds=1,
     generate=GenerateConfig(max_new_tokens=24, temperature=0.0),
     filter=FilterConfig(max_tail_perplexity=10.0),
-    dose=DoseConfig(
-        alpha=1.5,
-        kappa_min=0.2,
-        rungs=2,
-        probe_size=2,
-        min_train=8,
-        batch_size=6,
-        max_batches=3,
-        backtrack=True,
-    ),
+    dose=replace(small_loop().dose, min_train=8, batch_size=6, backtrack=True),
 )
 
 
