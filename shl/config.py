@@ -473,7 +473,8 @@ class EvalConfig(Settings):
     """Random vectors of the same KL, both signs, that stand beside the cloze; read once per model
     and layers and kept in the cache folder; 0 for none [count]."""
     samples: Count = 64
-    """Unsteered answers to the axis's prompts, sampled at each stage [count]."""
+    """Unsteered answers to the axis's prompts, sampled at each stage; of the negative persona at
+    most 16, which no comparison uses [count]."""
     batch_size: Count = 16
     """Vignettes scored in one forward pass [count]."""
 

@@ -9,7 +9,7 @@ from shl.fast.bridge import Bridge
 from shl.fast.hooked import is_fast, is_hooked, read_only
 from shl.fast.kv_cache import KVCache, explicit_positions
 from shl.fast.linear import onednn_linear
-from shl.fast.topk import shortlist_applies, top_logits
+from shl.fast.topk import largest, shortlist_applies, top_logits
 
 __all__ = [
     "Bridge",
@@ -17,6 +17,7 @@ __all__ = [
     "explicit_positions",
     "is_fast",
     "is_hooked",
+    "largest",
     "onednn_linear",
     "read_only",
     "shortlist_applies",

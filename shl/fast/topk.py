@@ -10,6 +10,7 @@ where primes denote 16-bit values. If this bound proves that no other token can 
 largest, the result equals that of the full product; otherwise the row's full product is computed.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ ONE_ROW, ROWS = torch.float16, torch.bfloat16
 processor's 16-bit instructions. A copy of an unembedding is made on first use."""
 WIDEN = 8
 """The shortlist has WIDEN * k tokens, and at least 64."""
+BLOCK = 128
+"""Values in a block of `largest`."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,28 @@ def top_logits(
 
 
 def _full(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    top = linear(hidden, weight, bias).topk(k)
-    return top.values, top.indices
+    return largest(linear(hidden, weight, bias), k)
+
+
+def largest(
+    x: Float[Tensor, "batch n"], k: int
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """The k largest values of each row, in descending order, and their places: `topk` over the k
+    blocks with the largest maxima, which hold them all; for a large vocabulary in half the time.
+
+    Example:
+        >>> values, places = largest(torch.arange(4096.0)[None], 2)
+        >>> places.tolist()
+        [[4095, 4094]]
+    """
+    size = math.gcd(x.shape[1], BLOCK)
+    blocks = x.unflatten(1, (-1, size))
+    if x.is_cuda or size < BLOCK or blocks.shape[1] <= k:
+        top = x.topk(k)
+        return top.values, top.indices
+    best = blocks.amax(2).topk(k).indices
+    top = blocks.gather(1, best[..., None].expand(-1, -1, size)).flatten(1).topk(k)
+    return top.values, best.gather(1, top.indices // size) * size + top.indices % size
 
 
 def _stamp(weight: Tensor) -> tuple[int, int]:

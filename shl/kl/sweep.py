@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shl.fast import onednn_linear
+from shl.fast import linear, onednn_linear
 from shl.utils.shapes import Bool, Float, Hidden, PerToken, Unembed
 
 Bias = Float[Tensor, " vocab"] | None
@@ -76,8 +76,8 @@ class Chunk:
         return torch.bmm(rows.expand(count, -1, -1), parts, out=out).transpose(0, 1)
 
     def fast_logits(self, rows: Tensor, buffer: Tensor) -> Tensor:
-        """As `logits`, on a CPU by oneDNN, with up to twice the rounding error."""
-        if self.weight.is_cuda:
+        """As `logits`, by oneDNN where that is faster, with up to twice the rounding error."""
+        if self.weight.is_cuda or not linear.ONEDNN_FASTER:
             return self.logits(rows, buffer)
         return onednn_linear(rows, self.weight).unflatten(1, self.shape)
 

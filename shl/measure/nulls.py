@@ -121,7 +121,7 @@ def matching_scale(divergence: Callable[[float], float], aim: float, start: floa
     last: tuple[float, float] | None = None
     for _ in range(TRIES):
         found = max(divergence(scale), SMALLEST)
-        if abs(found - aim) <= CLOSE * aim / 2:
+        if abs(found - aim) <= CLOSE * aim:
             return scale
         if last is not None and last[0] != scale:
             slope = math.log(found / last[1]) / math.log(scale / last[0])
@@ -129,12 +129,10 @@ def matching_scale(divergence: Callable[[float], float], aim: float, start: floa
         last = scale, found
         step = (aim / found) ** (1 / exponent)
         scale = min(max(scale * step, start / RANGE), start * RANGE)
-    require(
-        abs(found - aim) <= CLOSE * aim,
+    raise ShlError(
         f"random directions give {found:.4g} nats per token, the aim is {aim:.4g}; no scale up to "
-        f"{RANGE:g} times the first comes within {CLOSE:.0%}.",
+        f"{RANGE:g} times the first comes within {CLOSE:.0%}."
     )
-    return scale
 
 
 def random_like(

@@ -21,6 +21,7 @@ from torch import Tensor
 from shl.hooks.handle import suspended
 from shl.hooks.sites import readout
 from shl.kl.divergence import fp32_log_probs
+from shl.kl.sweep import product
 from shl.models.generate import Completion
 from shl.models.scores import completion_hidden
 from shl.models.tokens import Prompt, encode, encode_text
@@ -83,12 +84,14 @@ def fisher_products(
     out = []
     unembed = unembed if unembed.is_cuda else unembed.float()  # one copy
     for parts in zip(*(x.split(ROWS) for x in (base, entered, teacher, student)), strict=True):
-        log_p, before, after_t, after_s = (
-            fp32_log_probs(x, unembed, bias, soft_cap) for x in parts
-        )
-        p = log_p.exp()
-        u_t, u_s = after_t - before, after_s - before
-        u_t, u_s = (u - (p * u).sum(1, keepdim=True) for u in (u_t, u_s))
+        at_base, before, *after = parts
+        p = fp32_log_probs(at_base, unembed, bias, soft_cap).exp()
+        if soft_cap > 0:
+            start = fp32_log_probs(before, unembed, bias, soft_cap)
+            moved = [fp32_log_probs(x, unembed, bias, soft_cap).sub_(start) for x in after]
+        else:  # the bias and the normalisers drop out
+            moved = [product(x.float() - before.float(), unembed) for x in after]
+        u_t, u_s = (u.sub_((p * u).sum(1, keepdim=True)) for u in moved)
         products = ((p * a * b).sum(1) for a, b in ((u_t, u_t), (u_s, u_t), (u_s, u_s)))
         out.append(torch.stack(list(products), 1))
     return torch.cat(out)

@@ -55,6 +55,8 @@ MATCHED_ON = 8
 """Prompts on which the random control is matched in divergence [count]."""
 READ = 6
 """Texts of each source on which retention is read [count]."""
+SHOWN = 16
+"""Largest number of samples of the negative persona [count]."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ def baselines(
 ) -> dict[str, Stage]:
     """Measure base and both prompted personas like every later stage, without training.
 
+    The negative persona is sampled `SHOWN` times at most: no comparison rests on its answers.
+
     Args:
         observer: receives each measured stage, and may supply it.
         instruments: further measurements of each stage, by name.
@@ -124,8 +128,8 @@ def baselines(
     study = Study(model, axis, config or LoopConfig(), observer or Observer(), instruments or {})
     stages = {"base": study.measure(-1, "base")}
     remember_base(model, stages["base"].evaluation)
-    for name, persona in (("prompted+", axis.positive), ("prompted-", axis.negative)):
-        stages[name] = study.measure(-1, name, persona=persona)
+    stages["prompted+"] = study.measure(-1, "prompted+", persona=axis.positive)
+    stages["prompted-"] = study.measure(-1, "prompted-", persona=axis.negative, most=SHOWN)
     return stages
 
 
@@ -437,9 +441,13 @@ class Study:
             self.observer.save_retention(index, found)
         return found
 
-    def measure(self, index: int, name: str, *, persona: str | None = None) -> Stage:
+    def measure(
+        self, index: int, name: str, *, persona: str | None = None, most: int | None = None
+    ) -> Stage:
         """Measure the model with the hooks that are on, without steering."""
-        compute = partial(measure, self.model, self.axis, self.config, name, persona=persona)
+        compute = partial(
+            measure, self.model, self.axis, self.config, name, persona=persona, most=most
+        )
         return self._measured(index, name, compute, persona)
 
     def _measured(
@@ -472,13 +480,17 @@ def measure(
     name: str,
     *,
     persona: str | None = None,
+    most: int | None = None,
 ) -> Stage:
-    """Evaluate the model on the vignettes and sample it, with the hooks that are on."""
+    """Evaluate the model on the vignettes and sample it, with the hooks that are on: `eval.samples`
+    answers, or `most` if that is fewer."""
     evaluation = evaluate(model, persona=persona, config=config.eval)
+    count = min(config.eval.samples, most or config.eval.samples)
     # Every stage answers the same prompts with the same draws.
-    prompts, seed = _prompts(axis, persona, config.eval.samples), seed_for(config.seed, "sample")
+    prompts, seed = _prompts(axis, persona, count), seed_for(config.seed, "sample")
     texts = generate(model, prompts, **vars(config.generate), seed=seed)
-    return Stage(name, evaluation, tuple(judge(model, texts, config.filter, persona=persona)))
+    verdicts = judge(model, texts, config.filter, persona=persona, reuse_nll=True)
+    return Stage(name, evaluation, tuple(verdicts))
 
 
 def _prompts(axis: Axis, persona: str | None, count: int, first: int = 0) -> list[Prompt]:

@@ -4,6 +4,7 @@ The loop differs from TransformerLens's `generate` in three points: logits are c
 position only, each row has its own random stream, and finished rows leave the batch.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from shl.config import GenerateConfig
-from shl.fast import KVCache, shortlist_applies, top_logits
+from shl.fast import KVCache, largest, shortlist_applies, top_logits
 from shl.hooks.bake import fused_decoding
 from shl.hooks.handle import handles_on, running
 from shl.hooks.steering import Steering
@@ -113,8 +114,7 @@ def next_logits(
         return apply_softcap(values, cap), ids
     logits = apply_softcap(model.unembed(hidden)[:, 0], cap).float()
     if k:
-        top = logits.topk(min(k, logits.shape[1]))
-        return top.values, top.indices
+        return largest(logits, min(k, logits.shape[1]))
     return logits, torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
 
 
@@ -143,12 +143,15 @@ def sample(
     require(bool(torch.isfinite(logits.amax(1)).all()), "the logits are not finite.")
     values, ids = logits, tokens
     if greedy or limit < logits.shape[1] or config.top_p < 1:
-        values, order = logits.topk(min(limit, logits.shape[1]))
+        values, order = largest(logits, min(limit, logits.shape[1]))
         ids = order if tokens is None else tokens.gather(1, order)
-    if ids is None:
-        ids = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
     if greedy:
+        assert ids is not None
         return ids[:, 0]
+    if values is logits:
+        rank = _sample_in_order(logits / config.temperature, draws)
+        return rank if ids is None else ids.gather(-1, rank[:, None])[:, 0]
+    assert ids is not None
     p = (values / config.temperature).double().softmax(-1)
     cumulative = p.cumsum(-1)
     if config.top_p < 1:
@@ -158,6 +161,25 @@ def sample(
     # The first token whose cumulative probability exceeds the draw; it has a non-zero probability.
     rank = (cumulative > threshold).int().argmax(-1)
     return ids.gather(-1, rank[:, None])[:, 0]
+
+
+def _sample_in_order(
+    logits: Float[Tensor, "batch n"], draws: Float[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    """The place in each row that its draw falls on: the block first, then the place in it, so that
+    only one block's cumulative sum is needed. Sums are in fp64."""
+    size = math.gcd(logits.shape[1], 512)
+    weights = (logits - logits.amax(1, keepdim=True)).exp().unflatten(1, (-1, size))
+    sums = weights.sum(2, dtype=torch.float64)
+    cumulative = sums.cumsum(1)
+    threshold = draws[:, None].double() * cumulative[:, -1:]
+    block = (cumulative > threshold).int().argmax(1, keepdim=True)
+    before = (cumulative - sums).gather(1, block)
+    inside = weights[torch.arange(len(weights)), block[:, 0]].double().cumsum(1)
+    # The last place of the block with a weight is chosen at the latest, whatever sums round to.
+    most = torch.nextafter(inside[:, -1:], torch.zeros_like(before))
+    place = (inside > torch.minimum(threshold - before, most)).int().argmax(1)
+    return block[:, 0] * size + place
 
 
 @dataclass(frozen=True)
@@ -170,8 +192,9 @@ class Completion:
 
     A completion that was rewound (`shl.Backtrack`) has in `rewinds` the number of tokens kept and
     the new dose of each rewind in order, and in `doses` the dose at which each token was sampled.
-    One that was watched has in `base_nll` the NLL of each token (nats) under the model that wrote
-    it with all handles suspended; completions are compared without it.
+    `base_nll` is the NLL of each token (nats) under the model that wrote it with all handles
+    suspended, where decoding computed it: for one that was watched, and for one that was written
+    without a handle from whole logits. Completions are compared without it.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -221,6 +244,7 @@ class Batch:
         active: the row of each row of the cache.
         cache: prompts and tokens but the last.
         last: `[active, 1]`, the last token of each active row.
+        base_nll: NLL of each row's tokens, if no handle is on and logits are whole.
     """
 
     model: Model
@@ -234,6 +258,7 @@ class Batch:
     active: list[int]
     cache: KVCache
     last: Int[Tensor, "active 1"]
+    base_nll: list[list[float]] = field(default_factory=list)
 
     def finished(self, row: int) -> bool:
         """Whether a row has all its tokens."""
@@ -327,6 +352,8 @@ def generate(
     done: dict[int, Completion] = {}
     batches = length_batches([len(row) for row in rows], batch_size)
     long = len(batches) * max_new_tokens >= LONG
+    # The logits of base itself: their NLL takes no further forward pass.
+    by_base = backtrack is None and not handles_on(model) and not shortlist_applies(model)
 
     def work(indices: list[int]) -> None:
         prompts = [rows[i] for i in indices]
@@ -334,10 +361,14 @@ def generate(
         if backtrack is not None and steering is not None:
             watching = backtrack.watch(steering, doses)
         with watching as watch:
-            batch = _decode_batch(model, indices, prompts, config, seed, watch, more)
+            batch = _decode_batch(model, indices, prompts, config, seed, watch, more, by_base)
             for row, i in enumerate(indices):
                 tokens, ended = tuple(batch.tokens[row]), batch.ended[row]
-                history = watch.history(row) if watch is not None else ()
+                history: History = ((), (), ())
+                if watch is not None:
+                    history = watch.history(row)
+                elif by_base:
+                    history = ((), (), tuple(batch.base_nll[row][: len(tokens)]))
                 text, prompt = decode(model, tokens), tuple(rows[i])
                 done[i] = Completion(questions[i], text, tokens, prompt, doses[i], ended, *history)
 
@@ -374,6 +405,7 @@ def _decode_batch(
     seed: int,
     watch: Watch | None = None,
     more_steps: int = 0,
+    by_base: bool = False,
 ) -> Batch:
     device = model.W_U.device
     streams = [generator_for(seed, "token", i) for i in indices]
@@ -382,7 +414,7 @@ def _decode_batch(
     stop_ids = torch.tensor(sorted(ends), device=device)
     limit = 1 if config.temperature == 0 else config.top_k
     # End tokens may be masked below, so request as many more.
-    k = limit + len(ends) if limit else 0
+    k = limit + len(ends) if limit and not by_base else 0
     with running(rows=indices, prompts=[len(row) for row in rows]):
         residual, cache = prefill(model, rows, reserve=config.max_new_tokens + more_steps)
     batch = Batch(
@@ -397,6 +429,7 @@ def _decode_batch(
         active=list(range(len(rows))),
         cache=cache,
         last=torch.tensor([row[-1:] for row in rows], device=device),
+        base_nll=[[] for _ in rows],
     )
     while True:
         active, tokens = batch.active, batch.tokens
@@ -410,11 +443,16 @@ def _decode_batch(
                 lambda: [[*rows[row], *tokens[row]] for row in active],  # noqa: B023
                 [indices[row] for row in active],
             )
+        whole = logits
         early = torch.tensor([n < config.min_new_tokens for n in counts], device=device)
         if bool(early.any()):
             logits = logits.masked_fill(early[:, None] & torch.isin(ids, stop_ids), -torch.inf)
         places = [min(n, config.max_new_tokens - 1) for n in counts]
         chosen = sample(logits, batch.draws[active, places], config, ids)
+        if by_base:
+            nll = whole.logsumexp(1) - whole.gather(1, chosen[:, None])[:, 0]
+            for row, value in zip(active, nll.tolist(), strict=True):
+                batch.base_nll[row].append(value)
         for row, token, n in zip(active, chosen.tolist(), counts, strict=True):
             if not batch.finished(row):
                 tokens[row].append(token)

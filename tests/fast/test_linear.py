@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from shl.fast import linear
 from shl.fast.linear import ONEDNN, onednn_linear
 from shl.kl import log_probs_at, logsumexp, reverse_kl_and_nll
 
@@ -22,7 +23,8 @@ def draws(*shapes, seed=0):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Weight shapes of the calls of oneDNN's operator."""
+    """Weight shapes of the calls of oneDNN's operator, as on a CPU where it is faster."""
+    monkeypatch.setattr(linear, "ONEDNN_FASTER", True)
     seen, real = [], torch.ops.mkldnn._linear_pointwise
 
     def count(*args):
@@ -91,3 +93,15 @@ def test_scores_and_divergences_use_onednn(calls):
         before = len(calls)
         reverse_kl_and_nll(h, h, w.T, torch.arange(6), lazy=lazy)
         assert len(calls) > before
+
+
+@needs_onednn
+def test_mkl_where_it_is_faster(calls, monkeypatch):
+    h, w = draws((6, 16), (700, 16), seed=5)
+    monkeypatch.setattr(linear, "ONEDNN_FASTER", False)
+    exact = (h.double() @ w.T.double()).logsumexp(1)
+    found = logsumexp(h, w.T, None, scoring=True)
+    assert float((found.double() - exact).abs().max()) <= 1e-5
+    for lazy in (True, False):
+        reverse_kl_and_nll(h, h, w.T, torch.arange(6), lazy=lazy)
+    assert calls == []

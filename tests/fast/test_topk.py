@@ -193,3 +193,14 @@ def test_list_is_proven_by_the_last_listed_logit(monkeypatch):
     rows = counted(monkeypatch)
     top_logits(torch.ones(1, D), torch.ones(D, V), 1)
     assert rows == [1]
+
+
+@pytest.mark.parametrize(("n", "k"), [(4096, 5), (4096, 31), (4096, 32), (4097, 5), (100, 100)])
+def test_largest_is_topk(n, k):
+    x = random(3, n, seed=n + k)
+    x[1, :k] += 9  # all in one block
+    x[2, -1] = torch.inf
+    values, places = topk.largest(x, k)
+    expected = x.topk(k)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(places, expected.indices)

@@ -139,6 +139,21 @@ def test_watched_completions_know_their_nll_under_base(model):
     assert base_perplexities(model, plain, reuse_nll=True) == base_perplexities(model, plain)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_completions_of_base_know_their_nll(model, monkeypatch, temperature):
+    options = {"max_new_tokens": 9, "temperature": temperature, "min_new_tokens": 4, "top_k": 5}
+    found = generate(model, PROMPTS, **options)
+    expected = token_nll(model, found)
+    assert all(len(c.tokens) > 3 for c in found)
+    for c, losses in zip(found, expected, strict=True):
+        assert c.base_nll == pytest.approx(losses.tolist(), abs=1e-4)
+    # With the shortlist there are no whole logits, and the texts are the same.
+    monkeypatch.setattr("shl.models.generate.shortlist_applies", lambda _: True)
+    listed = generate(model, PROMPTS, **options)
+    assert listed == found
+    assert all(c.base_nll == () for c in listed)
+
+
 def test_replay_needs_the_doses_and_the_rewinds(gemma):
     """At the dose of the start, or without the new cache after a rewind, tokens are others."""
     found = steered(gemma, ByNll(limit=3.7), -1.5)

@@ -52,6 +52,26 @@ def test_temperature_flattens_or_sharpens_the_distribution():
     assert counts(temperature=2.0)[1] < 500 < counts(temperature=0.5)[1]
 
 
+@pytest.mark.parametrize("n", [3 * 512, 1000])
+def test_a_large_distribution_is_sampled_in_the_order_of_its_tokens(n):
+    p = torch.rand(n, generator=torch.Generator().manual_seed(0)).double()
+    p[: n // 2] = 0
+    p[-1] = 0
+    cumulative = (p / p.sum()).cumsum(0)
+    draws = torch.cat([GRID, torch.tensor([0.0, 1 - 2**-24])])
+    logits = p.float().log().expand(len(draws), -1)
+    got = sample(logits, draws, GenerateConfig(top_k=0, top_p=1.0))
+    expected = torch.searchsorted(cumulative, draws.double(), right=True)
+    # fp32 logits move an edge by 1e-7; few of the draws lie that close to one.
+    assert int((got != expected).sum()) <= 1
+    assert bool((p[got] > 0).all())
+    assert int(got[-1]) == n - 2
+    listed = torch.arange(n).flip(0).expand(len(draws), -1)
+    assert torch.equal(
+        sample(logits, draws, GenerateConfig(top_k=0, top_p=1.0), listed), n - 1 - got
+    )
+
+
 def test_token_of_zero_probability_is_never_drawn():
     logits = torch.tensor([[0.0, -torch.inf]]).expand(2, 2)
     draws = torch.tensor([0.0, 1 - 2**-24])  # the ends of torch.rand's range
