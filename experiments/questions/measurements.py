@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -359,21 +359,29 @@ def question(
     """
 
     def decorate(find: Callable[[Measurements], Finding]) -> Callable[[Measurements], Answer]:
-        def ask(m: Measurements) -> Answer:
-            waits = healed and not m.healed
-            found = Finding([missing("healed stage")]) if waits else find(m)
-            limits = {name: getattr(thresholds, name) for name in names}
-            notes, estimates = [*found.notes], found.estimates
-            if any(e.trait for e in estimates):
-                notes.append(m.doubt)
-            verdict = found.verdict or all_of(e.outcome for e in estimates)
-            figures = {"decided": [e.as_json() for e in estimates], **found.figures}
-            words = sentence(verdict, estimates, *notes)
-            return Answer(key, text, verdict, words, figures, limits, tuple(estimates))
-
-        return ask
+        return partial(_ask, key, text, names, healed, find)
 
     return decorate
+
+
+def _ask(
+    key: str,
+    text: str,
+    names: Sequence[str],
+    healed: bool,
+    find: Callable[[Measurements], Finding],
+    m: Measurements,
+) -> Answer:
+    waits = healed and not m.healed
+    found = Finding([missing("healed stage")]) if waits else find(m)
+    limits = {name: getattr(thresholds, name) for name in names}
+    notes, estimates = [*found.notes], found.estimates
+    if any(e.trait for e in estimates):
+        notes.append(m.doubt)
+    verdict = found.verdict or all_of(e.outcome for e in estimates)
+    figures = {"decided": [e.as_json() for e in estimates], **found.figures}
+    words = sentence(verdict, estimates, *notes)
+    return Answer(key, text, verdict, words, figures, limits, tuple(estimates))
 
 
 def masses(p: Profiles) -> np.ndarray:

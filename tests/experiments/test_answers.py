@@ -319,6 +319,16 @@ def test_unfinished_run_is_answered_as_far_as_it_goes():
     assert verdicts((events[:4], found))["Q0"] == "yes"
 
 
+def test_what_is_missing_is_named():
+    found = ask(run(base_kept=0))["Q2"]
+    assert "none of 160 samples of base survive" in found.sentence
+    events, recorded = run()
+    baselines = [e for e in events if e["round"] < 0]
+    early = ask((baselines, recorded))
+    for key in ("Q1", "Q2", "Q3", "prompting"):
+        assert [e.what for e in early[key].estimates] == ["healed stage"]
+
+
 def test_missing_dose_walk_and_missing_perplexities():
     found = ask(run(ladder=()))["Q0"]
     assert found.verdict == "undecided"

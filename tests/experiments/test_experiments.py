@@ -15,7 +15,7 @@ from records import tiny_runs
 from rich.console import Console
 
 from experiments import run as program
-from experiments.record import progress
+from experiments.record import progress, settings
 from experiments.record.reader import read
 from experiments.record.settings import RunConfig
 from experiments.report.page import write_page
@@ -284,3 +284,16 @@ def test_engine_dtype_and_device_map_reach_the_model(tmp_path, monkeypatch, caps
         with pytest.raises(SystemExit):
             program.main()
         assert "a run continues only with the same settings" in capsys.readouterr().err
+
+
+def test_the_digest_of_the_code_covers_both_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
+    seen = [settings.code_digest()]
+    for path in ("shl/a.py", "shl/data/b.toml", "experiments/c.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        for text in ("one", "two"):
+            (tmp_path / path).write_text(text)
+            seen.append(settings.code_digest())
+    assert len(set(seen)) == 7
+    (tmp_path / "shl/notes.txt").write_text("no code")
+    assert settings.code_digest() == seen[-1]

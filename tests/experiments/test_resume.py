@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib import import_module
 
 import pytest
+import torch
 import tyro
 from helpers import one_sentence, small_loop
 from records import tiny_runs
@@ -26,12 +27,13 @@ from experiments.record.resume import Recorder, Resume
 from experiments.record.schema import name_of
 from experiments.record.settings import RunConfig, folder_of, settings_of
 from experiments.record.signals import Stop, Stopped
-from experiments.record.status import status
+from experiments.record.status import remaining, status
 from experiments.record.writer import RecordWriter
 from experiments.report.report import report
 from experiments.run import study
 from shl.config import OnlineConfig
 from shl.method.axes import load_axis
+from shl.method.heal import HealStep, Training
 from shl.method.stages import StarvedError
 from shl.models.tiny import tiny_gemma
 from shl.utils.errors import ShlError
@@ -401,6 +403,24 @@ def test_status_prints_finished_and_remaining_stages(alone, tmp_path):
     printed = status(folder)
     assert "round 0: vector, probe" in printed
     assert "remains    round 0: batch, steered, healing, healed, retention; 1 more round" in printed
+
+
+def test_status_counts_the_steps_of_an_unfinished_healing(alone, tmp_path):
+    folder = shutil.copytree(alone, tmp_path / "run")
+    names = [name_of(e) for e in Journal(folder / "events.jsonl").lines]
+    unfinish(folder, names.index("healing"))
+    assert "healing is saved" not in status(folder)
+    steps = tuple(HealStep(0, k, *[0.0] * 8) for k in range(3))
+    state = Training({"A": torch.zeros(1)}, 1.0, steps, "texts")
+    state.save(folder / "rounds" / "0" / "training.safetensors")
+    assert "healing is saved after 3 steps" in status(folder)
+
+
+def test_status_names_the_baselines_that_remain():
+    assert remaining("start", -1, 1) == "base, prompted+, prompted-; 1 round"
+    assert remaining("context:base", -1, 2) == "prompted+, prompted-; 2 rounds"
+    assert remaining("healed", 0, 1) == "round 0: retention"
+    assert remaining("token_kl", 0, 1) == "the final summary"
 
 
 def test_status_without_permission_to_open_the_lock(alone, tmp_path, monkeypatch):

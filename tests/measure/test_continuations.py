@@ -16,7 +16,7 @@ from shl.measure.continuations import (
     read_conflict,
 )
 from shl.models.tiny import tiny_gemma
-from shl.models.tokens import encode_text
+from shl.models.tokens import Prompt, encode, encode_text
 
 ITEM = ConflictItem(
     "The cook", "Mia", "The guest", ("fry it", "boil it"), ("fried it", "boiled it")
@@ -54,6 +54,21 @@ def test_cloze_is_the_log_odds_of_the_words_of_either_pole():
         }
         expected.append(np.log((p["good"] + p["warm"]) / (p["bad"] + p["cold"])))
     np.testing.assert_allclose(read_cloze(model, cloze), expected, atol=5e-5)
+
+
+def test_a_chat_model_reads_an_opening_as_the_beginning_of_its_answer():
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}>"
+    model = tiny_gemma(chat_template=template)
+    cloze = Cloze(("The day was", "She felt"), ("warm",), ("cold",))
+    plus, minus = (encode_text(model, f" {word}") for word in ("warm", "cold"))
+    for persona, said in ((None, "[Tell me something.]>"), ("Be kind.", "[Be kind.")):
+        expected = []
+        for opening in cloze.openings:
+            ids = encode(model, Prompt("Tell me something.", persona))
+            assert said in model.tokenizer.decode(ids)
+            ids = ids + encode_text(model, opening)
+            expected.append(by_hand(model, ids, plus) - by_hand(model, ids, minus))
+        assert read_cloze(model, cloze, persona=persona) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_cell_says_what_it_is_named_after():

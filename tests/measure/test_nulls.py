@@ -82,6 +82,20 @@ def test_both_signs_are_matched_on_average_to_five_per_cent(gemma):
             assert np.mean(both) == pytest.approx(level, rel=0.05)
 
 
+def test_matching_starts_from_the_scale_of_the_vector_before(gemma, monkeypatch):
+    starts = []
+
+    def scale(divergence, level, start):
+        starts.append(start)
+        return start + level
+
+    monkeypatch.setattr("shl.measure.nulls.matching_scale", scale)
+    scales = matched_scales(gemma, (1,), count=2, levels=(0.1, 0.7))
+    once, twice = [0.005 + 0.1, 0.005 + 0.7], [0.005 + 0.1 + 0.1, 0.005 + 0.7 + 0.7]
+    assert starts == [0.005, 0.005, *once]
+    assert scales.T.tolist() == [once, twice]
+
+
 def test_signs_of_uneven_divergence_are_matched_by_their_mean(gemma, monkeypatch):
     """3 d^2 and d^2 for the two signs have a mean of 2 d^2, which is 0.02 at a scale of 0.1."""
 

@@ -142,8 +142,12 @@ def test_watched_completions_know_their_nll_under_base(model):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_completions_of_base_know_their_nll(model, monkeypatch, temperature):
     options = {"max_new_tokens": 9, "temperature": temperature, "min_new_tokens": 4, "top_k": 5}
+    # A turn that ends with one of these has a logit for its end as well, which is not counted.
+    ends = frozenset(range(0, model.cfg.d_vocab, 5))
+    monkeypatch.setattr("shl.models.generate.end_ids", lambda _: ends)
     found = generate(model, PROMPTS, **options)
     expected = token_nll(model, found)
+    assert {c.ended for c in found} >= {True}
     assert all(len(c.tokens) > 3 for c in found)
     for c, losses in zip(found, expected, strict=True):
         assert c.base_nll == pytest.approx(losses.tolist(), abs=1e-4)
