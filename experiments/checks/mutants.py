@@ -40,6 +40,8 @@ def main() -> None:
         return
     drawn, names, run = set[str](), sys.argv[1:], option != "--table"
     if option == "--sample":
+        if len(rest) != 1 or not rest[0].isdecimal():
+            sys.exit(f"--sample is followed by {rest}, it needs one number of mutants.")
         drawn = _drawn(int(rest[0]))
         unchecked = (name for name, verdict, _ in _all_mutants() if verdict == "not checked")
         names = [name for name in unchecked if name in drawn]

@@ -43,12 +43,22 @@ LOG = "log.txt"
 """What the process of a run prints, where it has no console of its own."""
 
 
+NAME_MAX = 255
+"""Bytes in the name of a folder, on Linux's file systems."""
+
+
 def require_usable(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise unless a run may be kept in a folder, which need not exist yet.
 
     Raises:
-        ShlError: the folder holds something else or another run, or cannot be written.
+        ShlError: the folder holds something else or another run, is in use, or cannot be written.
     """
+    longest = max(folder.absolute().parts, key=lambda part: len(os.fsencode(part)))
+    require(
+        len(os.fsencode(longest)) <= NAME_MAX,
+        f"the name {longest[:20]}... has {len(os.fsencode(longest))} bytes, a folder's may have "
+        f"{NAME_MAX}.",
+    )
     try:
         names = {path.name for path in folder.iterdir()}
     except FileNotFoundError:
@@ -63,6 +73,8 @@ def require_usable(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> N
     require(
         os.access(existing, os.W_OK), f"{folder} cannot be written, {existing} is not writable."
     )
+    if ".lock" in names:
+        lock(folder).release()
     if read_lines(folder / "events.jsonl"):
         require_same_run(folder, settings)
 

@@ -133,6 +133,7 @@ SETTINGS = [
     (("--device", "meta"), "device is 'meta', it must be cpu, cuda or cuda:N"),
     (("--device", "abacus"), "device is 'abacus', it must be cpu, cuda or cuda:N"),
     (("--out", "."), "holds something else"),
+    (("--out", f"missing/{'n' * 300}"), "has 300 bytes, a folder's may have 255"),
     (("--out", "taken"), "taken/events.jsonl cannot be read (Not a directory)"),
 ]
 

@@ -315,8 +315,10 @@ def test_lock_rejects_a_second_process_until_the_first_is_dead(alone, tmp_path):
 
     pid = fork(hold)
     os.read(ready, 1)
-    with pytest.raises(ShlError) as error:
-        go(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+        with pytest.raises(ShlError) as error:
+            go(folder)
     assert f"is in use by process {pid}" in one_sentence(error)
     assert "process    running" in status(folder)
     os.kill(pid, signal.SIGKILL)
