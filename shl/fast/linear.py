@@ -2,9 +2,9 @@
 
 `linear` is `torch.nn.functional.linear` with the same precision. For few rows of x and a large W,
 as in decoding, it is a batch of products of x with parts of W: each thread has its own parts, and a
-part fits into a core's cache. On AVX2 with two threads the product with a vocabulary of 262,144
-takes 0.4 to 0.65 of the time. x is the first factor: as the second it would be copied in panels of
-16 rows, and 15 rows would take twice the time of 16.
+part fits into a core's cache. On AVX2 with two threads the product of up to 48 rows with a
+vocabulary of 262,144 takes 0.4 to 0.65 of the time. x is the first factor: as the second it would
+be copied in panels of 16 rows, and 15 rows would take twice the time of 16.
 
 `onednn_linear` computes a large product by oneDNN, which torch ships but uses for other dtypes
 only. On AMD processors with AVX-512 MKL reaches 50 to 90 % of oneDNN's speed; with AVX2 alone it is

@@ -175,7 +175,8 @@ def _sample_in_order(
     threshold = draws[:, None].double() * cumulative[:, -1:]
     block = (cumulative > threshold).int().argmax(1, keepdim=True)
     before = (cumulative - sums).gather(1, block)
-    inside = weights[torch.arange(len(weights)), block[:, 0]].double().cumsum(1)
+    chosen = block[..., None].expand(-1, 1, size)
+    inside = weights.gather(1, chosen)[:, 0].double().cumsum(1)
     # The last place of the block with a weight is chosen at the latest, whatever sums round to.
     most = torch.nextafter(inside[:, -1:], torch.zeros_like(before))
     place = (inside > torch.minimum(threshold - before, most)).int().argmax(1)
