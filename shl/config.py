@@ -144,7 +144,7 @@ class GenerateConfig(Settings):
     """Sample from this many most likely tokens; 0 is the whole vocabulary [tokens]."""
     top_p: Annotated[float, Range(0, 1, above=True)] = 0.95
     """Sample from the most likely tokens with this total probability, after top_k [share]."""
-    batch_size: Count = 48
+    batch_size: Count = 64
     """Rows decoded together [count]."""
 
     def __post_init__(self) -> None:
@@ -226,9 +226,9 @@ class DoseConfig(Settings):
     """Completions per rung; all rungs are generated as rows of the same batches [count]."""
     target_survival: Share = 0.75
     """Share of probes that must pass the filter [share]."""
-    min_train: Count = 32
+    min_train: Count = 24
     """Kept completions that a round needs for training [count]."""
-    batch_size: Count = 32
+    batch_size: Count = 24
     """Completions per batch at the chosen dose [count]."""
     max_batches: Count = 6
     """Largest number of batches that a round generates [count]."""
@@ -383,8 +383,9 @@ METHOD = HealConfig(
     target="soft",
     positions="all",
     every=2,
-    unsteered=16,
-    narrative=16,
+    unsteered=12,
+    narrative=12,
+    batch_size=3,
     epochs=1,
     lr=1e-3,
     tau=1.0,
@@ -473,9 +474,13 @@ class EvalConfig(Settings):
     """Random vectors of the same KL, both signs, that stand beside the cloze; read once per model
     and layers and kept in the cache folder; 0 for none [count]."""
     samples: Count = 64
-    """Unsteered answers to the axis's prompts, sampled at each stage; of the negative persona at
-    most 16, which no comparison uses [count]."""
-    batch_size: Count = 16
+    """Unsteered answers to the axis's prompts, sampled at each stage [count]."""
+    persona_samples: Count = 16
+    """Answers of either prompted persona, if `samples` is not fewer: no question within a run rests
+    on them [count]."""
+    vignettes: Annotated[int, Range(7, 84)] = 42
+    """Vignettes that are read at each stage, as many of each foundation as possible [count]."""
+    batch_size: Count = 42
     """Vignettes scored in one forward pass [count]."""
 
 

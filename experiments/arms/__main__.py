@@ -27,10 +27,16 @@ from experiments.record.journal import lock, write_error
 from experiments.record.settings import Dtype, Engine, RunConfig, name_for, settings_of
 from experiments.record.signals import Stopped
 from experiments.run import load_for
-from shl.config import LoopConfig
+from shl.config import EvalConfig, LoopConfig
 from shl.method.axes import load_axis
 from shl.utils.errors import ShlError, require
 from shl.utils.model import Model
+
+
+def shared_settings() -> LoopConfig:
+    """The defaults of a study, with as many answers of the prompted personas as of all others: the
+    arms compare their survival."""
+    return LoopConfig(eval=EvalConfig(persona_samples=EvalConfig().samples))
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class ArmsConfig:
     number; default 1 on Ray, else as many as torch takes [count]."""
     num_gpus: float = 0.0
     """GPUs of a study on Ray [count]."""
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
+    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=shared_settings)
     """The settings that all arms share."""
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.record.command import command, say, wide_console
-from shl.config import FOUNDATIONS
+from shl.config import FOUNDATIONS, EvalConfig
 from shl.hooks.vector import SteeringVector
 from shl.measure.continuations import read_cloze, read_conflict
 from shl.measure.evaluation import Evaluation, nats_of
@@ -17,6 +17,7 @@ from shl.measure.nulls import NEUTRAL, TOKENS, Divergence, nulls
 from shl.measure.stats import split_half
 from shl.measure.validity import validity
 from shl.measure.vignettes import evaluate
+from shl.measure.vignettes import vignettes as every_vignette
 from shl.method.axes import Axis, load_axis
 from shl.method.extract import extract_vector
 from shl.models.load import load_model
@@ -25,6 +26,10 @@ from shl.utils.model import Model
 
 ItemReading = Callable[..., np.ndarray]
 """A reading of a model as it stands, one number per item; `persona=` puts one into the prompt."""
+
+
+EVERY = EvalConfig(vignettes=len(every_vignette()))
+"""Reads all vignettes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ def probe(config: ProbeConfig) -> None:
     """Measure base, both personas and vectors, and print the results."""
     axis = load_axis(config.axis)
     model = load_model(config.model)
-    base, plus, minus = (evaluate(model, persona=p) for p in (None, axis.positive, axis.negative))
+    personas = (None, axis.positive, axis.negative)
+    base, plus, minus = (evaluate(model, persona=p, config=EVERY) for p in personas)
     console = wide_console()
     show(console, config, base, plus, minus)
     show_items(console, config, model, axis)
@@ -83,7 +89,7 @@ def readings(axis: Axis, names: Sequence[str]) -> dict[str, ItemReading]:
     signs = np.array([axis.expected.get(name, 0) for name in FOUNDATIONS]) / len(axis.expected)
 
     def vignettes(model: Model, persona: str | None = None) -> np.ndarray:
-        return np.asarray(evaluate(model, persona=persona).log_p @ signs)
+        return np.asarray(evaluate(model, persona=persona, config=EVERY).log_p @ signs)
 
     def trait(model: Model, persona: str | None = None) -> np.ndarray:
         return read_conflict(model, persona=persona).trait

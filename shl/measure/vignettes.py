@@ -8,6 +8,7 @@ is scored.
 """
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -53,6 +54,29 @@ def vignettes() -> tuple[Vignette, ...]:
     """
     table = tomllib.loads((DATA / "vignettes.toml").read_text("utf-8"))
     return tuple(Vignette(**entry) for entry in table["vignette"])
+
+
+def evenly_chosen(count: int) -> tuple[Vignette, ...]:
+    """`count` of the built-in vignettes, the first ones of each foundation, in equal numbers as far
+    as that is possible.
+
+    Raises:
+        ShlError: there are not that many.
+
+    Example:
+        >>> len({v.foundation for v in evenly_chosen(7)})
+        7
+    """
+    every = vignettes()
+    allowed = f"from 1 to {len(every)}"
+    require(1 <= count <= len(every), f"{count} vignettes are asked for, it must be {allowed}.")
+    seen: Counter[str] = Counter()
+    ranks = []
+    for v in every:
+        ranks.append(seen[v.foundation])
+        seen[v.foundation] += 1
+    order = sorted(range(len(every)), key=lambda i: (ranks[i], i))
+    return tuple(every[i] for i in sorted(order[:count]))
 
 
 @cache
@@ -132,14 +156,14 @@ def read_digits(
     return out.view(len(items), 2, n)
 
 
-_BASE: "WeakKeyDictionary[Model, tuple[str, np.ndarray]]" = WeakKeyDictionary()
-"""Raw scores of base, with the hash of its weights."""
+_BASE: "WeakKeyDictionary[Model, tuple[tuple[str, int], np.ndarray]]" = WeakKeyDictionary()
+"""Raw scores of base, with the hash of its weights and the number of vignettes."""
 
 
 def evaluate(
     model: Model, *, persona: str | None = None, config: EvalConfig | None = None
 ) -> Evaluation:
-    """Evaluate the model on the vignettes, hooks included.
+    """Evaluate the model on `config.vignettes` of the vignettes, hooks included.
 
     Base, without any hook, is measured once per model and weights, for the prior and the coherence.
 
@@ -160,18 +184,18 @@ def evaluate(
             handle.rows is None,
             f"a hook has doses or a mask for {handle.rows} rows, the probe has rows of its own.",
         )
-    weights = weights_hash(model)
-    known, base = _BASE.get(model, ("", None))
-    fresh = base is None or known != weights
+    key = weights_hash(model), config.vignettes
+    known, base = _BASE.get(model, (("", 0), None))
+    fresh = base is None or known != key
     if fresh:
         with unhooked(model):
             base = _read(model, None, config)
-        _BASE[model] = weights, base
+        _BASE[model] = key, base
     assert base is not None
     # Without hooks and persona, the scores of base that were computed just now are the result.
     plain = fresh and persona is None and not any(map(is_hooked, model.modules()))
     log_probs = base if plain else _read(model, persona, config)
-    return reading(_style(model), log_probs, base)
+    return reading(_style(model), log_probs, base, _labels(config.vignettes))
 
 
 def reading(
@@ -180,7 +204,7 @@ def reading(
     """An `Evaluation` from raw scores `[item, paraphrase, option]` of a stage and of base, in nats.
 
     Args:
-        labels: the foundation that each item was written for; default those of `vignettes()`.
+        labels: the foundation that each item was written for; default those of as many vignettes.
 
     Raises:
         ShlError: a shape that does not fit the labels, a score that is no log-probability, or a
@@ -192,7 +216,7 @@ def reading(
         >>> reading("digits", base - 1, base, ("care", "social")).coherence.__round__(3)
         0.368
     """
-    labels = _labels() if labels is None else tuple(labels)
+    labels = _labels(len(base)) if labels is None else tuple(labels)
     unknown = sorted(set(labels) - set(FOUNDATIONS))
     allowed = ", ".join(FOUNDATIONS)
     require(not unknown, f"the labels name {unknown[:1]}, the foundations are {allowed}.")
@@ -213,7 +237,7 @@ def reading(
 
 
 def remember_base(model: Model, reading: Evaluation) -> None:
-    """Use an earlier evaluation of base instead of computing it again.
+    """Use an earlier evaluation of base, on as many vignettes, instead of computing it again.
 
     Raises:
         ShlError: an evaluation in another style or on other vignettes.
@@ -226,23 +250,24 @@ def remember_base(model: Model, reading: Evaluation) -> None:
         >>> float(evaluate(again).coherence)
         1.0
     """
-    style, labels = _style(model), _labels()
+    count = len(reading.labels)
+    style, labels = _style(model), _labels(count)
     require(
         (reading.style, reading.labels) == (style, labels),
-        f"the evaluation of base has style {reading.style!r} and {len(reading.labels)} vignettes, "
-        f"for this model it must have style {style!r} and {len(labels)}.",
+        f"the evaluation of base has style {reading.style!r} and {count} vignettes, for this model "
+        f"it must have style {style!r}, with the foundations of as many built-in vignettes.",
     )
-    _BASE[model] = weights_hash(model), reading.log_probs
+    _BASE[model] = (weights_hash(model), count), reading.log_probs
 
 
 def _style(model: Model) -> str:
     return "digits" if is_chat(model) else "completion"
 
 
-def _labels() -> tuple[str, ...]:
-    return tuple(v.foundation for v in vignettes())
+def _labels(count: int) -> tuple[str, ...]:
+    return tuple(v.foundation for v in evenly_chosen(count))
 
 
 def _read(model: Model, persona: str | None, config: EvalConfig) -> np.ndarray:
     read = read_digits if is_chat(model) else read_completions
-    return read(model, vignettes(), persona, config).double().numpy()
+    return read(model, evenly_chosen(config.vignettes), persona, config).double().numpy()

@@ -53,10 +53,8 @@ from shl.utils.seeds import seed_for
 
 MATCHED_ON = 8
 """Prompts on which the random control is matched in divergence [count]."""
-READ = 6
+READ = 4
 """Texts of each source on which retention is read [count]."""
-SHOWN = 16
-"""Largest number of samples of the negative persona [count]."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,6 @@ def baselines(
 ) -> dict[str, Stage]:
     """Measure base and both prompted personas like every later stage, without training.
 
-    The negative persona is sampled `SHOWN` times at most: no comparison rests on its answers.
-
     Args:
         observer: receives each measured stage, and may supply it.
         instruments: further measurements of each stage, by name.
@@ -128,8 +124,8 @@ def baselines(
     study = Study(model, axis, config or LoopConfig(), observer or Observer(), instruments or {})
     stages = {"base": study.measure(-1, "base")}
     remember_base(model, stages["base"].evaluation)
-    stages["prompted+"] = study.measure(-1, "prompted+", persona=axis.positive)
-    stages["prompted-"] = study.measure(-1, "prompted-", persona=axis.negative, most=SHOWN)
+    for name, persona in (("prompted+", axis.positive), ("prompted-", axis.negative)):
+        stages[name] = study.measure(-1, name, persona=persona)
     return stages
 
 
@@ -441,13 +437,9 @@ class Study:
             self.observer.save_retention(index, found)
         return found
 
-    def measure(
-        self, index: int, name: str, *, persona: str | None = None, most: int | None = None
-    ) -> Stage:
+    def measure(self, index: int, name: str, *, persona: str | None = None) -> Stage:
         """Measure the model with the hooks that are on, without steering."""
-        compute = partial(
-            measure, self.model, self.axis, self.config, name, persona=persona, most=most
-        )
+        compute = partial(measure, self.model, self.axis, self.config, name, persona=persona)
         return self._measured(index, name, compute, persona)
 
     def _measured(
@@ -480,12 +472,12 @@ def measure(
     name: str,
     *,
     persona: str | None = None,
-    most: int | None = None,
 ) -> Stage:
-    """Evaluate the model on the vignettes and sample it, with the hooks that are on: `eval.samples`
-    answers, or `most` if that is fewer."""
+    """Evaluate the model on the vignettes and sample it, with the hooks that are on."""
     evaluation = evaluate(model, persona=persona, config=config.eval)
-    count = min(config.eval.samples, most or config.eval.samples)
+    count = config.eval.samples
+    if persona is not None:
+        count = min(count, config.eval.persona_samples)
     # Every stage answers the same prompts with the same draws.
     prompts, seed = _prompts(axis, persona, count), seed_for(config.seed, "sample")
     texts = generate(model, prompts, **vars(config.generate), seed=seed)

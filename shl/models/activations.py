@@ -9,6 +9,7 @@ from torch import Tensor
 from shl.hooks.handle import Handle, running, suspended
 from shl.hooks.recorder import Recorder
 from shl.hooks.sites import check_layers, residual_after
+from shl.models.generate import prefill
 from shl.models.nan_checks import require_finite
 from shl.models.tokens import Prompt, encode, length_batches, pad_left
 from shl.utils.errors import in_batches, require
@@ -123,6 +124,8 @@ def residual_at_tag(
 ) -> dict[int, Float[Tensor, "n d_model"]]:
     """The residual stream after each layer at the assistant tag, one row per prompt, in fp32.
 
+    Prompts are run as `shl.models.generate.prefill` does, a shared persona once per batch.
+
     Example:
         >>> from shl.models.tiny import tiny_gemma
         >>> residual_at_tag(tiny_gemma(), ["Hello?", "A longer one?"], [0])[0].shape
@@ -139,11 +142,10 @@ def residual_at_tag(
 
     def work(indices: list[int]) -> None:
         chosen = [rows[i] for i in indices]
-        ids, mask = pad_left(model, chosen)
         with running(rows=indices), Handle(model) as handle:
             for layer in layers:
                 handle.add_hook(residual_after(model, layer), partial(store, layer))
-            model(ids, attention_mask=mask, stop_at_layer=max(layers) + 1)
+            prefill(model, chosen, layers=max(layers) + 1)
         for layer in layers:
             what = f"a residual after layer {layer}"
             require_finite(last[layer], what, model, lambda: chosen, indices)

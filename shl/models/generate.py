@@ -44,14 +44,16 @@ LONG = 32
 
 
 def run(
-    model: Model, tokens: Tokens, mask: Mask, cache: KVCache
+    model: Model, tokens: Tokens, mask: Mask, cache: KVCache, *, layers: int | None = None
 ) -> Float[Tensor, "batch pos d_model"]:
-    """The residual after the last layer for new tokens, which are added to the cache."""
-    return model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=model.cfg.n_layers)
+    """The residual after the last layer, or after the first `layers`, for new tokens, which are
+    added to the cache."""
+    stop = model.cfg.n_layers if layers is None else layers
+    return model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=stop)
 
 
 def prefill(
-    model: Model, rows: Sequence[Sequence[int]], *, reserve: int = 0
+    model: Model, rows: Sequence[Sequence[int]], *, reserve: int = 0, layers: int | None = None
 ) -> tuple[Float[Tensor, "batch 1 d_model"], KVCache]:
     """The residual after the last layer at each row's last token, and the cache of all tokens.
 
@@ -61,6 +63,7 @@ def prefill(
     Args:
         rows: token ids.
         reserve: positions to allocate in the cache beyond the prompts.
+        layers: number of layers to run, default all.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -74,9 +77,9 @@ def prefill(
     cache = KVCache.empty(model, 1 if shared else len(rows), shared or capacity)
     if shared:
         prefix = torch.tensor([rows[0][:shared]], device=tokens.device)
-        run(model, prefix, torch.ones_like(prefix), cache)
+        run(model, prefix, torch.ones_like(prefix), cache, layers=layers)
         cache = cache.rows(prefix.new_zeros(len(rows)), capacity)
-    return run(model, tokens, mask, cache)[:, -1:], cache
+    return run(model, tokens, mask, cache, layers=layers)[:, -1:], cache
 
 
 def _shared(model: Model, rows: Sequence[Sequence[int]]) -> int:

@@ -243,13 +243,12 @@ def test_baselines_measure_base_and_both_personas(gemma, monkeypatch):
     assert (found["base"].survival, found["base"].perplexity) == (1.0, 9.0)
 
 
-def test_the_negative_persona_is_sampled_less(gemma, monkeypatch):
+def test_the_personas_are_sampled_less(gemma, monkeypatch):
     lenient(monkeypatch)
-    monkeypatch.setattr(import_module("shl.method.loop"), "SHOWN", 3)
-    found = baselines(gemma, AXIS, replace(CONFIG, eval=replace(CONFIG.eval, samples=5)))
-    assert [len(stage.samples) for stage in found.values()] == [5, 5, 3]
-    few = baselines(gemma, AXIS, replace(CONFIG, eval=replace(CONFIG.eval, samples=2)))
-    assert [len(stage.samples) for stage in few.values()] == [2, 2, 2]
+    for samples, counts in ((5, [5, 3, 3]), (2, [2, 2, 2])):
+        config = replace(CONFIG, eval=replace(CONFIG.eval, samples=samples, persona_samples=3))
+        found = baselines(gemma, AXIS, config)
+        assert [len(stage.samples) for stage in found.values()] == counts
 
 
 def test_each_round_probes_other_prompts(run):
