@@ -131,10 +131,10 @@ class GenerateConfig(Settings):
 
     Example:
         >>> GenerateConfig(temperature=0).max_new_tokens
-        48
+        40
     """
 
-    max_new_tokens: Count = 48
+    max_new_tokens: Count = 40
     """Longest completion [tokens]."""
     min_new_tokens: int = 0
     """The turn cannot end before this many tokens [tokens]."""
@@ -228,7 +228,7 @@ class DoseConfig(Settings):
     """Share of probes that must pass the filter [share]."""
     min_train: Count = 24
     """Kept completions that a round needs for training [count]."""
-    batch_size: Count = 24
+    batch_size: Count = 20
     """Completions per batch at the chosen dose [count]."""
     max_batches: Count = 6
     """Largest number of batches that a round generates [count]."""
@@ -475,9 +475,9 @@ class EvalConfig(Settings):
     and layers and kept in the cache folder; 0 for none [count]."""
     samples: Count = 64
     """Unsteered answers to the axis's prompts, sampled at each stage [count]."""
-    persona_samples: Count = 16
-    """Answers of either prompted persona, if `samples` is not fewer: no question within a run rests
-    on them [count]."""
+    persona_samples: Count = 32
+    """Answers of the positive persona, if `samples` is not fewer; the negative one, whose answers
+    no question uses, gives 8 at most [count]."""
     vignettes: Annotated[int, Range(7, 84)] = 42
     """Vignettes that are read at each stage, as many of each foundation as possible [count]."""
     batch_size: Count = 42

@@ -50,6 +50,22 @@ class Retention:
     both: tuple[float, ...]
     student: tuple[float, ...]
 
+    def by_source(self, names: Sequence[str]) -> "dict[str, Retention]":
+        """The texts of each source, given the source's name for each text.
+
+        Example:
+            >>> Retention((4.0, 2.0), (2.0, 0.0), (1.0, 1.0)).by_source(["a", "b"])["b"].teacher
+            (2.0,)
+        """
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            rows.setdefault(name, []).append(row)
+        columns = (self.teacher, self.both, self.student)
+        return {
+            name: Retention(*(tuple(column[row] for row in chosen) for column in columns))
+            for name, chosen in rows.items()
+        }
+
     @property
     def share(self) -> float:
         """beta; NaN where the teacher does not differ from the student that entered."""

@@ -55,6 +55,8 @@ MATCHED_ON = 8
 """Prompts on which the random control is matched in divergence [count]."""
 READ = 4
 """Texts of each source on which retention is read [count]."""
+SHOWN = 8
+"""Largest number of samples of the negative persona [count]."""
 
 
 @dataclass(frozen=True)
@@ -419,21 +421,20 @@ class Study:
                 with teacher.steering(), at_own_doses(model, given):
                     yield
 
+            names = [name for name, given in texts.items() for _ in given[:READ]]
             with named(f"round {index}, reading retention"):
-                found = {
-                    name: retention(
-                        model,
-                        [
-                            learnt(model, without_persona(model, c), "completion", teacher.persona)
-                            for c in given[:READ]
-                        ],
-                        entered=partial(baked, model, before),
-                        steering=steered,
-                        student=partial(baked, model, after),
-                    )
-                    for name, given in texts.items()
-                    if given
-                }
+                each = retention(
+                    model,
+                    [
+                        learnt(model, without_persona(model, c), "completion", teacher.persona)
+                        for given in texts.values()
+                        for c in given[:READ]
+                    ],
+                    entered=partial(baked, model, before),
+                    steering=steered,
+                    student=partial(baked, model, after),
+                )
+            found = each.by_source(names)
             self.observer.save_retention(index, found)
         return found
 
@@ -475,9 +476,8 @@ def measure(
 ) -> Stage:
     """Evaluate the model on the vignettes and sample it, with the hooks that are on."""
     evaluation = evaluate(model, persona=persona, config=config.eval)
-    count = config.eval.samples
-    if persona is not None:
-        count = min(count, config.eval.persona_samples)
+    most = {axis.positive: config.eval.persona_samples, axis.negative: SHOWN}
+    count = min(config.eval.samples, most.get(persona or "", config.eval.samples))
     # Every stage answers the same prompts with the same draws.
     prompts, seed = _prompts(axis, persona, count), seed_for(config.seed, "sample")
     texts = generate(model, prompts, **vars(config.generate), seed=seed)
