@@ -38,25 +38,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.ones(1, 2), torch.eye(3, 2))
         tensor([[1., 1., 0.]])
     """
-    threads = torch.get_num_threads()
     d_out, d_in = weight.shape
-    if (
-        (threads == 1 and x.numel() == d_in)
+    if not _splits(x, weight) or (bias is not None and bias.dtype != torch.float32):
+        return functional.linear(x, weight, bias)
+    out = linear_in_parts(x.reshape(-1, d_in), weight).reshape(*x.shape[:-1], d_out)
+    return out if bias is None else out.add_(bias)
+
+
+def linear_in_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """`linear` of x `[row, d_in]` as a view `[row, part, width]`; a part is `width` rows of W.
+
+    Putting the parts of a large vocabulary into one row costs a tenth of the product.
+
+    Example:
+        >>> linear_in_parts(torch.ones(1, 2), torch.eye(3, 2))
+        tensor([[[1., 1., 0.]]])
+    """
+    if not _splits(x, weight):
+        return functional.linear(x, weight)[:, None]
+    d_out, d_in = weight.shape
+    parts = _parts(d_out, torch.get_num_threads())
+    out = torch.bmm(x.expand(parts, -1, -1), weight.view(parts, -1, d_in).mT)
+    return out.transpose(0, 1)
+
+
+def _splits(x: Tensor, weight: Tensor) -> bool:
+    d_in = weight.shape[1]
+    return not (
+        (torch.get_num_threads() == 1 and x.numel() == d_in)
         or weight.numel() < LARGE_WEIGHT
         or x.shape[-1] != d_in
         or not 0 < x.numel() <= FEW_ROWS * d_in
         or x.device.type != "cpu"
         or not x.dtype == weight.dtype == torch.float32
-        or (bias is not None and bias.dtype != torch.float32)
         or not weight.is_contiguous()
         or torch.is_autocast_enabled("cpu")
-    ):
-        return functional.linear(x, weight, bias)
-    parts = _parts(d_out, threads)
-    rows = x.reshape(-1, d_in).expand(parts, -1, -1)
-    out = torch.bmm(rows, weight.view(parts, -1, d_in).mT)  # [part, row of x, row of W in it]
-    out = out.transpose(0, 1).reshape(*x.shape[:-1], d_out)
-    return out if bias is None else out.add_(bias)
+    )
 
 
 @cache

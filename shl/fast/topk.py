@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shl.fast.hooked import is_hooked, marked_fast
-from shl.fast.linear import linear
+from shl.fast.linear import linear_in_parts
 from shl.utils.model import Model
 
 ONE_ROW, ROWS = torch.float16, torch.bfloat16
@@ -68,17 +68,25 @@ class Rough:
 _ROUGH = WeakTensorKeyDictionary()
 
 
-def shortlist_applies(model: Model) -> bool:
-    """Whether the 16-bit shortlist can be used and is faster: a fast model with fp32 weights on a
-    CPU with bf16 instructions, without hooks on the logits."""
+def plain_unembedding(model: Model) -> bool:
+    """Whether the logits of a fast model with fp32 weights on a CPU have no hooks, so that nothing
+    needs all of them in one tensor."""
     unembed = model.unembed
     return (
         marked_fast(unembed)
         and model.W_U.device.type == "cpu"
         and model.W_U.dtype == torch.float32
+        and not any(map(is_hooked, (unembed, unembed.hook_in, unembed.hook_out)))
+    )
+
+
+def shortlist_applies(model: Model) -> bool:
+    """Whether the 16-bit shortlist can be used and is faster: a `plain_unembedding` on a CPU with
+    bf16 instructions."""
+    return (
+        plain_unembedding(model)
         and not model.W_U.is_inference()  # inference tensors have no version counter
         and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        and not any(map(is_hooked, (unembed, unembed.hook_in, unembed.hook_out)))
     )
 
 
@@ -101,7 +109,7 @@ def top_logits(
     weight = unembed.T
     n = max(64, WIDEN * k)
     if n >= len(weight) or not bool(torch.isfinite(hidden).all()):
-        return _full(hidden, weight, bias, k)
+        return full_top_logits(hidden, unembed, k, bias=bias)
     dtype = ONE_ROW if len(hidden) == 1 else ROWS
     copies = _ROUGH.setdefault(unembed, {})
     rough = copies.get(dtype)
@@ -126,12 +134,23 @@ def top_logits(
     # Not `>=`: values beyond fp16's range give a NaN bound, which must count as unproven.
     unproven = (~(ceiling < values[:, -1])).nonzero()[:, 0]
     if len(unproven):
-        values[unproven], tokens[unproven] = _full(hidden[unproven], weight, bias, k)
+        full = full_top_logits(hidden[unproven], unembed, k, bias=bias)
+        values[unproven], tokens[unproven] = full
     return values, tokens
 
 
-def _full(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    return largest(linear(hidden, weight, bias), k)
+def full_top_logits(
+    hidden: Float[Tensor, "batch d_model"],
+    unembed: Float[Tensor, "d_model vocab"],
+    k: int,
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """As `top_logits`, by the full product, whose logits stay in the parts that `linear` makes."""
+    logits = linear_in_parts(hidden, unembed.T)
+    if bias is not None:
+        logits = logits + bias.view(logits.shape[1:])
+    return _largest(logits, k)
 
 
 def largest(
@@ -145,13 +164,20 @@ def largest(
         >>> places.tolist()
         [[4095, 4094]]
     """
-    size = math.gcd(x.shape[1], BLOCK)
-    blocks = x.unflatten(1, (-1, size))
-    if x.is_cuda or size < BLOCK or blocks.shape[1] <= k:
-        top = x.topk(k)
+    return _largest(x[:, None], k)
+
+
+def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`largest` of `[batch, part, width]`, the parts of a row after one another."""
+    size = math.gcd(x.shape[2], BLOCK)
+    blocks = x.unflatten(2, (-1, size))
+    parts, each = blocks.shape[1:3]
+    if x.is_cuda or size < BLOCK or parts * each <= k:
+        top = x.flatten(1).topk(k)
         return top.values, top.indices
-    best = blocks.amax(2).topk(k).indices
-    top = blocks.gather(1, best[..., None].expand(-1, -1, size)).flatten(1).topk(k)
+    best = blocks.amax(3).flatten(1).topk(k).indices
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    top = blocks[rows, best // each, best % each].flatten(1).topk(k)
     return top.values, best.gather(1, top.indices // size) * size + top.indices % size
 
 

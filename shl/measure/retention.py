@@ -30,7 +30,7 @@ from shl.utils.shapes import Float, Hidden, Unembed
 
 ROWS = 32
 """Tokens whose logits are formed at a time; four `[ROWS, vocab]` tensors are in memory."""
-MOST = 16
+MOST = 12
 """Tokens that are read of a text, from its first."""
 
 Opened = Callable[[], AbstractContextManager[Any]]

@@ -16,7 +16,14 @@ from torch import Tensor
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from shl.config import GenerateConfig
-from shl.fast import KVCache, largest, shortlist_applies, top_logits
+from shl.fast import (
+    KVCache,
+    full_top_logits,
+    largest,
+    plain_unembedding,
+    shortlist_applies,
+    top_logits,
+)
 from shl.hooks.bake import fused_decoding
 from shl.hooks.handle import handles_on, running
 from shl.hooks.steering import Steering
@@ -111,9 +118,10 @@ def next_logits(
     """
     hidden = model.ln_final(residual)
     cap = model.cfg.output_logits_soft_cap
-    if k and shortlist_applies(model):
+    if k and plain_unembedding(model):
         bias = model.b_U if bool(model.b_U.any()) else None
-        values, ids = top_logits(hidden[:, 0], model.W_U, min(k, model.cfg.d_vocab), bias=bias)
+        find = top_logits if shortlist_applies(model) else full_top_logits
+        values, ids = find(hidden[:, 0], model.W_U, min(k, model.cfg.d_vocab), bias=bias)
         return apply_softcap(values, cap), ids
     logits = apply_softcap(model.unembed(hidden)[:, 0], cap).float()
     if k:

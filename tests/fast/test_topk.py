@@ -45,8 +45,13 @@ def test_bias_is_added():
 
 def counted(monkeypatch):
     rows = []
-    real = topk._full
-    monkeypatch.setattr(topk, "_full", lambda h, *rest: rows.append(len(h)) or real(h, *rest))
+    real = topk.full_top_logits
+
+    def full(h, *rest, **options):
+        rows.append(len(h))
+        return real(h, *rest, **options)
+
+    monkeypatch.setattr(topk, "full_top_logits", full)
     return rows
 
 
@@ -204,3 +209,19 @@ def test_largest_is_topk(n, k):
     expected = x.topk(k)
     assert torch.equal(values, expected.values)
     assert torch.equal(places, expected.indices)
+
+
+@pytest.mark.parametrize("bias", [None, 3.0])
+@pytest.mark.parametrize("rows", [1, 5, 200])
+def test_full_top_logits_over_parts_are_those_of_the_whole_product(rows, bias):
+    # 8192 x 32 splits into 8 parts for 5 rows, and for one with two threads.
+    hidden, weight = random(rows, 32, seed=1), random(32, 8192, seed=2).T.contiguous().T
+    added = None if bias is None else bias * random(1, 8192, seed=3)[0]
+    logits = hidden.double() @ weight.double() + (0 if added is None else added.double())
+    values, tokens = topk.full_top_logits(hidden, weight, 40, bias=added)
+    expected = logits.topk(40)
+    assert torch.allclose(values.double(), expected.values, atol=1e-4)
+    assert torch.allclose(logits.gather(1, tokens), expected.values, atol=1e-4)
+    parts = topk.linear_in_parts(hidden, weight.T)
+    assert parts.shape == ((5, 8, 1024) if rows == 5 else parts.shape)
+    assert torch.allclose(parts.flatten(1), hidden @ weight, atol=1e-4)
