@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ from experiments.record.writer import (
     token_curves,
 )
 from experiments.report.report import report
-from shl.config import LoopConfig
+from shl.config import FOUNDATIONS, LoopConfig
 from shl.hooks.adapter import Adapter
 from shl.hooks.fingerprint import weights_hash
 from shl.hooks.sites import band
 from shl.hooks.vector import SteeringVector
 from shl.measure.continuations import Cloze, item_instruments, read_cloze
+from shl.measure.evaluation import nats_of
 from shl.measure.nulls import nulls
 from shl.measure.tinymfv import Tinymfv
+from shl.measure.vignettes import evaluate, evenly_chosen, probe_data
 from shl.method.axes import Axis, load_axis, nuisance_axes, require_instrument
 from shl.method.loop import StarvedError, baselines, love, require_fits
 from shl.method.online import require_paraphrases
@@ -83,8 +86,12 @@ def run(
             for found in validities(record.events, axis, loop.eval):
                 if record.find(f"validity:{found.instrument}", -1) is None:
                     record.event("validity", -1, found.event())
-            if axis.cloze and loop.eval.nulls and recorder.recorded("nulls:cloze", -1) is None:
-                record.event("nulls", -1, cloze_nulls(model, axis.cloze, loop))
+            names = ("cloze",) if axis.cloze else FOUNDATIONS
+            absent = [name for name in names if recorder.recorded(f"nulls:{name}", -1) is None]
+            if loop.eval.nulls and absent:
+                for event in random_vectors(model, axis.cloze, loop):
+                    if event["instrument"] in absent:
+                        record.event("nulls", -1, event)
             for done in love(model, axis, loop, observer=recorder, instruments=instruments):
                 first = first or done.vector
                 if record.find("round", done.index) is None:
@@ -105,20 +112,30 @@ def run(
     record.event("end", loop.rounds - 1, {})
 
 
-def cloze_nulls(model: Model, cloze: Cloze, loop: LoopConfig) -> dict[str, Any]:
-    """The event with what random vectors at the run's layers do to the cloze."""
+def random_vectors(model: Model, cloze: Cloze | None, loop: LoopConfig) -> list[dict[str, Any]]:
+    """Events with what random vectors at the run's layers do to the cloze, or without one to each
+    foundation of the vignettes."""
     layers = loop.vector.layers or tuple(band(model, 1 / 3, 2 / 3))
+    read = partial(nulls, model, layers, count=loop.eval.nulls)
     with named("reading random vectors"):
-        table = nulls(
-            model,
-            layers,
-            "cloze",
-            cloze,
-            lambda model: float(read_cloze(model, cloze).mean()),
-            count=loop.eval.nulls,
-        )
-    values = {"levels": list(table.levels), "values": table.values.tolist()}
-    return {"instrument": "cloze", "layers": sorted(layers), **values}
+        if cloze is not None:
+            table = read("cloze", cloze, lambda model: float(read_cloze(model, cloze).mean()))
+            found = {"cloze": table}
+        else:
+            asked = (evenly_chosen(loop.eval.vignettes), dict(probe_data()))
+            table = read(
+                "vignettes", asked, lambda model: nats_of(evaluate(model, config=loop.eval).log_p)
+            )
+            found = {name: table.only(k) for k, name in enumerate(FOUNDATIONS)}
+    return [
+        {
+            "instrument": name,
+            "layers": sorted(layers),
+            "levels": list(table.levels),
+            "values": table.values.tolist(),
+        }
+        for name, table in found.items()
+    ]
 
 
 def load_for(config: RunConfig) -> Model:

@@ -228,7 +228,7 @@ class DoseConfig(Settings):
     """Share of probes that must pass the filter [share]."""
     min_train: Count = 24
     """Kept completions that a round needs for training [count]."""
-    batch_size: Count = 20
+    batch_size: Count = 24
     """Completions per batch at the chosen dose [count]."""
     max_batches: Count = 6
     """Largest number of batches that a round generates [count]."""
@@ -473,7 +473,7 @@ class EvalConfig(Settings):
     nulls: Annotated[int, Range(0, 1000)] = 20
     """Random vectors of the same KL, both signs, that stand beside the cloze; read once per model
     and layers and kept in the cache folder; 0 for none [count]."""
-    samples: Count = 64
+    samples: Count = 48
     """Unsteered answers to the axis's prompts, sampled at each stage [count]."""
     persona_samples: Count = 32
     """Answers of the positive persona, if `samples` is not fewer; the negative one, whose answers

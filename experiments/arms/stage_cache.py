@@ -26,7 +26,7 @@ def same_result(name: str, index: int, one: LoopConfig, other: LoopConfig) -> bo
     if index < 0:
         used = [(c.seed, c.generate, c.filter, c.eval) for c in (one, other)]
         layers = [c.vector.layers for c in (one, other)]
-        return used[0] == used[1] and (name != "nulls:cloze" or layers[0] == layers[1])
+        return used[0] == used[1] and (not name.startswith("nulls:") or layers[0] == layers[1])
     if index > 0 or stage not in ("vector", "probe", "batch", "steered"):
         return False
     if stage == "vector" and one.vector.direction == "contrast":

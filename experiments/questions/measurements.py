@@ -143,8 +143,7 @@ class Measurements:
         """Whether the axis's cloze is valid on this model: the personas differ in the expected
         direction in `SEPARATES` of the openings or more, and beyond doubt on average, and the first
         stage that a vector steers, if there is one, shifts it further than random vectors do."""
-        by_vector = self.steered and self.steered[0].get("dose") != 0
-        if by_vector and (limits := self.null_interval(self.steered[0])) is not None:
+        if self.by_vector and (limits := self.null_interval(self.steered[0])) is not None:
             steered = self.read("cloze", [self.base, self.steered[0]])
             if steered is None or float((steered[:, 1] - steered[:, 0]).mean()) <= limits[1]:
                 return False
@@ -153,20 +152,32 @@ class Measurements:
         items = self.read("cloze", found) if len(found) == 2 else None
         return items is not None and self._valid("personas", items[:, 0] - items[:, 1])
 
-    @cached_property
-    def nulls(self) -> Nulls | None:
-        """What random vectors do to the cloze, if that is on record."""
-        for e in self.events:
-            if name_of(e) == "nulls:cloze":
-                return Nulls(tuple(e["levels"]), np.array(e["values"]))
-        return None
+    @property
+    def by_vector(self) -> bool:
+        """Whether there is a steered stage, and a vector steers the first one."""
+        return bool(self.steered) and self.steered[0].get("dose") != 0
 
-    def null_interval(self, stage: Event) -> tuple[float, float] | None:
-        """The cloze shifts of random vectors at a stage's KL to base, nats."""
+    @cached_property
+    def nulls(self) -> dict[str, Nulls]:
+        """What random vectors do to the cloze, or to each foundation of the vignettes and, as
+        "axis", to those of the axis together, as far as that is on record."""
+        found = {
+            e["instrument"]: Nulls(tuple(e["levels"]), np.array(e["values"]))
+            for e in self.events
+            if e["event"] == "nulls"
+        }
+        if self.axis.expected and set(FOUNDATIONS) <= set(found):
+            every = [found[name] for name in FOUNDATIONS]
+            values = np.stack([table.values for table in every], -1)
+            found["axis"] = Nulls(every[0].levels, on_axis(values, self.axis.expected))
+        return found
+
+    def null_interval(self, stage: Event, instrument: str = "cloze") -> tuple[float, float] | None:
+        """The shifts of random vectors at a stage's KL to base, nats."""
         kl = self.read("kl", [stage])
-        if self.nulls is None or kl is None:
+        if instrument not in self.nulls or kl is None:
             return None
-        return self.nulls.interval(float(kl.mean()), self.config.confidence)
+        return self.nulls[instrument].interval(float(kl.mean()), self.config.confidence)
 
     @property
     def by_cloze(self) -> bool:
@@ -279,9 +290,12 @@ class Measurements:
             return "the axis's cloze is not valid on this model"
         if self.invalid:
             return "the vignettes are not valid on this model"
-        if self.accuracy.outcome == "yes":
-            return ""
-        return "base does not choose the vignettes' foundations above chance"
+        if self.accuracy.outcome != "yes":
+            return "base does not choose the vignettes' foundations above chance"
+        limits = self.null_interval(self.steered[0], "axis") if self.by_vector else None
+        if limits is not None and self.shifts(self.steered[:1])[0] <= limits[1]:
+            return "random vectors of the same KL shift the vignettes as far as the first vector"
+        return ""
 
     def samples(self, stage: Event) -> list[Event]:
         """The judged texts of a stage."""

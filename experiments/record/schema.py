@@ -144,10 +144,13 @@ class RetentionEvent(Event):
 
 class NullsEvent(Event):
     """Readings of random vectors, less base's: `values` is `[level, vector, sign]`, `levels` are
-    the divergences at which they are matched, nats per token."""
+    the divergences at which they are matched, nats per token. The instrument is the cloze, or a
+    foundation of the vignettes."""
 
     event: Literal["nulls"]
-    instrument: Literal["context", "cloze", "vignettes"]
+    instrument: Literal[
+        "cloze", "care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social"
+    ]
     layers: list[Count]
     levels: Annotated[list[Number], Field(min_length=1)]
     values: Annotated[list[list[Pair]], Field(min_length=1)]

@@ -35,6 +35,8 @@ LOOKS: dict[str, fig.Look] = {
     "prompted+": ("blue", "^", ":"),
     "prompted-": ("purple", "v", "-."),
 }
+RANDOM: fig.Look = ("grey", "_", "")
+RANDOM_LABEL = "random vectors of the same KL"
 VERDICTS: dict[str, fig.Look] = {
     "kept": ("blue", "", "-"),
     "dropped": ("red", "", "--"),
@@ -60,14 +62,16 @@ CAPTIONS = {
     "share of free samples that pass the filter, {level} Wilson intervals. In each healed stage Q2 "
     f"needs {COHERENT:g} of base's coherence, and survival at most {SURVIVAL_LOSS:g} below base's.",
     "plane": "Care against authority, log of their mean probability over the vignettes; numbers "
-    "are rounds, arrows follow the run.",
+    "are rounds, arrows follow the run. Without a cloze, a cross at base has the {level} intervals "
+    "of random vectors of the last stage's KL.",
     "token_kl": "Distribution of the per-token KL to base over the completions below, all rounds; "
     f"the axis begins at {LEAST_KL:g} nats.",
     "kl_tokens": "Per-token KL to base of the completions of the first round, with tau.",
     "doses": "Share of probes that the filter keeps, {level} Wilson intervals, and their median "
     "perplexity under base. The filter drops a text whose last quarter is above its limit.",
     "foundations": "Shift of all seven foundations from base, {level} intervals. The axis expects "
-    "\u25b2 up and \u25bc down, and no shift of the others.",
+    "\u25b2 up and \u25bc down, and no shift of the others. Without a cloze, grey intervals at 0 "
+    "are those of random vectors of each stage's KL.",
     "cosines": "Cosine of each round's steering vector to the first and to the last round's: mean "
     "over the band's layers, bars from the least to the greatest layer.",
     "barrier": "D is the aggregated KL of a completion to its reference, the barrier starts at "
@@ -121,6 +125,7 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
     ]
     if m.by_cloze:
         panels = [("cloze shift [nats], up is on-trait", partial(read, "cloze"), None)]
+    traits = ["cloze"] if m.by_cloze else [*axis.expected]
     panels += [
         ("coherence [use of context / base]", partial(read, "context"), COHERENT)
         if m.uses_context
@@ -132,7 +137,7 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
         ),
     ]
     figure, axes = fig.grid(len(panels), 2)
-    for panel, (title, measure, threshold) in zip(axes, panels, strict=True):
+    for number, (panel, (title, measure, threshold)) in enumerate(zip(axes, panels, strict=True)):
         panel.set(title=title, xlabel="round")
         if title.startswith("coherence"):
             fig.log_axis(panel, "y", [v for e in measured for v in (measure(e)[0], *measure(e)[1])])
@@ -148,17 +153,18 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
                     name,
                     y_spans=[interval for _, interval in values],
                 )
-        spans = [m.null_interval(e) for e in measured] if title.startswith("cloze") else []
-        random = [(e, span) for e, span in zip(measured, spans, strict=False) if span is not None]
-        if random:
-            fig.series(
-                panel,
-                [e["round"] + (-0.04 if e["stage"] == "steered" else 0.04) for e, _ in random],
-                [0.0] * len(random),
-                ("grey", "_", ""),
-                "random vectors of the same KL",
-                y_spans=[span for _, span in random],
-            )
+        for instrument in traits[number : number + 1]:
+            spans = [(e, m.null_interval(e, instrument)) for e in measured]
+            random = [(e, span) for e, span in spans if span is not None]
+            if random:
+                fig.series(
+                    panel,
+                    [e["round"] + (-0.04 if e["stage"] == "steered" else 0.04) for e, _ in random],
+                    [0.0] * len(random),
+                    RANDOM,
+                    RANDOM_LABEL,
+                    y_spans=[span for _, span in random],
+                )
         for name in ("base", "prompted+", "prompted-"):
             for e in stages(events, name)[:1]:
                 value, interval = measure(e)
@@ -171,8 +177,9 @@ def trajectory(events: Sequence[Event], axis: Axis, confidence: float = 0.95) ->
 
 
 @fig.styled
-def plane(events: Sequence[Event]) -> Figure:
-    """Care against authority: a point per stage, numbered by round, arrows in order of the run."""
+def plane(events: Sequence[Event], axis: Axis, confidence: float = 0.95) -> Figure:
+    """Care against authority: a point per stage, numbered by round, arrows in order of the run, and
+    where random vectors of the last stage's KL take base."""
     figure, (panel,) = fig.grid(1, 1, (5.6, 4.0))
     panel.set(title="authority [nats]", xlabel="care [nats]")
     order = [e for e in events if e["event"] == "stage"]
@@ -190,6 +197,15 @@ def plane(events: Sequence[Event]) -> Figure:
         for e, place in zip(found, zip(x, y, strict=True), strict=True):
             label = "" if e["round"] < 0 else str(e["round"])
             fig.point_label(panel, label, place, LOOKS[name])
+    m = Measurements(events, (), axis, EvalConfig(confidence=confidence))
+    spans = [m.null_interval(order[-1], name) for name in ("care", "authority")]
+    for base in stages(events, "base")[: all(spans)]:
+        at = [base["nats"][name] for name in ("care", "authority")]
+        ends = [
+            [(x + low, x + high)] for x, (low, high) in zip(at, filter(None, spans), strict=True)
+        ]
+        label = "random vectors of the last stage's KL"
+        fig.series(panel, at[:1], at[1:], RANDOM, label, x_spans=ends[0], y_spans=ends[1])
     grey = fig.HUES["grey"]
     for start, end in pairwise(points):
         arrow = {"arrowstyle": "->", "color": grey, "lw": 0.8, "shrinkA": 4, "shrinkB": 4}
@@ -290,7 +306,7 @@ def doses(
 
 
 @fig.styled
-def foundations(events: Sequence[Event], axis: Axis) -> Figure:
+def foundations(events: Sequence[Event], axis: Axis, confidence: float = 0.95) -> Figure:
     """Shift of all seven foundations: the prompted personas, then a panel per round."""
     rounds = sorted({e["round"] for e in events if e["event"] == "stage" and e["round"] >= 0})
     groups = [("prompted personas, no training", ("prompted+", "prompted-"), -1)]
@@ -301,6 +317,7 @@ def foundations(events: Sequence[Event], axis: Axis) -> Figure:
     ]
     found = [(title, group) for title, group in found if group]
     require(bool(found), "no prompted, steered or healed stage has been measured.")
+    m = Measurements(events, (), axis, EvalConfig(confidence=confidence))
     marks = {1: " \u25b2", -1: " \u25bc", None: ""}
     names = [f"{name}{marks[axis.expected.get(name)]}" for name in FOUNDATIONS]
     figure, panels = fig.grid(len(found), 3, (3.2, 2.4), sharey=True)
@@ -318,6 +335,17 @@ def foundations(events: Sequence[Event], axis: Axis) -> Figure:
                 e["stage"],
                 x_spans=[e["shift_interval"][name] for name in FOUNDATIONS],
             )
+            spans = [m.null_interval(e, name) for name in FOUNDATIONS]
+            known = [(i, span) for i, span in enumerate(spans) if span is not None]
+            if known:
+                fig.series(
+                    panel,
+                    [0.0] * len(known),
+                    [i + 2 * aside for i, _ in known],
+                    RANDOM,
+                    RANDOM_LABEL,
+                    x_spans=[span for _, span in known],
+                )
         fig.rule(panel, 0.0, LOOKS["base"], "base", along="x")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
@@ -396,13 +424,16 @@ def charts(
         paths = {i: folder / "rounds" / str(i) / "vector.safetensors" for i in rounds}
         return cosines([(i, SteeringVector.load(path)) for i, path in paths.items()])
 
+    def shifts() -> Figure:
+        return foundations(events, axis, confidence)
+
     drawings: dict[str, tuple[set[str], Callable[[], Figure]]] = {
         "trajectory": ({"steered", "healed"}, lambda: trajectory(events, axis, confidence)),
-        "plane": ({"steered", "healed"}, lambda: plane(events)),
+        "plane": ({"steered", "healed"}, lambda: plane(events, axis, confidence)),
         "token_kl": ({"token_kl"}, lambda: token_kl(events, tau_of(events, loop["heal"]["tau"]))),
         "kl_tokens": ({"token_kl"}, lambda: kl_tokens(events)),
         "doses": ({"probe"}, lambda: doses(events, texts, loop, confidence)),
-        "foundations": ({"prompted+", "steered", "healed"}, lambda: foundations(events, axis)),
+        "foundations": ({"prompted+", "steered", "healed"}, shifts),
         "cosines": ({"vector"}, vectors),
         "barrier": ({"healing"}, lambda: barrier(events)),
     }

@@ -49,6 +49,7 @@ def rows(events: Sequence[Event]) -> list[dict[str, str]]:
             "stage": e["stage"] if index < 0 else f"{e['stage']} {index}",
             _column("care_nats", "care", events): f"{e['nats']['care']:.2f}",
             _column("auth_nats", "authority", events): f"{e['nats']['authority']:.2f}",
+            **_random(events, e, {"care": "random care", "authority": "random auth"}),
             **_items(events, e),
             "valid mass": f"{e['coherence']:.2f}",
             "survival": f"{e['survival']:.2f}",
@@ -82,12 +83,18 @@ def _items(events: Sequence[Event], stage: Event) -> dict[str, str]:
     found = {"S / base": ("context", ".2f"), "cloze": ("cloze", "+.2f"), "KL": ("kl", ".2f")}
     read = {key: (items_of(events, name, stage), form) for key, (name, form) in found.items()}
     row = {key: format(e["value"], form) for key, (e, form) in read.items() if e is not None}
-    tables = [e for e in events if e["event"] == "nulls" and e["instrument"] == "cloze"]
-    kl = read["KL"][0]
-    if tables and kl is not None:
-        table = Nulls(tuple(tables[0]["levels"]), np.array(tables[0]["values"]))
-        moved = f"+-{table.interval(kl['value'])[1]:.2f}" if kl["value"] > 0 else ""
-        row = {k: row[k] for k in ("cloze",) if k in row} | {"random": moved} | row
+    first = {key: row[key] for key in ("cloze",) if key in row}
+    return first | _random(events, stage, {"cloze": "random"}) | row
+
+
+def _random(events: Sequence[Event], stage: Event, columns: Mapping[str, str]) -> dict[str, str]:
+    """What random vectors of the stage's KL do, in the column of each instrument on record."""
+    kl, row = items_of(events, "kl", stage), {}
+    for e in events:
+        if e["event"] == "nulls" and e["instrument"] in columns and kl is not None:
+            table = Nulls(tuple(e["levels"]), np.array(e["values"]))
+            moved = f"+-{table.interval(kl['value'])[1]:.2f}" if kl["value"] > 0 else ""
+            row[columns[e["instrument"]]] = moved
     return row
 
 

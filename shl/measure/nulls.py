@@ -51,8 +51,8 @@ FORMAT = "shl-nulls-1"
 
 Directions = Mapping[int, Direction]
 """A direction per layer."""
-Reading = Callable[[Model], float]
-"""A reading of a model as it stands, one number."""
+Reading = Callable[[Model], float | np.ndarray]
+"""A reading of a model as it stands, one number or several."""
 
 
 class Divergence:
@@ -190,7 +190,8 @@ def random_like(
 @dataclass(frozen=True, eq=False)
 class Nulls:
     """Readings of random vectors: `values` is `[level, vector, sign]`, less base's reading, and
-    `levels` the divergences at which they were matched, in nats per token.
+    `levels` the divergences at which they were matched, in nats per token. For a reading of several
+    numbers the last axis of `values` is theirs, and `only` picks one.
 
     Example:
         >>> table = Nulls((0.25, 1.0), np.array([[[1.0, -1.0]], [[2.0, -2.0]]]))
@@ -200,6 +201,15 @@ class Nulls:
 
     levels: tuple[float, ...]
     values: np.ndarray
+
+    def only(self, number: int) -> "Nulls":
+        """Those of one of several numbers.
+
+        Example:
+            >>> Nulls((1.0,), np.array([[[[1.0, 5.0], [-1.0, 7.0]]]])).only(1).values.tolist()
+            [[[5.0, 7.0]]]
+        """
+        return replace(self, values=self.values[..., number])
 
     def at(self, kl: float) -> np.ndarray:
         """`[vector, sign]`: readings at another divergence, linear in its root between the levels,
@@ -286,12 +296,13 @@ def nulls(
         )
 
         def compute() -> Tensor:
-            before, out = read(model), torch.zeros(*scales.shape, 2, dtype=torch.float64)
+            before = np.asarray(read(model))
+            out = torch.zeros(*scales.shape, 2, *before.shape, dtype=torch.float64)
             for number, unit in enumerate(_units(model, layers, count)):
                 for k, scale in enumerate(scales[:, number].tolist()):
                     for side, sign in enumerate((1, -1)):
                         with Steering(model, unit, sign * scale):
-                            out[k, number, side] = read(model) - before
+                            out[k, number, side] = torch.as_tensor(read(model) - before)
             return out
 
         values = _remembered(name, (*key, content), compute)
