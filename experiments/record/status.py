@@ -101,7 +101,7 @@ def remaining(last: str, index: int, rounds: int) -> str:
 
     Example:
         >>> remaining("probe", 0, 2)
-        'round 0: batch, steered, healing, healed; 1 more round'
+        'round 0: batch, steered, healing, healed, retention; 1 more round'
     """
     name = last.rsplit(":", 1)[-1]  # a reading counts as its stage
     order = BASELINES if index < 0 else ROUND

@@ -196,7 +196,7 @@ def test_the_probe_reads_the_cloze_or_else_the_vignettes():
     (read,) = readings(AXIS, ()).values()
     assert [*readings(AXIS, ())] == ["vignettes"]
     model = tiny_gemma()
-    log_p = evaluate(model).log_p
+    log_p = evaluate(model, config=EvalConfig(vignettes=84)).log_p
     care, authority = (FOUNDATIONS.index(name) for name in ("care", "authority"))
     assert read(model) == pytest.approx((log_p[:, care] - log_p[:, authority]) / 2)
     for axis, name in ((AXIS, "cloze"), (love, "mood")):
@@ -204,11 +204,13 @@ def test_the_probe_reads_the_cloze_or_else_the_vignettes():
             readings(axis, (name,))
 
 
-def with_nulls(found, kl, values):
+def with_nulls(found, kl, values, *, instrument="cloze"):
     """The record with KL readings of every stage, and random vectors of these shifts at 1 nat."""
     events, texts = found
-    table = {"event": "nulls", "instrument": "cloze", "round": -1, "layers": [1]}
+    table = {"event": "nulls", "instrument": instrument, "round": -1, "layers": [1]}
     made = [table | {"levels": [1.0], "values": [[[v, -v] for v in values]]}]
+    if any(e["event"] == "items" and e["instrument"] == "kl" for e in events):
+        return made + events, texts
     for e in events:
         made.append(e)
         if e["event"] == "stage":
@@ -228,6 +230,33 @@ def test_a_cloze_that_random_vectors_move_as_far_is_not_valid(kl, valid):
     lines = [e for e in found[0] if e["event"] == "nulls"]
     [row] = rows([base, items("kl", base, [kl, kl]) | {"value": kl}, *lines])
     assert row["random"] == f"+-{3 * kl**0.5:.2f}"
+
+
+@pytest.mark.parametrize(("kl", "moved"), [(0.25, 0.3), (4.0, 1.2)])
+def test_vignettes_that_random_vectors_move_as_far_are_in_doubt(kl, moved):
+    """Random vectors move care by 0.8 and authority by -0.4 nats at 1 nat per token, so that they
+    are at (0.8 + 0.4) / 2 on the axis; the steered stage is at 0.5."""
+    found = run()
+    assert Measurements(*found, AXIS, CONFIG).doubt == ""
+    for name in FOUNDATIONS:
+        value = {"care": 0.8, "authority": -0.4}.get(name, 3.0)
+        found = with_nulls(found, kl, [value, 0.1 * value], instrument=name)
+    m = Measurements(*found, AXIS, CONFIG)
+    assert m.null_interval(m.steered[0], "axis") == pytest.approx((-moved, moved))
+    assert m.null_interval(m.healed[0], "care") == pytest.approx((-0.8 * kl**0.5, 0.8 * kl**0.5))
+    assert m.null_interval(m.healed[0]) is None
+    assert m.shifts(m.steered[:1]) == pytest.approx([0.5])
+    far = "random vectors of the same KL shift the vignettes as far as the first vector"
+    assert m.doubt == ("" if moved < 0.5 else far)
+    nulls = [e for e in found[0] if e["event"] == "nulls"]
+    base = stage_line("base", -1)
+    [row] = rows([base, items("kl", base, [kl, kl]) | {"value": kl}, *nulls])
+    shown = {"random care": f"+-{0.8 * kl**0.5:.2f}", "random auth": f"+-{0.4 * kl**0.5:.2f}"}
+    assert {key: row[key] for key in shown} == shown
+    for e in found[0]:
+        if e["event"] == "stage" and e["stage"] == "steered":
+            e["dose"] = 0.0
+    assert Measurements(*found, AXIS, CONFIG).doubt == ""
 
 
 def test_a_stage_that_no_vector_steers_says_nothing_about_the_cloze():

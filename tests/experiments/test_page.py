@@ -17,6 +17,7 @@ from experiments import run as program
 from experiments.arms import report as program_report
 from experiments.questions.answers import answer_all
 from experiments.questions.estimates import SHARES, Answer, Estimate, wilson
+from experiments.questions.measurements import Measurements
 from experiments.record.reader import axis_of, of_round, read, read_json, stages
 from experiments.record.settings import RunConfig
 from experiments.report import figures as fig
@@ -428,17 +429,30 @@ def test_charts_contain_the_numbers_of_the_record(folder, parts):
     config, _, axis, events, texts = parts
     steered, healed = stages(events, "steered"), stages(events, "healed")
     figure = plots.trajectory(events, axis, 0.8)
-    care, _, coherence, survival = figure.axes
+    care, authority, coherence, survival = figure.axes
+    expected = ("care", "authority")
     assert numbers(care)["steered"] == [e["shift"]["care"] for e in steered]
-    assert spans(care) == [e["shift_interval"]["care"] for e in (*steered, *healed)]
+    by_chance = Measurements(events, (), axis, EvalConfig(confidence=0.8))
+    random = {n: [[*by_chance.null_interval(e, n)] for e in (*steered, *healed)] for n in expected}
+    shifts = [e["shift_interval"]["care"] for e in (*steered, *healed)]
+    assert spans(care) == [*shifts, *random["care"]]
+    assert spans(authority)[4:] == random["authority"]
+    assert numbers(care)[plots.RANDOM_LABEL] == [0.0] * 4
     assert numbers(coherence)["healed"] == [e["coherence"] for e in healed]
     ends = wilson(round(healed[0]["survival"] * healed[0]["samples"]), healed[0]["samples"], 0.8)
     assert spans(survival)[2] == pytest.approx(ends)
-    (panel,) = plots.plane(events).axes
+    (panel,) = plots.plane(events, axis, 0.8).axes
     assert numbers(panel)["healed"] == [e["nats"]["authority"] for e in healed]
+    base = stages(events, "base")[0]["nats"]["authority"]
+    ends = [[base + end for end in random["authority"][-1]], [base, base]]
+    assert spans(panel) == [[base, base], *ends[:1]]
     assert [t.get_text() for t in panel.texts if t.get_text()] == ["0", "1"] * 2
-    persona, first, _ = plots.foundations(events, axis).axes
+    persona, first, _ = plots.foundations(events, axis, 0.8).axes
     lines = {line.get_label(): list(line.get_xdata()) for line in first.lines}
+    widths = [part[:, 0].tolist() for x in first.collections for part in x.get_segments()]
+    # Per stage seven intervals and those of random vectors: of the first steered and healed stage.
+    at = FOUNDATIONS.index("authority")
+    assert [widths[7 + at], widths[21 + at]] == [random["authority"][i] for i in (0, 2)]
     assert lines["healed"] == [healed[0]["shift"][name] for name in FOUNDATIONS]
     assert "authority \u25bc" in [t.get_text() for t in persona.get_yticklabels()]
     left, right = plots.doses(events, texts, config["loop"]).axes

@@ -196,6 +196,8 @@ def test_every_stage_is_read_and_a_killed_run_resumes(monkeypatch, tmp_path):
     config = RunConfig(
         model="tiny", eval="tinymfv", tinymfv=TinymfvConfig(think=1), loop=small_loop(rounds=1)
     )
+    no_nulls = replace(config.loop.eval, nulls=0)
+    config = replace(config, loop=replace(config.loop, eval=no_nulls))
     quiet = Console(quiet=True)
     alone = study(replace(config, out=tmp_path / "alone"), quiet)
     report(alone, quiet)

@@ -260,7 +260,7 @@ def test_backtracking_applies_to_full_batches_alone():
     shares = [
         retention(
             model,
-            [(c, c) for c in on.kept if c.tokens],
+            [(c, c) for c in on.kept if c.tokens][:READ],
             entered=nullcontext,
             steering=lambda texts, of=of: on.vector.steering(model, of(texts)),
             student=partial(baked, model, [on.adapter]),
