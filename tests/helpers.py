@@ -229,7 +229,7 @@ def small_loop(**changes):
             max_batches=3,
         ),
         "heal": HealConfig(rank=2, sites=("q", "down"), epochs=2, lr=2e-2, tau=0.01),
-        "eval": EvalConfig(samples=3, bootstrap=20, conflicts=4),
+        "eval": EvalConfig(samples=3, bootstrap=20, conflicts=4, nulls=2),
     }
     return LoopConfig(**settings | changes)
 

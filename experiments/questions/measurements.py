@@ -168,6 +168,12 @@ class Measurements:
         }
         if self.axis.expected and set(FOUNDATIONS) <= set(found):
             every = [found[name] for name in FOUNDATIONS]
+            sizes = sorted({(table.levels, table.values.shape) for table in every})
+            require(
+                len(sizes) == 1,
+                f"the random vectors of the foundations have levels and shapes {sizes}, all must "
+                "have the same.",
+            )
             values = np.stack([table.values for table in every], -1)
             found["axis"] = Nulls(every[0].levels, on_axis(values, self.axis.expected))
         return found

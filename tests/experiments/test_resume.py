@@ -400,8 +400,8 @@ def test_resuming_with_other_weights_is_rejected(tmp_path, monkeypatch):
 def test_status_prints_finished_and_remaining_stages(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run")
     assert "finished   base, prompted+, prompted-; round 0; round 1" in status(folder)
-    # start, three baselines and their readings, the probe's validity, vector, probe
-    unfinish(folder, 13)
+    names = [name_of(e) for e in Journal(folder / "events.jsonl").lines]
+    unfinish(folder, names.index("probe") + 1)
     printed = status(folder)
     assert "round 0: vector, probe" in printed
     assert "remains    round 0: batch, steered, healing, healed, retention; 1 more round" in printed
