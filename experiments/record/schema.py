@@ -155,6 +155,16 @@ class NullsEvent(Event):
     levels: Annotated[list[Number], Field(min_length=1)]
     values: Annotated[list[list[Pair]], Field(min_length=1)]
 
+    @pydantic.model_validator(mode="after")
+    def _one_count(self) -> Self:
+        counts = {len(level) for level in self.values}
+        if len(self.values) != len(self.levels) or len(counts) != 1 or 0 in counts:
+            raise ValueError(
+                f"{len(self.levels)} levels have {len(self.values)} tables of {sorted(counts)} "
+                "vectors, every level needs one, all of the same number"
+            )
+        return self
+
 
 class OneFoundation(Strict):
     """Validity of an instrument on one foundation of the axis."""

@@ -8,11 +8,13 @@ import pytest
 import torch
 from helpers import one_sentence
 from records import run, scores
+from pydantic import ValidationError
 from rich.console import Console
 
 from experiments.checks.validity import ProbeConfig, odd_and_even, readings, show_items
 from experiments.questions.answers import answer_all
 from experiments.questions.measurements import Measurements
+from experiments.record.schema import NullsEvent
 from experiments.report.tables import rows
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.hooks.handle import handles_on
@@ -257,6 +259,19 @@ def test_vignettes_that_random_vectors_move_as_far_are_in_doubt(kl, moved):
         if e["event"] == "stage" and e["stage"] == "steered":
             e["dose"] = 0.0
     assert Measurements(*found, AXIS, CONFIG).doubt == ""
+
+
+@pytest.mark.parametrize(
+    ("levels", "values"), [([1.0], []), ([1.0, 2.0], [[[0.1, 0.2]]]), ([1.0], [[]]),
+                           ([1.0, 2.0], [[[0.1, 0.2]], [[0.1, 0.2], [0.3, 0.4]]])]
+)  # fmt: skip
+def test_every_level_of_random_vectors_has_as_many(levels, values):
+    event = {"event": "nulls", "round": -1, "seconds": 0.0, "cpu": 0.0, "texts": 0, "files": {}}
+    event |= {"instrument": "care", "layers": [1]}
+    sound = event | {"levels": [1.0, 2.0], "values": [[[0.1, 0.2]], [[0.1, 0.2]]]}
+    assert NullsEvent.model_validate(sound).values[1] == [[0.1, 0.2]]
+    with pytest.raises(ValidationError):
+        NullsEvent.model_validate(event | {"levels": levels, "values": values})
 
 
 def test_a_stage_that_no_vector_steers_says_nothing_about_the_cloze():
