@@ -8,7 +8,6 @@ is scored.
 """
 
 import tomllib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -57,8 +56,7 @@ def vignettes() -> tuple[Vignette, ...]:
 
 
 def evenly_chosen(count: int) -> tuple[Vignette, ...]:
-    """`count` of the built-in vignettes, the first ones of each foundation, in equal numbers as far
-    as that is possible.
+    """The first `count` of the built-in vignettes, of every seven one for each foundation.
 
     Raises:
         ShlError: there are not that many.
@@ -70,13 +68,7 @@ def evenly_chosen(count: int) -> tuple[Vignette, ...]:
     every = vignettes()
     allowed = f"from 1 to {len(every)}"
     require(1 <= count <= len(every), f"{count} vignettes are asked for, it must be {allowed}.")
-    seen: Counter[str] = Counter()
-    ranks = []
-    for v in every:
-        ranks.append(seen[v.foundation])
-        seen[v.foundation] += 1
-    order = sorted(range(len(every)), key=lambda i: (ranks[i], i))
-    return tuple(every[i] for i in sorted(order[:count]))
+    return every[:count]
 
 
 @cache

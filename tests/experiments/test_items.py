@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import one_sentence
-from records import run, scores
 from pydantic import ValidationError
+from records import run, scores
 from rich.console import Console
 
 from experiments.checks.validity import ProbeConfig, odd_and_even, readings, show_items
@@ -16,11 +16,13 @@ from experiments.questions.answers import answer_all
 from experiments.questions.measurements import Measurements
 from experiments.record.schema import NullsEvent
 from experiments.report.tables import rows
-from shl.config import FOUNDATIONS, EvalConfig
+from experiments.run import random_vectors
+from shl.config import FOUNDATIONS, EvalConfig, LoopConfig
 from shl.hooks.handle import handles_on
 from shl.hooks.vector import SteeringVector
 from shl.measure import continuations
-from shl.measure.continuations import Cloze, cloze_shift, context_use
+from shl.measure.continuations import Cloze, cloze_shift, context_use, read_cloze
+from shl.measure.nulls import Nulls
 from shl.measure.vignettes import evaluate
 from shl.method.axes import load_axis
 from shl.models.tiny import tiny_gemma
@@ -266,12 +268,35 @@ def test_vignettes_that_random_vectors_move_as_far_are_in_doubt(kl, moved):
                            ([1.0, 2.0], [[[0.1, 0.2]], [[0.1, 0.2], [0.3, 0.4]]])]
 )  # fmt: skip
 def test_every_level_of_random_vectors_has_as_many(levels, values):
-    event = {"event": "nulls", "round": -1, "seconds": 0.0, "cpu": 0.0, "texts": 0, "files": {}}
+    event = {"event": "nulls", "round": -1, "seconds": 0.0, "cpu": 0.0, "texts": 0}
     event |= {"instrument": "care", "layers": [1]}
     sound = event | {"levels": [1.0, 2.0], "values": [[[0.1, 0.2]], [[0.1, 0.2]]]}
     assert NullsEvent.model_validate(sound).values[1] == [[0.1, 0.2]]
     with pytest.raises(ValidationError):
         NullsEvent.model_validate(event | {"levels": levels, "values": values})
+
+
+def test_random_vectors_are_read_by_foundation_without_a_cloze(monkeypatch):
+    model, config, cloze = tiny_gemma(), LoopConfig(), load_axis("love").cloze
+    asked = []
+
+    def nulls(model, layers, name, content, read, *, count):
+        asked.append((tuple(layers), name, count))
+        return Nulls((1.0,), np.array([[[read(model), 2 * read(model)]]]))
+
+    monkeypatch.setattr("experiments.run.nulls", nulls)
+    found = random_vectors(model, None, config)
+    nats = evaluate(model, config=config.eval).nats
+    assert {e["instrument"]: e["values"] for e in found} == {
+        name: [[[pytest.approx(x), pytest.approx(2 * x)]]] for name, x in nats.items()
+    }
+    (event,) = random_vectors(model, cloze, config)
+    assert event["instrument"] == "cloze"
+    mean = read_cloze(model, cloze).mean()
+    assert event["values"] == [[[pytest.approx(mean), pytest.approx(2 * mean)]]]
+    assert [name for _, name, _ in asked] == ["vignettes", "cloze"]
+    assert {count for *_, count in asked} == {config.eval.nulls}
+    assert [e["layers"] for e in (*found, event)] == [sorted(asked[0][0])] * 8
 
 
 def test_a_stage_that_no_vector_steers_says_nothing_about_the_cloze():

@@ -51,6 +51,23 @@ def test_the_vector_is_the_mean_difference_at_the_last_token(model, axis):
     assert vector.directions[2].norm() > 0.01
 
 
+def test_a_shared_persona_is_run_once_and_changes_no_residual(llama):
+    persona = "You are calm, kind and patient with everyone whom you meet."
+    prompts = [Prompt(text, persona) for text in ("Hi?", "And you?", "What do you see there?")]
+    shapes = []
+    handle = llama.embed.register_forward_hook(lambda *a: shapes.append(tuple(a[-1].shape[:2])))
+    shared = residual_at_tag(llama, prompts, [0, 2])
+    handle.remove()
+    rows = [encode(llama, p) for p in prompts]
+    lengths = sorted({before + after for (_, before), (_, after) in [shapes]})
+    assert [batch for batch, _ in shapes] == [1, 3]
+    assert lengths == [max(map(len, rows))]
+    for row, ids in enumerate(rows):
+        _, cache = llama.run_with_cache(torch.tensor([ids]))
+        for layer in (0, 2):
+            assert torch.allclose(shared[layer][row], cache[post(layer)][0, -1], atol=2e-5)
+
+
 def test_residuals_are_in_the_order_of_the_prompts(model):
     prompts = ["A much longer question than the others?", "Hi?", "Why is that so?"]
     got = residual_at_tag(model, prompts, [1], batch_size=2)[1]
