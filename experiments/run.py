@@ -41,7 +41,7 @@ from shl.measure.continuations import Cloze, item_instruments, read_cloze
 from shl.measure.evaluation import nats_of
 from shl.measure.nulls import nulls
 from shl.measure.tinymfv import Tinymfv
-from shl.measure.vignettes import evaluate, evenly_chosen, probe_data
+from shl.measure.vignettes import evaluate, first_vignettes, probe_data
 from shl.method.axes import Axis, load_axis, nuisance_axes, require_instrument
 from shl.method.loop import StarvedError, baselines, love, require_fits
 from shl.method.online import require_paraphrases
@@ -122,7 +122,7 @@ def random_vectors(model: Model, cloze: Cloze | None, loop: LoopConfig) -> list[
             table = read("cloze", cloze, lambda model: float(read_cloze(model, cloze).mean()))
             found = {"cloze": table}
         else:
-            asked = (evenly_chosen(loop.eval.vignettes), dict(probe_data()))
+            asked = (first_vignettes(loop.eval.vignettes), dict(probe_data()))
             table = read(
                 "vignettes", asked, lambda model: nats_of(evaluate(model, config=loop.eval).log_p)
             )

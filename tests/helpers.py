@@ -242,7 +242,7 @@ def lenient(monkeypatch, *, reasons=lambda text: []):
     monkeypatch.setattr(filters, "text_reasons", lambda text, *_: reasons(text))
     monkeypatch.setattr(filters, "base_perplexities", lambda _, texts, **__: scores * len(texts))
     monkeypatch.setattr(filters, "topic_scores", lambda _, texts, *__, **___: [0.5] * len(texts))
-    monkeypatch.setattr(probe, "evenly_chosen", lambda count: few[:count])
+    monkeypatch.setattr(probe, "first_vignettes", lambda count: few[:count])
 
 
 def quick_worker():
@@ -250,5 +250,5 @@ def quick_worker():
     import experiments.arms.studies as studies
 
     few = vignettes()[:8]
-    import_module("shl.measure.vignettes").evenly_chosen = lambda count: few[:count]
+    import_module("shl.measure.vignettes").first_vignettes = lambda count: few[:count]
     studies.report = lambda *_: None

@@ -55,14 +55,14 @@ def vignettes() -> tuple[Vignette, ...]:
     return tuple(Vignette(**entry) for entry in table["vignette"])
 
 
-def evenly_chosen(count: int) -> tuple[Vignette, ...]:
+def first_vignettes(count: int) -> tuple[Vignette, ...]:
     """The first `count` of the built-in vignettes, of every seven one for each foundation.
 
     Raises:
         ShlError: there are not that many.
 
     Example:
-        >>> len({v.foundation for v in evenly_chosen(7)})
+        >>> len({v.foundation for v in first_vignettes(7)})
         7
     """
     every = vignettes()
@@ -257,9 +257,9 @@ def _style(model: Model) -> str:
 
 
 def _labels(count: int) -> tuple[str, ...]:
-    return tuple(v.foundation for v in evenly_chosen(count))
+    return tuple(v.foundation for v in first_vignettes(count))
 
 
 def _read(model: Model, persona: str | None, config: EvalConfig) -> np.ndarray:
     read = read_digits if is_chat(model) else read_completions
-    return read(model, evenly_chosen(config.vignettes), persona, config).double().numpy()
+    return read(model, first_vignettes(config.vignettes), persona, config).double().numpy()

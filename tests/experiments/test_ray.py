@@ -72,7 +72,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{TESTS}{os.pathsep}{ROOT}")
         patch.setattr(studies, "report", studies.report)
-        patch.setattr(probe, "evenly_chosen", probe.evenly_chosen)
+        patch.setattr(probe, "first_vignettes", probe.first_vignettes)
         quick_worker()
         yield
 

@@ -12,7 +12,7 @@ from helpers import random_adapter, tiny_llama
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.hooks.bake import baked
 from shl.hooks.vector import SteeringVector
-from shl.measure.vignettes import evaluate, evenly_chosen, probe_data, vignettes
+from shl.measure.vignettes import evaluate, first_vignettes, probe_data, vignettes
 from shl.models.tiny import tiny_gemma
 from shl.utils.errors import ShlError
 
@@ -24,7 +24,7 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<a>"
 @pytest.fixture(autouse=True)
 def few_vignettes(monkeypatch):
     probe = import_module("shl.measure.vignettes")
-    monkeypatch.setattr(probe, "evenly_chosen", lambda count: FEW[:count])
+    monkeypatch.setattr(probe, "first_vignettes", lambda count: FEW[:count])
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_each_foundation_has_twelve_different_scenes_of_similar_length():
 
 
 def test_some_vignettes_have_as_many_of_each_foundation_as_possible():
-    found = {count: evenly_chosen(count) for count in (7, 42, 45, 84)}
+    found = {count: first_vignettes(count) for count in (7, 42, 45, 84)}
     assert found[84] == ALL
     for count, some in found.items():
         numbers = Counter(v.foundation for v in some)
@@ -81,16 +81,16 @@ def test_some_vignettes_have_as_many_of_each_foundation_as_possible():
         assert max(numbers.values()) - min(numbers[f] for f in FOUNDATIONS) <= 1
         assert [*some] == [v for v in ALL if v in some]
     with pytest.raises(ShlError, match="85 vignettes are asked for, it must be from 1 to 84"):
-        evenly_chosen(85)
+        first_vignettes(85)
 
 
 def test_a_count_of_vignettes_is_that_of_the_reading_and_of_its_base(gemma, monkeypatch):
     monkeypatch.undo()
     few, more = (evaluate(gemma, config=EvalConfig(vignettes=count)) for count in (7, 14))
-    chosen = evenly_chosen(14)
-    assert few.labels == tuple(v.foundation for v in evenly_chosen(7))
+    chosen = first_vignettes(14)
+    assert few.labels == tuple(v.foundation for v in first_vignettes(7))
     assert (len(few.log_probs), len(more.log_probs)) == (7, 14)
-    at = [chosen.index(v) for v in evenly_chosen(7)]
+    at = [chosen.index(v) for v in first_vignettes(7)]
     assert np.allclose(few.log_probs, more.log_probs[at], atol=2e-4)
     assert few.coherence == more.coherence == 1.0
     assert np.allclose(few.prior, few.log_probs.mean(0, keepdims=True), atol=1e-9)
