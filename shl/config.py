@@ -134,7 +134,7 @@ class GenerateConfig(Settings):
         40
     """
 
-    max_new_tokens: Count = 40
+    max_new_tokens: Count = 32
     """Longest completion [tokens]."""
     min_new_tokens: int = 0
     """The turn cannot end before this many tokens [tokens]."""
@@ -468,19 +468,19 @@ class EvalConfig(Settings):
     it [count]."""
     confidence: Annotated[float, Range(0.5, 0.999)] = 0.95
     """Coverage of the intervals [share]."""
-    conflicts: Annotated[int, Range(2, 40)] = 16
+    conflicts: Annotated[int, Range(2, 40)] = 20
     """Crossed conflicts on which the use of context is read at each stage [count]."""
     nulls: Annotated[int, Range(0, 1000)] = 20
     """Random vectors of the same KL, both signs, that stand beside the cloze; read once per model
     and layers and kept in the cache folder; 0 for none [count]."""
-    samples: Count = 48
+    samples: Count = 64
     """Unsteered answers to the axis's prompts, sampled at each stage [count]."""
     persona_samples: Count = 32
     """Answers of the positive persona, if `samples` is not fewer; the negative one, whose answers
     no question uses, gives 8 at most [count]."""
-    vignettes: Annotated[int, Range(7, 84)] = 42
+    vignettes: Annotated[int, Range(7, 84)] = 28
     """Vignettes that are read at each stage, as many of each foundation as possible [count]."""
-    batch_size: Count = 42
+    batch_size: Count = 28
     """Vignettes scored in one forward pass [count]."""
 
 

@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 GB = 1e9
-ROWS, LENGTH = 48, 96
-"""Rows decoded together, and the positions of one: a prompt with its persona and 48 tokens."""
-STEP = 4
+ROWS, LENGTH = 64, 80
+"""Rows decoded together, and the positions of one: a prompt with its persona and 32 tokens."""
+STEP = 3
 """Texts of an optimiser step, whose final states student, teacher and reference hold at once."""
 RANK = 16
 """Rank of an adapter."""
 ROUNDS = 2
 """Rounds of an arm, the later of which keep the earlier adapters."""
-DECODED, READ, TRAINED = 16_000, 100_000, 12_000
-"""Tokens of an arm of two rounds with 16 samples a stage. Decoded and trained ones are counted in
-the records of `RESULTS.md`; those that are only read are known to about a factor of two."""
+DECODED, READ, TRAINED = 13_000, 60_000, 5_000
+"""Tokens of the default study of two rounds. Decoded and trained ones are counted in the record of
+`RESULTS.md`; those that are only read are known to about a factor of two."""
 
 
 @dataclass(frozen=True)

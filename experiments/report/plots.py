@@ -211,7 +211,7 @@ def plane(events: Sequence[Event], axis: Axis, confidence: float = 0.95) -> Figu
         arrow = {"arrowstyle": "->", "color": grey, "lw": 0.8, "shrinkA": 4, "shrinkB": 4}
         panel.annotate("", end, start, arrowprops=arrow)
     panel.margins(0.12)
-    fig.layout(figure)
+    fig.layout(figure, 3)
     return figure
 
 

@@ -53,7 +53,7 @@ from shl.utils.seeds import seed_for
 
 MATCHED_ON = 8
 """Prompts on which the random control is matched in divergence [count]."""
-READ = 4
+READ = 3
 """Texts of each source on which retention is read [count]."""
 SHOWN = 8
 """Largest number of samples of the negative persona [count]."""
@@ -407,7 +407,7 @@ class Study:
         if found is None:
             model, cloze = self.model, self.axis.cloze
             items = {
-                "vignettes": [v.text for v in vignettes()[:: len(vignettes()) // READ]],
+                "vignettes": [v.text for v in vignettes()],
                 "conflicts": [item.text(("order", 0, None)) for item in conflict_items()],
                 "cloze": list(cloze.openings if cloze else ()),
             }

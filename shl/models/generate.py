@@ -314,7 +314,7 @@ def generate(
     model: Model,
     prompts: Sequence[str | Prompt],
     *,
-    max_new_tokens: int = 40,
+    max_new_tokens: int = 32,
     min_new_tokens: int = 0,
     temperature: float = 1.0,
     top_k: int = 64,

@@ -177,7 +177,7 @@ def test_a_sentence_has_the_verdict_the_deciding_estimate_and_the_rest():
 
 
 def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
-    """48 samples a stage, 84 vignettes, 3 rounds, 5 rungs of 8 probes, 1000 resamples."""
+    """64 samples a stage, 84 vignettes, 3 rounds, 5 rungs of 8 probes, 1000 resamples."""
     ladder = tuple((0.3 * k, 8 if k < 3 else 1, 8.0 * k) for k in range(1, 6))
     found = answer_all(
         *run(
@@ -193,9 +193,9 @@ def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
     by_key = {a.key: a for a in found}
     for key in (*KEYS, "readable", "barrier", "worked"):
         assert by_key[key].verdict == "yes", by_key[key].sentence
-    # 48 of 48 against 48 of 48: 1 - 48 / (48 + 1.96^2) below 0.
+    # 64 of 64 against 64 of 64: 1 - 64 / (64 + 1.96^2) below 0.
     survival = figure(by_key["Q2"], "survival less base's", 2)
-    assert survival["low"] == pytest.approx(-(1.959964**2) / (48 + 1.959964**2), abs=1e-6)
+    assert survival["low"] == pytest.approx(-(1.959964**2) / (64 + 1.959964**2), abs=1e-6)
     assert survival["needs"] == -by_key["Q2"].thresholds["SURVIVAL_LOSS"] == -0.2
 
 

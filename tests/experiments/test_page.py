@@ -425,6 +425,22 @@ def spans(panel):
     return [part[:, 1].tolist() for lines in panel.collections for part in lines.get_segments()]
 
 
+def test_the_names_in_a_chart_lie_inside_it(parts):
+    config, _, axis, events, texts = parts
+    for figure in (
+        plots.trajectory(events, axis),
+        plots.plane(events, axis),
+        plots.foundations(events, axis),
+        plots.doses(events, texts, config["loop"]),
+        plots.token_kl(events, 0.01),
+    ):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box, whole = legend.get_window_extent(), figure.bbox
+        assert box.x1 <= whole.x1, [text.get_text() for text in legend.texts]
+        assert box.y1 <= whole.y1
+
+
 def test_charts_contain_the_numbers_of_the_record(folder, parts):
     config, _, axis, events, texts = parts
     steered, healed = stages(events, "steered"), stages(events, "healed")

@@ -12,7 +12,7 @@ from helpers import lenient, small_loop, with_drawn_contexts
 from shl.config import DoseConfig, FilterConfig, GenerateConfig, VectorConfig
 from shl.hooks.bake import baked
 from shl.measure.continuations import conflict_items
-from shl.measure.retention import retention
+from shl.measure.retention import retention, running_text
 from shl.measure.vignettes import vignettes
 from shl.method.axes import axis_names, load_axis
 from shl.method.backtrack import dose_table
@@ -215,10 +215,15 @@ def runs_of(text, n=8):
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
-def test_the_loop_reads_what_the_student_has_of_the_shift():
+def test_the_loop_reads_what_the_student_has_of_the_shift(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "shl.method.loop.running_text", lambda *a: asked.append(a[1]) or running_text(*a)
+    )
     soft = replace(ONE.heal, target="soft", positions="all", epochs=20)
     done = first(replace(ONE, heal=soft))
     assert {*done.retained} >= {"training", "answers", "vignettes", "conflicts"}
+    assert len({v.foundation for v in vignettes() if v.text in asked}) == READ
     assert done.retained["training"].share > 0.3
     still = first(replace(ONE, heal=replace(soft, lr=0.0, epochs=1)))
     assert still.retained["training"].share == pytest.approx(0.0, abs=1e-4)
