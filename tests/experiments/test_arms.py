@@ -198,6 +198,17 @@ def test_stages_are_shared_only_between_runs_with_equal_results():
     assert not any(same_result(name, 1, none, loop) for name in (*first, *after))
     assert same_result("base", -1, random, loop)
     assert not same_result("base", -1, replace(loop, seed=1), loop)
+    for stage, changes in (
+        ("generate", {"max_new_tokens": 5}),
+        ("filter", {"min_words": 1}),
+        ("eval", {"samples": 3}),
+    ):
+        other = replace(loop, **{stage: replace(getattr(loop, stage), **changes)})
+        assert not same_result("base", -1, other, loop), stage
+    elsewhere = replace(loop, vector=replace(loop.vector, layers=(1, 2)))
+    assert same_result("nulls:cloze", -1, random, loop)
+    assert not same_result("nulls:cloze", -1, elsewhere, loop)
+    assert same_result("base", -1, elsewhere, loop)
     assert same_result("vector", 0, still, loop)
     assert not same_result("vector", 0, random, loop)
     assert not same_result("vector", 0, replace(loop, seed=1), loop)
