@@ -131,7 +131,7 @@ class GenerateConfig(Settings):
 
     Example:
         >>> GenerateConfig(temperature=0).max_new_tokens
-        40
+        32
     """
 
     max_new_tokens: Count = 32
