@@ -86,7 +86,7 @@ def run(
             for found in validities(record.events, axis, loop.eval):
                 if record.find(f"validity:{found.instrument}", -1) is None:
                     record.event("validity", -1, found.event())
-            names = ("cloze",) if axis.cloze else FOUNDATIONS
+            names = (*FOUNDATIONS, "cloze") if axis.cloze else FOUNDATIONS
             absent = [name for name in names if recorder.recorded(f"nulls:{name}", -1) is None]
             if loop.eval.nulls and absent:
                 for event in random_vectors(model, axis.cloze, loop):
@@ -112,21 +112,23 @@ def run(
     record.event("end", loop.rounds - 1, {})
 
 
-def random_vectors(model: Model, cloze: Cloze | None, loop: LoopConfig) -> list[dict[str, Any]]:
-    """Events with what random vectors at the run's layers do to the cloze, or without one to each
-    foundation of the vignettes."""
+def random_vectors(
+    model: Model, cloze: Cloze | None, loop: LoopConfig, folder: Path | None = None
+) -> list[dict[str, Any]]:
+    """Events with what random vectors at the run's layers do to each foundation of the vignettes,
+    and to the cloze if there is one; `folder` as in `nulls`."""
     layers = loop.vector.layers or tuple(band(model, 1 / 3, 2 / 3))
-    read = partial(nulls, model, layers, count=loop.eval.nulls)
+    read = partial(nulls, model, layers, count=loop.eval.nulls, folder=folder)
+    asked = (first_vignettes(loop.eval.vignettes), dict(probe_data()))
     with named("reading random vectors"):
+        table = read(
+            "vignettes", asked, lambda model: nats_of(evaluate(model, config=loop.eval).log_p)
+        )
+        found = {name: table.only(k) for k, name in enumerate(FOUNDATIONS)}
         if cloze is not None:
-            table = read("cloze", cloze, lambda model: float(read_cloze(model, cloze).mean()))
-            found = {"cloze": table}
-        else:
-            asked = (first_vignettes(loop.eval.vignettes), dict(probe_data()))
-            table = read(
-                "vignettes", asked, lambda model: nats_of(evaluate(model, config=loop.eval).log_p)
+            found["cloze"] = read(
+                "cloze", cloze, lambda model: float(read_cloze(model, cloze).mean())
             )
-            found = {name: table.only(k) for k, name in enumerate(FOUNDATIONS)}
     return [
         {
             "instrument": name,

@@ -468,11 +468,12 @@ class EvalConfig(Settings):
     it [count]."""
     confidence: Annotated[float, Range(0.5, 0.999)] = 0.95
     """Coverage of the intervals [share]."""
-    conflicts: Annotated[int, Range(2, 40)] = 20
-    """Crossed conflicts on which the use of context is read at each stage [count]."""
+    conflicts: Annotated[int, Range(2, 40)] = 32
+    """Crossed conflicts on which the use of context is read at each stage; two make one item of its
+    interval, so that the number is even [count]."""
     nulls: Annotated[int, Range(0, 1000)] = 20
-    """Random vectors of the same KL, both signs, that stand beside the cloze; read once per model
-    and layers and kept in the cache folder; 0 for none [count]."""
+    """Random vectors of the same KL, both signs, beside the vignettes and the cloze; read once per
+    model and layers and kept in the cache folder; 0 for none [count]."""
     samples: Count = 64
     """Unsteered answers to the axis's prompts, sampled at each stage [count]."""
     persona_samples: Count = 32
@@ -482,6 +483,13 @@ class EvalConfig(Settings):
     """Vignettes that are read at each stage, as many of each foundation as possible [count]."""
     batch_size: Count = 28
     """Vignettes scored in one forward pass [count]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.conflicts % 2 == 0,
+            f"conflicts is {self.conflicts}, it must be even, since two make one item.",
+        )
 
 
 @dataclass(frozen=True)

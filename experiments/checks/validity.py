@@ -11,7 +11,7 @@ from rich.table import Table
 from experiments.record.command import command, say, wide_console
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.hooks.vector import SteeringVector
-from shl.measure.continuations import read_cloze, read_conflict
+from shl.measure.continuations import read_cloze, read_conflict, read_context
 from shl.measure.evaluation import Evaluation, nats_of
 from shl.measure.nulls import NEUTRAL, TOKENS, Divergence, nulls
 from shl.measure.stats import split_half
@@ -106,7 +106,7 @@ def readings(axis: Axis, names: Sequence[str]) -> dict[str, ItemReading]:
 def show_items(console: Console, config: ProbeConfig, model: Model, axis: Axis) -> None:
     """Print the use of context on base, and what personas, doses of the vector and random vectors
     of the same KL do to it and to the instruments."""
-    conflict = read_conflict(model)
+    conflict, context = read_conflict(model), read_context(model)
     right = float(((conflict.order > 0) & (conflict.need > 0)).mean())
     console.print(
         f"use of context: S {conflict.context.mean():.2f} nats over {len(conflict.order)} "
@@ -131,7 +131,7 @@ def show_items(console: Console, config: ProbeConfig, model: Model, axis: Axis) 
         with vector.steering(model, dose):
             for name, read in found.items():
                 shifts[name].append(read(model) - base[name])
-            use = read_conflict(model, trait=False).context.mean() / conflict.context.mean()
+            use = read_context(model).mean() / context.mean()
             kl = divergence(model).mean()
         means = (f"{shifts[name][-1].mean():+.2f}" for name in found)
         table.add_row(f"{dose:+g}", f"{kl:.2f}", *means, f"{use:.2f}")
@@ -149,7 +149,7 @@ def show_items(console: Console, config: ProbeConfig, model: Model, axis: Axis) 
             return float(read(model).mean())
 
         say(console, f"reading {config.nulls} random vectors with {name}")
-        content = (axis.name, axis.expected, axis.cloze) if name != "trait" else ()
+        content = {"cloze": axis.cloze, "vignettes": axis.expected}.get(name)
         drawn = nulls(model, [*vector.directions], name, content, mean, count=config.nulls).at(kl)
         parts = (drawn[:, 0] - drawn[:, 1]) / 2
         limit = float(np.quantile(np.abs(parts), 0.95, method="higher"))

@@ -62,16 +62,16 @@ CAPTIONS = {
     "share of free samples that pass the filter, {level} Wilson intervals. In each healed stage Q2 "
     f"needs {COHERENT:g} of base's coherence, and survival at most {SURVIVAL_LOSS:g} below base's.",
     "plane": "Care against authority, log of their mean probability over the vignettes; numbers "
-    "are rounds, arrows follow the run. Without a cloze, a cross at base has the {level} intervals "
-    "of random vectors of the last stage's KL.",
+    "are rounds, arrows follow the run. A cross at base has the {level} intervals of "
+    "random vectors of the last stage's KL.",
     "token_kl": "Distribution of the per-token KL to base over the completions below, all rounds; "
     f"the axis begins at {LEAST_KL:g} nats.",
     "kl_tokens": "Per-token KL to base of the completions of the first round, with tau.",
     "doses": "Share of probes that the filter keeps, {level} Wilson intervals, and their median "
     "perplexity under base. The filter drops a text whose last quarter is above its limit.",
     "foundations": "Shift of all seven foundations from base, {level} intervals. The axis expects "
-    "\u25b2 up and \u25bc down, and no shift of the others. Without a cloze, grey intervals at 0 "
-    "are those of random vectors of each stage's KL.",
+    "\u25b2 up and \u25bc down, and no shift of the others. Grey intervals at 0 are those "
+    "of random vectors of each stage's KL.",
     "cosines": "Cosine of each round's steering vector to the first and to the last round's: mean "
     "over the band's layers, bars from the least to the greatest layer.",
     "barrier": "D is the aggregated KL of a completion to its reference, the barrier starts at "

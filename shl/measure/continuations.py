@@ -226,30 +226,62 @@ def read_conflict(
     items: Sequence[ConflictItem] | None = None,
     *,
     persona: str | None = None,
-    trait: bool = True,
     batch_size: int = 40,
 ) -> Conflict:
-    """Read the crossed conflicts; every other item is a narrative, the rest question and answer.
+    """Read every cell of the crossed conflicts; every other item is a narrative, the rest question
+    and answer."""
+    items = conflict_items() if items is None else items
+    asked = [(x, cell, n % 2 == 0) for n, x in enumerate(items) for cell in CELLS]
+    odds = _odds(model, asked, persona, batch_size)
+    return Conflict(odds.reshape(len(items), -1))
 
-    Args:
-        trait: also read the cells that hold both an order and a need; otherwise they are NaN.
+
+def read_context(
+    model: Model,
+    items: Sequence[ConflictItem] | None = None,
+    *,
+    persona: str | None = None,
+    batch_size: int = 40,
+) -> np.ndarray:
+    """S from pairs of conflicts, `[pair]`, in nats: how much the order alone decides in the first
+    of a pair, and the need alone in the second. Every other pair is a narrative, the rest question
+    and answer.
+
+    What changes S changes order and need of a conflict alike, so that half the cells of twice as
+    many conflicts give a shorter interval at the same cost.
+
+    Raises:
+        ShlError: the number of items is odd.
     """
     items = conflict_items() if items is None else items
-    cells = CELLS if trait else CELLS[:4]
-    prefixes, options = [], []
-    for number, item in enumerate(items):
-        for cell in cells:
-            text = item.text(cell)
-            if number % 2 == 0 and not is_chat(model):
-                prefixes.append(_plain(model, f"{text} So {item.name}", persona))
-            else:
-                question = f"{text} What did {item.name} do?"
-                prefixes.append(_answer(model, question, item.name, persona))
-            options.append([encode_text(model, f" {past}.") for past in item.past])
+    require(len(items) % 2 == 0, f"there are {len(items)} conflicts, pairs need an even number.")
+    asked = [
+        (item, cell, number // 2 % 2 == 0)
+        for number, item in enumerate(items)
+        for cell in CELLS[number % 2 * 2 :][:2]
+    ]
+    odds = _odds(model, asked, persona, batch_size).reshape(-1, 2, 2)
+    return np.asarray((odds[:, :, 0] - odds[:, :, 1]).sum(1) / 2)
+
+
+def _odds(
+    model: Model,
+    asked: Sequence[tuple[ConflictItem, tuple[str, int, str | None], bool]],
+    persona: str | None,
+    batch_size: int,
+) -> np.ndarray:
+    """Log-odds of action 0 against action 1 in a cell of an item, which is a narrative or not."""
+    prefixes = []
+    for item, cell, narrative in asked:
+        text = item.text(cell)
+        if narrative and not is_chat(model):
+            prefixes.append(_plain(model, f"{text} So {item.name}", persona))
+        else:
+            question = f"{text} What did {item.name} do?"
+            prefixes.append(_answer(model, question, item.name, persona))
+    options = [[encode_text(model, f" {past}.") for past in item.past] for item, *_ in asked]
     scores = option_scores(model, prefixes, options, batch_size=batch_size)
-    odds = np.full((len(items), len(CELLS)), np.nan)
-    odds[:, : len(cells)] = (scores[:, 0] - scores[:, 1]).reshape(len(items), -1)
-    return Conflict(odds)
+    return np.asarray(scores[:, 0] - scores[:, 1])
 
 
 def context_use(x: np.ndarray) -> float:
@@ -276,13 +308,13 @@ STATISTICS: Mapping[str, Callable[[np.ndarray], float]] = {
 
 
 def item_instruments(cloze: Cloze | None, conflicts: int) -> dict[str, Instrument]:
-    """The instruments of this module for `shl.love`: `context` is S of the first `conflicts`
-    items, `kl` the KL per token to base on neutral answers, at which random vectors are matched;
-    `cloze` is there for an axis that has one."""
+    """The instruments of this module for `shl.love`: `context` is S of the pairs among the first
+    `conflicts` items, `kl` the KL per token to base on neutral answers, at which random vectors are
+    matched; `cloze` is there for an axis that has one."""
 
     def context(model: Model, persona: str | None) -> dict[str, list[float]]:
         items = conflict_items()[:conflicts]
-        return {"items": read_conflict(model, items, persona=persona, trait=False).context.tolist()}
+        return {"items": read_context(model, items, persona=persona).tolist()}
 
     def words(model: Model, persona: str | None) -> dict[str, list[float]]:
         assert cloze is not None

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from shl.models.scores import completion_hidden, kl_values
 from shl.models.tokens import Prompt, encode
 from shl.models.weights import cache_folder
 from shl.utils.errors import ShlError, require
-from shl.utils.files import read_safetensors, texts_in, write_safetensors
+from shl.utils.files import DATA, read_safetensors, texts_in, write_safetensors
 from shl.utils.model import Model
 from shl.utils.seeds import generator_for
 from shl.utils.shapes import Direction, Float
@@ -48,6 +49,9 @@ TOKENS = 16
 LEVELS = (0.3,)
 """Divergences at which nulls are read, near those of coherent doses [nats per token]."""
 FORMAT = "shl-nulls-1"
+SHIPPED = Path(str(DATA / "nulls"))
+"""Readings that come with the package, for the default models and settings. `python -m
+experiments.checks.nulls` makes them; a file whose model or items have changed is not found."""
 
 Directions = Mapping[int, Direction]
 """A direction per layer."""
@@ -275,24 +279,31 @@ def nulls(
     *,
     count: int = 20,
     levels: Sequence[float] = LEVELS,
+    folder: Path | None = None,
 ) -> Nulls:
     """Readings of `count` random vectors at the layers, at each level of divergence.
 
-    Scales and readings are kept in the cache folder, by the model's weights, the layers, and the
-    instrument's name and content; only what is not there is computed.
+    Scales and readings are kept by the model's weights, the layers, and the instrument's name and
+    content; only what is neither with the package nor in the cache folder is computed, and written
+    into the latter.
 
     Args:
         content: what the instrument asks; its `repr` identifies it.
         read: the instrument's statistic on a model.
+        folder: where to look and to write instead.
 
     Raises:
         ShlError: no scale gives a level, or a file of the cache is damaged or cannot be written.
     """
     layers, levels = tuple(sorted(layers)), tuple(levels)
     key = (weights_hash(model), layers, levels, count)
+    folders = (SHIPPED, cache_folder() / "nulls") if folder is None else (folder,)
     with unhooked(model):
         scales = _remembered(
-            "scales", key, lambda: matched_scales(model, layers, count=count, levels=levels)
+            folders,
+            "scales",
+            key,
+            lambda: matched_scales(model, layers, count=count, levels=levels),
         )
 
         def compute() -> Tensor:
@@ -305,17 +316,21 @@ def nulls(
                             out[k, number, side] = torch.as_tensor(read(model) - before)
             return out
 
-        values = _remembered(name, (*key, content), compute)
+        values = _remembered(folders, name, (*key, content), compute)
     return Nulls(levels, values.numpy())
 
 
-def _remembered(name: str, key: object, compute: Callable[[], Tensor]) -> Tensor:
-    """The tensor of a key in the cache folder, computed and written if it is not there."""
+def _remembered(
+    folders: Sequence[Path], name: str, key: object, compute: Callable[[], Tensor]
+) -> Tensor:
+    """The tensor of a key in one of the folders; computed and written into the last if it is in
+    none."""
     digest = hashlib.sha256(repr((key, NEUTRAL, TOKENS)).encode()).hexdigest()[:16]
-    path = cache_folder() / "nulls" / f"{name}-{digest}.safetensors"
-    if path.is_file():
-        return read_safetensors(path, FORMAT, {})[1]["values"]
-    values = compute()
+    paths = [folder / f"{name}-{digest}.safetensors" for folder in folders]
+    for path in paths:
+        if path.is_file():
+            return read_safetensors(path, FORMAT, {})[1]["values"]
+    values, path = compute(), paths[-1]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -21,7 +21,7 @@ from torch import Tensor
 from shl.utils.errors import ShlError, require
 
 DATA = resources.files("shl") / "data"
-"""Folder of the axes, contexts, vignettes and the probe (TOML)."""
+"""Folder of the axes, contexts, vignettes and the probe (TOML), and of random vectors' readings."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that may be stored."""
 Schema = Mapping[str, tuple[type, ...]]

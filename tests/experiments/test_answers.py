@@ -61,8 +61,8 @@ def test_working_run_is_yes_throughout_with_figures_by_hand():
     assert [kept[k] for k in ("value", "low", "high")] == pytest.approx([0.05] * 3)
     assert "round 0 60% (60% to 60%)" in found["Q1"].sentence
     assert "round 1 80%" in found["Q1"].sentence  # 0.4 / 0.5
-    # A mass of 0.5 is 0.47 short of 0.97.
-    assert found["Q1"].figures["broken"]["value"] == pytest.approx(0.47)
+    # A mass of 0.5 is 0.4 short of 0.9.
+    assert found["Q1"].figures["broken"]["value"] == pytest.approx(0.4)
     assert "he steered stage is less coherent than base: " in found["Q1"].sentence
     gained = [figure(found["Q3"], "gained", k)["value"] for k in (0, 1)]
     assert gained == pytest.approx([0.3, 0.1])

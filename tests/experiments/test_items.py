@@ -77,7 +77,7 @@ def test_trait_and_coherence_are_those_of_the_items():
     found = answers(record(shifts=GOOD, ratios=BROKEN))
     # 3 less half of 4, and 3.5 less the larger of 1 and half of 1 - -2.
     assert value(found["Q1"], "healed on-axis shift less 0.5 x steered") == pytest.approx(1.0)
-    assert found["Q1"].figures["broken"]["value"] == pytest.approx(0.97 - 0.5)
+    assert found["Q1"].figures["broken"]["value"] == pytest.approx(0.9 - 0.5)
     assert value(found["prompting"], "on-axis shift less", 1) == pytest.approx(2.0)
     assert value(found["Q2"], "use of context over base's", 1) == pytest.approx(1.0)
     assert found["Q3"].figures["shifts"] == pytest.approx([3.0, 3.5])
@@ -87,7 +87,7 @@ def test_trait_and_coherence_are_those_of_the_items():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "verdict"), [(0.98, "yes"), (0.96, "no")], ids=["above 0.97", "below 0.97"]
+    ("ratio", "verdict"), [(0.91, "yes"), (0.89, "no")], ids=["above 0.9", "below 0.9"]
 )
 def test_coherence_is_decided_by_the_use_of_context(ratio, verdict):
     found = answers(record(shifts=GOOD, ratios=BROKEN | {("healed", 1): ratio}))
@@ -276,11 +276,11 @@ def test_every_level_of_random_vectors_has_as_many(levels, values):
         NullsEvent.model_validate(event | {"levels": levels, "values": values})
 
 
-def test_random_vectors_are_read_by_foundation_without_a_cloze(monkeypatch):
+def test_random_vectors_are_read_by_foundation_and_by_the_cloze_if_there_is_one(monkeypatch):
     model, config, cloze = tiny_gemma(), LoopConfig(), load_axis("love").cloze
     asked = []
 
-    def nulls(model, layers, name, content, read, *, count):
+    def nulls(model, layers, name, content, read, *, count, folder):
         asked.append((tuple(layers), name, count))
         return Nulls((1.0,), np.array([[[read(model), 2 * read(model)]]]))
 
@@ -290,11 +290,12 @@ def test_random_vectors_are_read_by_foundation_without_a_cloze(monkeypatch):
     assert {e["instrument"]: e["values"] for e in found} == {
         name: [[[pytest.approx(x), pytest.approx(2 * x)]]] for name, x in nats.items()
     }
-    (event,) = random_vectors(model, cloze, config)
+    *again, event = random_vectors(model, cloze, config)
+    assert [e["instrument"] for e in again] == list(nats)
     assert event["instrument"] == "cloze"
     mean = read_cloze(model, cloze).mean()
     assert event["values"] == [[[pytest.approx(mean), pytest.approx(2 * mean)]]]
-    assert [name for _, name, _ in asked] == ["vignettes", "cloze"]
+    assert [name for _, name, _ in asked] == ["vignettes", "vignettes", "cloze"]
     assert {count for *_, count in asked} == {config.eval.nulls}
     assert [e["layers"] for e in (*found, event)] == [sorted(asked[0][0])] * 8
 

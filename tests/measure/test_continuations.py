@@ -14,9 +14,11 @@ from shl.measure.continuations import (
     option_scores,
     read_cloze,
     read_conflict,
+    read_context,
 )
 from shl.models.tiny import tiny_gemma
 from shl.models.tokens import Prompt, encode, encode_text
+from shl.utils.errors import ShlError
 
 ITEM = ConflictItem(
     "The cook", "Mia", "The guest", ("fry it", "boil it"), ("fried it", "boiled it")
@@ -104,12 +106,18 @@ def test_order_need_context_and_trait_by_hand():
         np.testing.assert_allclose(values, [expected, expected])
 
 
-def test_without_the_trait_only_its_cells_are_missing():
+def test_the_context_of_a_pair_is_the_order_of_one_and_the_need_of_the_other():
     model = tiny_gemma()
-    items = (ITEM, ITEM)
-    whole, part = read_conflict(model, items), read_conflict(model, items, trait=False)
-    np.testing.assert_allclose(part.odds[:, :4], whole.odds[:, :4], atol=1e-5)
-    assert np.isnan(part.odds[:, 4:]).all()
+    other = ConflictItem("The boss", "Bo", "The guest", ("go", "stay"), ("went", "stayed"))
+    # A narrative is the even one of `read_conflict`, and the first pair of `read_context`.
+    told = read_conflict(model, (ITEM, ITEM, other, ITEM))
+    asked = read_conflict(model, (ITEM, ITEM, ITEM, other))
+    found = read_context(model, (ITEM, other, ITEM, other))
+    expected = [told.order[0] + told.need[2], asked.order[1] + asked.need[3]]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert abs(found[0] - found[1]) > 1e-3
+    with pytest.raises(ShlError, match="there are 3 conflicts, pairs need an even number"):
+        read_context(model, (ITEM,) * 3)
 
 
 def test_an_odds_is_that_of_the_written_text():
