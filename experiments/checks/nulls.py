@@ -32,7 +32,10 @@ def read_nulls(config: NullsConfig) -> None:
         axis = load_axis(name)
         for event in random_vectors(model, axis.cloze, LoopConfig(), SHIPPED):
             most = max(abs(x) for level in event["values"] for row in level for x in row)
-            say(console, f"{name}: random vectors move {event['instrument']} by {most:.2f} nats")
+            say(
+                console,
+                f"{name}: random vectors move {event['instrument']} by at most {most:.2f} nats",
+            )
 
 
 def main() -> None:

@@ -102,9 +102,9 @@ CASES = {
     "Q1 wrong way": (run(steered=scores(on(-0.5), mass=0.5)), "no"),
     # 0.26 less 0.25, known to 0.13
     "Q1 keeps half?": (run(healed=(scores(on(0.26), wobble=0.55), on(0.4))), "undecided"),
-    "Q2 mass": (run(mass=0.9), "no"),
-    # masses of 1.3 and 0.7 by turns: the standard error of their mean is 0.3 / sqrt(84) = 0.03
-    "Q2 mass?": (run(mass_wobble=0.3), "undecided"),
+    "Q2 mass": (run(mass=0.85), "no"),
+    # masses of 1.6 and 0.4 by turns: the standard error of their mean is 0.6 / sqrt(84) = 0.065
+    "Q2 mass?": (run(mass_wobble=0.6), "undecided"),
     "Q2 survival": (run(kept=110, base_kept=160), "no"),  # 0.31 fewer, at least 0.24
     # 12 of 16 less 16 of 16 is -0.25; Newcombe's limits -0.50 and -0.01 lie to both sides of -0.20
     "Q2 survival?": (run(kept=12, base_kept=16, total=16), "undecided"),
