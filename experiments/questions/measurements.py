@@ -217,7 +217,7 @@ class Measurements:
             items,
             lambda x: statistic(x[:, 1:].mean(0) / x[:, 0].mean()),
             threshold,
-            "conflicts",
+            "pairs of conflicts",
             **more,
         )
 

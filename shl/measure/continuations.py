@@ -226,7 +226,7 @@ def read_conflict(
     items: Sequence[ConflictItem] | None = None,
     *,
     persona: str | None = None,
-    batch_size: int = 40,
+    batch_size: int = 32,
 ) -> Conflict:
     """Read every cell of the crossed conflicts; every other item is a narrative, the rest question
     and answer."""
@@ -241,7 +241,7 @@ def read_context(
     items: Sequence[ConflictItem] | None = None,
     *,
     persona: str | None = None,
-    batch_size: int = 40,
+    batch_size: int = 32,
 ) -> np.ndarray:
     """S from pairs of conflicts, `[pair]`, in nats: how much the order alone decides in the first
     of a pair, and the need alone in the second. Every other pair is a narrative, the rest question
