@@ -6,17 +6,19 @@ from io import StringIO
 import numpy as np
 import pytest
 import torch
-from helpers import one_sentence
+from helpers import one_sentence, small_loop
 from pydantic import ValidationError
-from records import run, scores
+from records import run, scores, tiny_runs
 from rich.console import Console
 
 from experiments.checks.validity import ProbeConfig, odd_and_even, readings, show_items
 from experiments.questions.answers import answer_all
 from experiments.questions.measurements import Measurements
+from experiments.record.reader import read
 from experiments.record.schema import NullsEvent
+from experiments.record.settings import RunConfig
 from experiments.report.tables import rows
-from experiments.run import random_vectors
+from experiments.run import random_vectors, study
 from shl.config import FOUNDATIONS, EvalConfig, LoopConfig
 from shl.hooks.handle import handles_on
 from shl.hooks.vector import SteeringVector
@@ -298,6 +300,16 @@ def test_random_vectors_are_read_by_foundation_and_by_the_cloze_if_there_is_one(
     assert [name for _, name, _ in asked] == ["vignettes", "vignettes", "cloze"]
     assert {count for *_, count in asked} == {config.eval.nulls}
     assert [e["layers"] for e in (*found, event)] == [sorted(asked[0][0])] * 8
+
+
+def test_a_run_with_a_cloze_has_random_vectors_for_the_vignettes_too(tmp_path):
+    config = RunConfig(model="tiny", axis="love", loop=small_loop(), out=tmp_path / "run")
+    with tiny_runs():
+        study(config, Console(file=StringIO()), until="vector")
+    _, events, _ = read(tmp_path / "run")
+    found = [e for e in events if e["event"] == "nulls"]
+    assert [e["instrument"] for e in found] == [*FOUNDATIONS, "cloze"]
+    assert {np.shape(e["values"]) for e in found} == {(1, 2, 2)}
 
 
 def test_a_stage_that_no_vector_steers_says_nothing_about_the_cloze():

@@ -75,6 +75,7 @@ def test_settings_are_frozen_documented_and_reject_unknown_names(kind):
         (HealConfig, {"lora_alpha": 1e39}, "lora_alpha is 1e[+]39, .* at most 3.40282e[+]38"),
         (HealConfig, {"lam_schedule": "power", "lam_power": math.nan}, "lam_power is nan"),
         (EvalConfig, {"confidence": 1.0}, "confidence is 1.0"),
+        (EvalConfig, {"conflicts": 5}, "conflicts is 5, it must be even"),
         (EvalConfig, {"bootstrap": 100_001}, "bootstrap is 100001, .* at most 100000[.]$"),
         (LoopConfig, {"rounds": 0}, "rounds is 0"),
         (LoopConfig, {"rounds": 10_001}, "rounds is 10001, .* at least 1 and at most 10000[.]$"),
