@@ -468,14 +468,15 @@ class EvalConfig(Settings):
     it [count]."""
     confidence: Annotated[float, Range(0.5, 0.999)] = 0.95
     """Coverage of the intervals [share]."""
-    conflicts: Annotated[int, Range(2, 40)] = 32
+    conflicts: Annotated[int, Range(4, 40)] = 32
     """Crossed conflicts on which the use of context is read at each stage; two make one item of its
     interval, so that the number is even [count]."""
     nulls: Annotated[int, Range(0, 1000)] = 20
     """Random vectors of the same KL, both signs, beside the vignettes and the cloze; read once per
     model and layers and kept in the cache folder; 0 for none [count]."""
     samples: Count = 64
-    """Unsteered answers to the axis's prompts, sampled at each stage [count]."""
+    """Unsteered answers to the axis's prompts, sampled at each stage; twice as many of base, with
+    which all are compared [count]."""
     persona_samples: Count = 32
     """Answers of the positive persona, if `samples` is not fewer; the negative one, whose answers
     no question uses, gives 8 at most [count]."""

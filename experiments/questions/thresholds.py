@@ -10,9 +10,9 @@ take some 350 conflicts."""
 SURVIVAL_LOSS = 0.2
 """Q1, Q2, prompting: by how much the share of a stage's samples that pass the filter may be below
 its reference's, for the stage to count as no less coherent [absolute share]; a non-inferiority
-margin. One text in five is more than the 0.14 to which the default 64 samples a stage resolve the
-difference of two equal shares of 0.8, and where base has 0.8 it is less than the fall of 0.27 that
-is a collapse (`COLLAPSED`)."""
+margin. One text in five is more than the 0.13 to which the default 64 samples of a stage and 128 of
+base resolve the difference of two equal shares of 0.8, and where base has 0.8 it is less than the
+fall of 0.27 that is a collapse (`COLLAPSED`)."""
 
 COLLAPSED = 2 / 3
 """Every claim of success: below this share of base's mass or survival the student has collapsed.

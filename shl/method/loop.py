@@ -57,6 +57,8 @@ READ = 3
 """Texts of each source on which retention is read [count]."""
 SHOWN = 8
 """Largest number of samples of the negative persona [count]."""
+OF_BASE = 2
+"""How many times as many samples base has as another stage: all are compared with it."""
 
 
 @dataclass(frozen=True)
@@ -476,8 +478,9 @@ def measure(
 ) -> Stage:
     """Evaluate the model on the vignettes and sample it, with the hooks that are on."""
     evaluation = evaluate(model, persona=persona, config=config.eval)
+    count = config.eval.samples * (OF_BASE if name == "base" else 1)
     most = {axis.positive: config.eval.persona_samples, axis.negative: SHOWN}
-    count = min(config.eval.samples, most.get(persona or "", config.eval.samples))
+    count = min(count, most.get(persona or "", count))
     # Every stage answers the same prompts with the same draws.
     prompts, seed = _prompts(axis, persona, count), seed_for(config.seed, "sample")
     texts = generate(model, prompts, **vars(config.generate), seed=seed)

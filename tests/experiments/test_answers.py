@@ -177,7 +177,8 @@ def test_a_sentence_has_the_verdict_the_deciding_estimate_and_the_rest():
 
 
 def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
-    """64 samples a stage, 84 vignettes, 3 rounds, 5 rungs of 8 probes, 1000 resamples."""
+    """64 samples a stage, base included, 84 vignettes, 3 rounds, 5 rungs of 8 probes, 1000
+    resamples."""
     ladder = tuple((0.3 * k, 8 if k < 3 else 1, 8.0 * k) for k in range(1, 6))
     found = answer_all(
         *run(

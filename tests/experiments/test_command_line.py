@@ -31,7 +31,7 @@ SMALL = """
   --rounds 1 --vector.contexts 3 --generate.max-new-tokens 8 --generate.min-new-tokens 4
   --dose.rungs 2 --dose.probe-size 2 --dose.min-train 6 --dose.batch-size 4 --heal.rank 2
   --heal.sites q down --heal.unsteered 0 --heal.narrative 0 --eval.samples 3 --eval.bootstrap 20
-  --eval.nulls 0 --eval.conflicts 2 --eval.batch-size 84 --filter.min-words 0
+  --eval.nulls 0 --eval.conflicts 4 --eval.batch-size 84 --filter.min-words 0
   --filter.max-tail-perplexity 1e30 --filter.min-perplexity 1 --filter.max-word-share 1
   --filter.max-char-share 1 --filter.max-run 99 --filter.min-compression 0
   --filter.min-real-words 0 --filter.min-distinct-words 0

@@ -36,7 +36,7 @@ SMALL = """
   --rounds 2 --vector.contexts 3 --generate.max-new-tokens 8 --generate.min-new-tokens 4
   --dose.rungs 2 --dose.probe-size 2 --dose.min-train 6 --dose.batch-size 4 --heal.rank 2
   --heal.epochs 2 --heal.tau 0.01 --heal.lr 0.02 --eval.samples 3 --eval.bootstrap 20
-  --eval.nulls 0 --eval.conflicts 2 --filter.min-topic 0
+  --eval.nulls 0 --eval.conflicts 4 --filter.min-topic 0
 """.split()  # noqa: SIM905
 
 
@@ -80,8 +80,8 @@ def test_files_and_events_of_a_finished_run(folder):
     one = ["vector", "probe", "batch", *stage, "healing", *stage, "retention", "round"]
     one.append("token_kl")
     assert [e["event"] for e in events] == [*before, *one, *one, "end"]
-    # 3 baselines of 3 samples; per round 4 probes, 4 dreams and 3 samples.
-    assert len(texts) == 3 * 3 + 2 * (4 + 4 + 3)
+    # 6 samples of base, 3 of each persona; per round 4 probes, 4 dreams and 3 samples.
+    assert len(texts) == 6 + 2 * 3 + 2 * (4 + 4 + 3)
     stages = {"base", "prompted+", "prompted-", "probe", "batch", "healed"}
     assert {t["stage"] for t in texts} == stages
     assert all(t["reasons"] == [] and t["text"] for t in texts)

@@ -39,7 +39,7 @@ SMALL = """
   --seeds 42 --rounds 1 --num-cpus 1 --vector.contexts 3 --generate.max-new-tokens 8
   --generate.min-new-tokens 4 --dose.rungs 1 --dose.probe-size 12 --dose.min-train 13
   --dose.batch-size 4 --dose.max-batches 3 --heal.rank 2 --heal.epochs 1 --heal.unsteered 1
-  --heal.narrative 1 --eval.samples 2 --eval.bootstrap 20 --eval.nulls 0 --eval.conflicts 2
+  --heal.narrative 1 --eval.samples 2 --eval.bootstrap 20 --eval.nulls 0 --eval.conflicts 4
   --filter.min-words 0 --filter.max-tail-perplexity 1e9 --filter.min-perplexity 1
   --filter.max-word-share 1 --filter.max-char-share 1 --filter.max-run 1000
   --filter.min-compression 0 --filter.min-real-words 0 --filter.min-distinct-words 0

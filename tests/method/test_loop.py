@@ -243,9 +243,9 @@ def test_baselines_measure_base_and_both_personas(gemma, monkeypatch):
     assert (found["base"].survival, found["base"].perplexity) == (1.0, 9.0)
 
 
-def test_the_personas_are_sampled_less(gemma, monkeypatch):
+def test_base_is_sampled_more_and_the_personas_less(gemma, monkeypatch):
     lenient(monkeypatch)
-    for samples, counts in ((9, [9, 3, 8]), (2, [2, 2, 2])):
+    for samples, counts in ((9, [18, 3, 8]), (2, [4, 2, 2])):
         config = replace(CONFIG, eval=replace(CONFIG.eval, samples=samples, persona_samples=3))
         found = baselines(gemma, AXIS, config)
         assert [len(stage.samples) for stage in found.values()] == counts

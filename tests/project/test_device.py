@@ -189,7 +189,7 @@ RUNS = {
 
 def round_of(model, name):
     """One round of a run that is smaller still."""
-    few = EvalConfig(samples=2, bootstrap=20, conflicts=2, nulls=0)
+    few = EvalConfig(samples=2, bootstrap=20, conflicts=4, nulls=0)
     with torch.enable_grad():
         [found] = shl.love(model, AXIS, small_loop(rounds=1, eval=few, **RUNS[name]))
     return found
