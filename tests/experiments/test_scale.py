@@ -54,11 +54,11 @@ def test_memory_and_time_by_hand():
     }
     slow = Machine("", rate=1.0, bandwidth=1e9, memory=1.0, width=2)
     read, trained = 2 * TOY.body * 60_000, (8 * TOY.body + 4 * 40) * 5_000
-    decoded = 2 * (TOY.body + 40) * 13_000
+    decoded = 2 * (TOY.body + 40) * 14_000
     assert hours(TOY, slow) == pytest.approx((read + trained + decoded) / 3600)
     # Where weights are slow to read, a decoded token takes its share of reading them.
     narrow = Machine("", rate=1e30, bandwidth=1.0, memory=sum(held.values()) / 1.7, width=2)
-    assert hours(TOY, narrow) == pytest.approx(13_000 * (TOY.body + 40) * 2 / 64 / 3600)
+    assert hours(TOY, narrow) == pytest.approx(14_000 * (TOY.body + 40) * 2 / 64 / 3600)
     assert gpus(TOY, narrow) == 2
 
 
