@@ -473,7 +473,8 @@ class EvalConfig(Settings):
     interval, so that the number is even [count]."""
     nulls: Annotated[int, Range(0, 1000)] = 20
     """Random vectors of the same KL, both signs, beside the vignettes and the cloze; read once per
-    model and layers and kept in the cache folder; 0 for none [count]."""
+    model and layers and kept in the cache folder, those of the built-in models at the defaults come
+    with the package; 0 for none [count]."""
     samples: Count = 64
     """Unsteered answers to the axis's prompts, sampled at each stage; twice as many of base, with
     which all are compared [count]."""
