@@ -86,7 +86,7 @@ def check(model: Model) -> CheckReport:
     differ = sum(a.tokens != b.tokens for a, b in zip(batched, alone, strict=True))
     lines.append(CheckLine("greedy texts in a batch equal those alone", float(differ), 0.0))
 
-    residual, cache = prefill(model, [row[:-1] for row in rows])
+    residual, cache = prefill(model, [row[:-1] for row in rows], reserve=1)
     last = torch.tensor([[row[-1]] for row in rows], device=residual.device)
     after = run(model, last, torch.ones_like(last), cache)
     cached = next_logits(model, after)[0]

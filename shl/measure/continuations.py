@@ -8,12 +8,13 @@ once, in both sentence orders, so that what a model likes about a wording cancel
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.special import logsumexp
 from torch import Tensor
 
@@ -52,6 +53,7 @@ def option_scores(
     options: Sequence[Sequence[Sequence[int]]],
     *,
     batch_size: int = 32,
+    group: int = 1,
 ) -> np.ndarray:
     """Log-probability of each option after its prefix, `[prefix, option]`, in nats.
 
@@ -61,6 +63,7 @@ def option_scores(
     Args:
         prefixes: token ids.
         options: for each prefix the same number of options, token ids.
+        group: every `group` consecutive prefixes begin with the same tokens, which are run once.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -68,53 +71,86 @@ def option_scores(
         >>> scores.shape
         (1, 2)
     """
-    out = np.zeros((len(prefixes), len(options[0])))
+    parts = []
 
-    def work(rows: list[int]) -> None:
-        residual, start = prefill(model, [prefixes[i] for i in rows])
-        scores = scores_after(model, residual[:, 0], start, [options[i] for i in rows])
-        require_finite(
-            scores, "a continuation's score", model, lambda: [list(prefixes[i]) for i in rows]
-        )
-        out[rows] = scores.double().cpu().numpy()
+    def work(groups: list[int]) -> None:
+        rows = [i for number in groups for i in range(number * group, (number + 1) * group)]
+        chosen = [options[i] for i in rows]
+        longest = max(len(option) for row in chosen for option in row)
+        last, start = prefill(model, [prefixes[i] for i in rows], reserve=longest - 1, group=group)
+        part = predictions(model, last[:, 0], start, chosen)
+        parts.append(part.of_rows(rows))
 
-    in_batches(length_batches([len(row) for row in prefixes], batch_size), work, "continuations")
-    return out
+    lengths = [max(map(len, prefixes[i : i + group])) for i in range(0, len(prefixes), group)]
+    in_batches(length_batches(lengths, max(batch_size // group, 1)), work, "continuations")
+    return score(model, parts, prefixes, "a continuation's score")
 
 
-def scores_after(
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Where the tokens of options are predicted.
+
+    `hidden` is `[position, d_model]`, input of the unembedding; `tokens` is `[position, option]`,
+    the next token of each option or -1; `row` is `[position]`, the text that the options continue.
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+    row: Tensor
+
+    def of_rows(self, numbers: Sequence[int]) -> "Predictions":
+        """The same for texts with other numbers."""
+        return replace(self, row=torch.tensor(numbers, device=self.row.device)[self.row])
+
+
+def predictions(
     model: Model, last: Tensor, start: KVCache, options: Sequence[Sequence[Sequence[int]]]
-) -> Tensor:
-    """`[row, option]`: log-probability of each option after the cached text, in nats.
+) -> Predictions:
+    """Run options after cached texts.
 
     Args:
         last: final residuals of the last tokens, `[row, d_model]`.
-        start: the cache of the text, which is not changed.
+        start: the cache of the texts, which is not changed.
         options: for each row the same number of options, token ids.
     """
-    count, device, output = len(options[0]), last.device, readout(model)
+    count, device = len(options[0]), last.device
     chosen = [option for row in options for option in row]
     first = torch.tensor([option[0] for option in chosen], device=device).view(-1, count)
-    scores = log_probs_at(final_hidden(model, last), model.W_U, first, **output)
-    longest = max(map(len, chosen)) - 1
-    if longest == 0:
-        return scores
-    # Every token of an option but the last is run, to predict the token after it.
-    shape = (len(chosen), longest)
-    tokens, mask, targets = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-    for row, option in enumerate(chosen):
-        tokens[row, : len(option) - 1] = torch.tensor(option[:-1])
-        targets[row, : len(option) - 1] = torch.tensor(option[1:])
-        mask[row, : len(option) - 1] = 1
-    tokens, mask, targets = (x.to(device) for x in (tokens, mask, targets))
-    each = torch.arange(len(options), device=device).repeat_interleave(count)
-    later = run(model, tokens, mask, start.rows(each, start.length + longest))
-    real = mask.bool()
-    rest = torch.zeros(shape, device=device)
-    rest[real] = log_probs_at(
-        final_hidden(model, later[real]), model.W_U, targets[real][:, None], **output
-    )[:, 0]
-    return scores + rest.sum(1).view(-1, count)
+    parts = [(last, first, torch.arange(len(options), device=device))]
+    # Options of one length at a time, since padding takes as long as tokens.
+    for length in sorted({len(option) for option in chosen} - {1}):
+        which = [i for i, option in enumerate(chosen) if len(option) == length]
+        ids = torch.tensor([chosen[i] for i in which], device=device)
+        at = torch.tensor(which, device=device)
+        # Every token of an option but the last is run, to predict the token after it.
+        tokens = ids[:, :-1]
+        kv = start.rows(at // count, start.length + length - 1)
+        residual = run(model, tokens, torch.ones_like(tokens), kv).flatten(0, 1)
+        at = at.repeat_interleave(length - 1)
+        column = F.one_hot(at % count, count).bool()
+        parts.append((residual, torch.where(column, ids[:, 1:].reshape(-1, 1), -1), at // count))
+    residual, tokens, row = map(torch.cat, zip(*parts, strict=True))
+    return Predictions(final_hidden(model, residual), tokens, row)
+
+
+def score(
+    model: Model, parts: Sequence[Predictions], texts: Sequence[Sequence[int]], what: str
+) -> np.ndarray:
+    """`[text, option]`: log-probability of each option, in nats, with one sweep of the unembedding.
+
+    Args:
+        texts: token ids, for the message if a score is not finite.
+        what: a singular noun phrase for that message.
+    """
+    hidden = torch.cat([part.hidden for part in parts])
+    tokens = torch.cat([part.tokens for part in parts])
+    row = torch.cat([part.row for part in parts])
+    found = log_probs_at(hidden, model.W_U, tokens.clamp(min=0), **readout(model))
+    scores = found.new_zeros(len(texts), tokens.shape[1])
+    scores.index_add_(0, row, found.masked_fill(tokens < 0, 0.0))
+    wrong = (~torch.isfinite(scores)).any(1).nonzero()[:, 0].tolist()
+    require_finite(scores, what, model, lambda: [list(texts[i]) for i in wrong])
+    return scores.double().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -280,7 +316,8 @@ def _odds(
             question = f"{text} What did {item.name} do?"
             prefixes.append(_answer(model, question, item.name, persona))
     options = [[encode_text(model, f" {past}.") for past in item.past] for item, *_ in asked]
-    scores = option_scores(model, prefixes, options, batch_size=batch_size)
+    # Two cells in a row differ in the action that is asked for first, not in what is before it.
+    scores = option_scores(model, prefixes, options, batch_size=batch_size, group=2)
     return np.asarray(scores[:, 0] - scores[:, 1])
 
 

@@ -17,18 +17,14 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from shl.config import FOUNDATIONS, EvalConfig
 from shl.fast import is_hooked
 from shl.hooks.fingerprint import weights_hash
 from shl.hooks.handle import handles_on, unhooked
-from shl.hooks.sites import final_hidden, readout
-from shl.kl import log_probs_at
-from shl.measure.continuations import scores_after
+from shl.measure.continuations import option_scores, predictions, score
 from shl.measure.evaluation import Evaluation, log_mass, nats_of
 from shl.models.generate import prefill, run
-from shl.models.nan_checks import require_finite
 from shl.models.tokens import Prompt, encode, encode_text, is_chat, length_batches
 from shl.utils.errors import in_batches, require
 from shl.utils.files import DATA
@@ -80,7 +76,7 @@ def probe_data() -> Mapping[str, Any]:
 @torch.no_grad()
 def read_completions(
     model: Model, items: Sequence[Vignette], persona: str | None, config: EvalConfig
-) -> Tensor:
+) -> np.ndarray:
     """`[item, stem, option]`: summed log-probabilities of whole options.
 
     A vignette is run once; each stem continues its cache, and each option that of the stem.
@@ -90,34 +86,36 @@ def read_completions(
     options = [[encode_text(model, text) for text in entry["options"]] for entry in questions]
     before = f"{persona}\n\n" if persona else ""
     rows = [encode_text(model, before + v.text, bos=True) for v in items]
-    out = torch.zeros(len(rows), len(stems), len(FOUNDATIONS))
+    after = max(
+        len(stem) + len(option) - 1
+        for stem, texts in zip(stems, options, strict=True)
+        for option in texts
+    )
+    parts = []
 
     def work(chosen: list[int]) -> None:
-        _, start = prefill(model, [rows[i] for i in chosen])
-        each = torch.arange(len(chosen), device=model.W_U.device)
+        _, start = prefill(model, [rows[i] for i in chosen], reserve=after)
+        each, found = torch.arange(len(chosen), device=model.W_U.device), []
         for k, stem in enumerate(stems):
             # Stems go one by one: padding between a stem and its options would count towards
             # the sliding window.
             kv = start.rows(each, start.length + len(stem))
             tokens = torch.tensor([stem] * len(chosen), device=each.device)
             last = run(model, tokens, torch.ones_like(tokens), kv)[:, -1]
-            scores = scores_after(model, last, kv, [options[k]] * len(chosen)).cpu()
-            require_finite(
-                scores,
-                f"a score of stem {k} on vignettes {chosen}",
-                model,
-                lambda: [[*rows[i], *stem, *o] for i in chosen for o in options[k]],  # noqa: B023
-            )
-            out[chosen, k] = scores
+            part = predictions(model, last, kv, [options[k]] * len(chosen))
+            found.append(part.of_rows([i * len(stems) + k for i in chosen]))
+        parts.extend(found)
 
     in_batches(length_batches([len(row) for row in rows], config.batch_size), work, "the probe")
-    return out
+    texts = [[*row, *stem] for row in rows for stem in stems]
+    scores = score(model, parts, texts, "a score of a stem")
+    return scores.reshape(len(rows), len(stems), -1)
 
 
 @torch.no_grad()
 def read_digits(
     model: Model, items: Sequence[Vignette], persona: str | None, config: EvalConfig
-) -> Tensor:
+) -> np.ndarray:
     """`[item, order, option]`: log-probability of the option's digit as the answer."""
     data = probe_data()["digits"]
     n = len(FOUNDATIONS)
@@ -133,19 +131,12 @@ def read_digits(
             listed = "\n".join(f"{k + 1}. {option}" for k, option in enumerate(options))
             text = data["question"].format(vignette=v.text, options=listed)
             rows.append(encode(model, Prompt(text, persona)) + answer)
-    out = torch.zeros(len(rows), n)
-    tokens = torch.tensor(digits, device=model.W_U.device).T
-
-    def work(indices: list[int]) -> None:
-        residual, _ = prefill(model, [rows[i] for i in indices])
-        hidden, wanted = final_hidden(model, residual[:, 0]), tokens.expand(len(indices), -1)
-        scores = log_probs_at(hidden, model.W_U, wanted, **readout(model)).cpu()
-        for i, row in zip(indices, scores, strict=True):
-            require_finite(row, f"a score of vignette {i // 2}", model, lambda: [rows[i]])  # noqa: B023
-            out[i] = row.flip(0) if i % 2 else row
-
-    in_batches(length_batches([len(row) for row in rows], 2 * config.batch_size), work, "the probe")
-    return out.view(len(items), 2, n)
+    # Both orders of the options follow the same vignette.
+    size = 2 * config.batch_size
+    scores = option_scores(model, rows, [digits] * len(rows), batch_size=size, group=2)
+    scores = scores.reshape(len(items), 2, n)
+    scores[:, 1] = scores[:, 1, ::-1]
+    return scores
 
 
 _BASE: "WeakKeyDictionary[Model, tuple[tuple[str, int], np.ndarray]]" = WeakKeyDictionary()
@@ -262,4 +253,4 @@ def _labels(count: int) -> tuple[str, ...]:
 
 def _read(model: Model, persona: str | None, config: EvalConfig) -> np.ndarray:
     read = read_digits if is_chat(model) else read_completions
-    return read(model, first_vignettes(config.vignettes), persona, config).double().numpy()
+    return read(model, first_vignettes(config.vignettes), persona, config)

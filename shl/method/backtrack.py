@@ -221,6 +221,11 @@ class Watched:
             self._base.drop(gone)
         return gone
 
+    def _steps(self, batch: Batch) -> int:
+        """The largest number of tokens after a prompt."""
+        most = batch.config.max_new_tokens
+        return most + self.settings.more_steps(most)
+
     def _due(self, row: int) -> bool:
         known = self.rows[row]
         return known.dose != 0 and len(known.doses) > len(known.nll)
@@ -239,10 +244,8 @@ class Watched:
         mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in pieces])
         with suspended(model):
             if self._base is None:
-                more = batch.config.max_new_tokens
-                more += self.settings.more_steps(more)
                 prompts = [batch.prompts[row][:-1] for row in batch.active]
-                self._base = prefill(model, prompts, reserve=more)[1]
+                self._base = prefill(model, prompts, reserve=self._steps(batch))[1]
             residual = run(model, tokens.to(device), mask.to(device), self._base)
             hidden = torch.cat([residual[place, : len(pieces[place])] for place in due])
             new = [batch.tokens[batch.active[place]][-len(pieces[place]) :] for place in due]
@@ -302,8 +305,9 @@ class Watched:
             return
         rows = [batch.active[place] for place in places]
         kept = [[*batch.prompts[row], *batch.tokens[row]] for row in rows]
+        left = self._steps(batch) - min(len(batch.tokens[row]) for row in rows)
         with batch.running(rows):
-            _, cache = prefill(batch.model, [ids[:-1] for ids in kept])
+            _, cache = prefill(batch.model, [ids[:-1] for ids in kept], reserve=left)
         batch.cache.put(places, cache)
         for place, ids in zip(places, kept, strict=True):
             self._base.shorten(place, len(ids) - 1)

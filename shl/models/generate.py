@@ -60,17 +60,25 @@ def run(
 
 
 def prefill(
-    model: Model, rows: Sequence[Sequence[int]], *, reserve: int = 0, layers: int | None = None
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    *,
+    reserve: int = 0,
+    layers: int | None = None,
+    group: int = 1,
 ) -> tuple[Float[Tensor, "batch 1 d_model"], KVCache]:
     """The residual after the last layer at each row's last token, and the cache of all tokens.
 
-    A prefix shared by all rows (a persona, a system turn) is run once, unless hooks require every
-    row: handles with `per_row`, or hooks added through TransformerLens.
+    A prefix shared by all rows (a persona, a system turn) is run once, and so is one shared by the
+    rows of a group, unless hooks require every row: handles with `per_row`, or hooks added through
+    TransformerLens.
 
     Args:
         rows: token ids.
-        reserve: positions to allocate in the cache beyond the prompts.
+        reserve: the number of positions that will follow the prompts, for which the cache
+            allocates memory.
         layers: number of layers to run, default all.
+        group: every `group` consecutive rows begin with the same tokens.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -78,30 +86,54 @@ def prefill(
         >>> residual.shape, cache.length
         (torch.Size([2, 1, 32]), 3)
     """
-    shared = _shared(model, rows)
-    tokens, mask = pad_left(model, [row[shared:] for row in rows])
-    capacity = shared + tokens.shape[1] + reserve
-    cache = KVCache.empty(model, 1 if shared else len(rows), shared or capacity)
-    if shared:
-        prefix = torch.tensor([rows[0][:shared]], device=tokens.device)
-        run(model, prefix, torch.ones_like(prefix), cache, layers=layers)
-        cache = cache.rows(prefix.new_zeros(len(rows)), capacity)
-    return run(model, tokens, mask, cache, layers=layers)[:, -1:], cache
+    cache, before = None, 1
+    done: Sequence[int] = [0] * len(rows)
+    for each, ends in _levels(model, rows, group, reserve):
+        firsts = range(0, len(rows), each)
+        tokens, mask = pad_left(model, [rows[i][done[i] : ends[i]] for i in firsts])
+        more = tokens.shape[1] + (reserve if each == 1 else 0)
+        if cache is None:
+            cache = KVCache.empty(model, len(firsts), more)
+        else:
+            parents = torch.tensor([i // before for i in firsts], device=tokens.device)
+            cache = cache.rows(parents, cache.length + more)
+        residual = run(model, tokens, mask, cache, layers=layers)
+        before, done = each, ends
+    assert cache is not None
+    return residual[:, -1:], cache
 
 
-def _shared(model: Model, rows: Sequence[Sequence[int]]) -> int:
-    """The number of first tokens that may be run once for all rows."""
-    if len(rows) < 2:
-        return 0
-    same = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
-    common = min(sum(1 for _ in same), min(map(len, rows)) - 1)
-    # Padding between the prefix and the rest takes up part of a local attention window.
+def _levels(
+    model: Model, rows: Sequence[Sequence[int]], group: int, reserve: int
+) -> list[tuple[int, Sequence[int]]]:
+    """Forward passes: how many rows have one beginning in common, and where it ends in each row."""
+    whole = [len(row) for row in rows]
+    levels: list[tuple[int, Sequence[int]]] = []
+    done, width = [0] * len(rows), 0
+    for each, least in ((len(rows), MIN_PREFIX), (group, 1)):
+        ends = [
+            end
+            for first in range(0, len(rows), each)
+            for end in [_common(rows[first : first + each])] * each
+        ]
+        new = [end - start for end, start in zip(ends, done, strict=True)]
+        if each > 1 and min(new) >= least:
+            levels.append((each, ends))
+            done, width = ends, width + max(new)
+    width += max(map(int.__sub__, whole, done)) + reserve
+    # Padding between a beginning and the rest takes up part of a local attention window.
     window = model.cfg.window_size if model.cfg.use_local_attn else None
-    fits = window is None or max(map(len, rows)) <= window
+    fits = window is None or width <= window
     every_row = any(handle.per_row for handle in handles_on(model)) or any(
         point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()
     )
-    return common if common >= MIN_PREFIX and fits and not every_row else 0
+    return [*(levels if fits and not every_row else []), (1, whole)]
+
+
+def _common(rows: Sequence[Sequence[int]]) -> int:
+    """The number of first tokens that all rows share, of each row all but the last at most."""
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    return min(sum(1 for _ in same), min(map(len, rows)) - 1)
 
 
 def next_logits(

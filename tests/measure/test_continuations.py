@@ -33,13 +33,16 @@ def by_hand(model, prefix, option):
 
 
 @pytest.mark.parametrize("make", [tiny_gemma, tiny_llama])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_options_are_scored_whole(make, batch_size):
+@pytest.mark.parametrize(("batch_size", "group"), [(1, 1), (3, 1), (1, 2), (3, 2), (4, 2)])
+def test_options_are_scored_whole(make, batch_size, group):
     model = make()
-    scores = option_scores(model, PREFIXES, OPTIONS, batch_size=batch_size)
+    # The rows of a group begin alike, and groups are not in the order of their lengths.
+    prefixes = [row + end for row in PREFIXES for end in ([9], [3, 5])] if group == 2 else PREFIXES
+    options = [row for row in OPTIONS for _ in range(group)]
+    scores = option_scores(model, prefixes, options, batch_size=batch_size, group=group)
     expected = [
-        [by_hand(model, prefix, option) for option in options]
-        for prefix, options in zip(PREFIXES, OPTIONS, strict=True)
+        [by_hand(model, prefix, option) for option in row]
+        for prefix, row in zip(prefixes, options, strict=True)
     ]
     np.testing.assert_allclose(scores, expected, atol=2e-5)
 

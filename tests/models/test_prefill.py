@@ -14,6 +14,10 @@ SHARED = tokens_of(20, seed=3).tolist()
 ROWS = [SHARED + tokens_of(n, seed=n).tolist() for n in (1, 4, 9)]
 
 
+# Two groups of two rows; with 3 and 2 shared tokens and up to 4 more they fit into Gemma's window.
+GROUPS = [[2, 9, 7, 30, 31], [2, 9, 7, 40], [2, 8, 50, 51, 52, 53], [2, 8, 60]]
+
+
 class Widths(Handle):
     """The shapes in which the first layer is called."""
 
@@ -24,14 +28,16 @@ class Widths(Handle):
         self.add_hook(block.hook_resid_pre, lambda h: self.seen.append(tuple(h.shape[:2])))
 
 
-def test_prefill_equals_each_row_alone(model):
-    residual, cache = prefill(model, ROWS, reserve=1)
-    new = torch.tensor([[5], [6], [7]])
+@pytest.mark.parametrize("reserve", [1, 6])
+@pytest.mark.parametrize(("rows", "group"), [(ROWS, 1), (GROUPS, 2), (GROUPS, 1)])
+def test_prefill_equals_each_row_alone(model, rows, group, reserve):
+    residual, cache = prefill(model, rows, reserve=reserve, group=group)
+    new = tokens_of(len(rows) * reserve, seed=1).view(len(rows), reserve)
     after = run(model, new, torch.ones_like(new), cache)
-    for i, row in enumerate(ROWS):
-        alone = model(torch.tensor([[*row, int(new[i])]]), stop_at_layer=model.cfg.n_layers)
-        assert (residual[i, 0] - alone[0, -2]).abs().max() <= 1e-4
-        assert (after[i, 0] - alone[0, -1]).abs().max() <= 1e-4
+    for i, row in enumerate(rows):
+        alone = model(torch.tensor([row + new[i].tolist()]), stop_at_layer=model.cfg.n_layers)
+        assert (residual[i, 0] - alone[0, len(row) - 1]).abs().max() <= 1e-4
+        assert (after[i] - alone[0, len(row) :]).abs().max() <= 1e-4
 
 
 def test_shared_prefix_is_run_once(llama):
@@ -41,6 +47,26 @@ def test_shared_prefix_is_run_once(llama):
     with Widths(llama) as widths:
         prefill(llama, [SHARED, SHARED])  # the last token is left for the rows
     assert widths.seen == [(1, 19), (2, 1)]
+
+
+def test_what_a_group_shares_is_run_once(llama, gemma):
+    persona = [SHARED + row[1:] for row in GROUPS]
+    apart = [row if n else [3, *row] for n, row in enumerate(GROUPS)]
+    tail = tokens_of(5, seed=1).tolist()
+    for model, rows, seen in (
+        (llama, GROUPS, [(2, 3), (4, 4)]),
+        (llama, persona, [(1, 20), (2, 2), (4, 4)]),
+        (llama, GROUPS[:2], [(1, 3), (2, 2)]),
+        (llama, apart, [(4, 6)]),  # the first two rows have no token in common
+        (gemma, GROUPS, [(2, 3), (4, 4)]),
+        (gemma, [*GROUPS[:3], [2, 8, *tail, 3]], [(4, 8)]),  # 3 + 6 tokens exceed the window
+    ):
+        with Widths(model) as widths:
+            prefill(model, rows, group=2)
+        assert widths.seen == seen
+    with Widths(gemma) as widths:
+        prefill(gemma, GROUPS, group=2, reserve=2)  # nor do 3 + 4 and two more fit into it
+    assert widths.seen == [(4, 6)]
 
 
 def test_short_prefix_single_row_or_narrow_window_is_not_shared(llama, gemma):
