@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,9 @@ from shl.utils.model import Model
 
 Instrument = Callable[[Model, str | None], Mapping[str, Any]]
 """Called with the model, its hooks on, and the persona in the prompt or None."""
+
+LEAST = 16
+"""A forward pass for fewer options of one length takes longer than padding them to the next."""
 
 CELLS = (
     ("order", 0, None),
@@ -117,20 +121,34 @@ def predictions(
     chosen = [option for row in options for option in row]
     first = torch.tensor([option[0] for option in chosen], device=device).view(-1, count)
     parts = [(last, first, torch.arange(len(options), device=device))]
-    # Options of one length at a time, since padding takes as long as tokens.
-    for length in sorted({len(option) for option in chosen} - {1}):
-        which = [i for i, option in enumerate(chosen) if len(option) == length]
-        ids = torch.tensor([chosen[i] for i in which], device=device)
-        at = torch.tensor(which, device=device)
+    for which in _by_length([len(option) - 1 for option in chosen]):
         # Every token of an option but the last is run, to predict the token after it.
-        tokens = ids[:, :-1]
-        kv = start.rows(at // count, start.length + length - 1)
-        residual = run(model, tokens, torch.ones_like(tokens), kv).flatten(0, 1)
-        at = at.repeat_interleave(length - 1)
+        longest = len(chosen[which[-1]]) - 1
+        ids = torch.tensor([[*chosen[i], *[-1] * (longest + 1 - len(chosen[i]))] for i in which])
+        at, ids = torch.tensor(which, device=device), ids.to(device)
+        real = ids[:, 1:] >= 0
+        tokens = ids[:, :-1].masked_fill(~real, 0)
+        kv = start.rows(at // count, start.length + longest)
+        # What is before a token decides, so that padding after it needs no mask.
+        residual = run(model, tokens, torch.ones_like(tokens), kv)[real]
+        at = at[:, None].expand(-1, longest)[real]
         column = F.one_hot(at % count, count).bool()
-        parts.append((residual, torch.where(column, ids[:, 1:].reshape(-1, 1), -1), at // count))
+        parts.append((residual, torch.where(column, ids[:, 1:][real][:, None], -1), at // count))
     residual, tokens, row = map(torch.cat, zip(*parts, strict=True))
     return Predictions(final_hidden(model, residual), tokens, row)
+
+
+def _by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of lengths above 0 in batches, the shortest first. Different lengths share one only
+    if it has fewer than `LEAST` without the longer ones."""
+    batches: list[list[int]] = []
+    order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: lengths[i])
+    for _, same in groupby(order, key=lambda i: lengths[i]):
+        if batches and len(batches[-1]) < LEAST:
+            batches[-1].extend(same)
+        else:
+            batches.append(list(same))
+    return batches
 
 
 def score(
