@@ -468,7 +468,7 @@ class EvalConfig(Settings):
     it [count]."""
     confidence: Annotated[float, Range(0.5, 0.999)] = 0.95
     """Coverage of the intervals [share]."""
-    conflicts: Annotated[int, Range(4, 40)] = 32
+    conflicts: Annotated[int, Range(4, 40)] = 40
     """Crossed conflicts on which the use of context is read at each stage; two make one item of its
     interval, so that the number is even [count]."""
     nulls: Annotated[int, Range(0, 1000)] = 20

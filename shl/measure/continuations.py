@@ -10,7 +10,6 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -33,9 +32,6 @@ from shl.utils.model import Model
 
 Instrument = Callable[[Model, str | None], Mapping[str, Any]]
 """Called with the model, its hooks on, and the persona in the prompt or None."""
-
-LEAST = 16
-"""A forward pass for fewer options of one length takes longer than padding them to the next."""
 
 CELLS = (
     ("order", 0, None),
@@ -117,38 +113,24 @@ def predictions(
         start: the cache of the texts, which is not changed.
         options: for each row the same number of options, token ids.
     """
-    count, device = len(options[0]), last.device
-    chosen = [option for row in options for option in row]
-    first = torch.tensor([option[0] for option in chosen], device=device).view(-1, count)
-    parts = [(last, first, torch.arange(len(options), device=device))]
-    for which in _by_length([len(option) - 1 for option in chosen]):
-        # Every token of an option but the last is run, to predict the token after it.
-        longest = len(chosen[which[-1]]) - 1
-        ids = torch.tensor([[*chosen[i], *[-1] * (longest + 1 - len(chosen[i]))] for i in which])
-        at, ids = torch.tensor(which, device=device), ids.to(device)
-        real = ids[:, 1:] >= 0
-        tokens = ids[:, :-1].masked_fill(~real, 0)
-        kv = start.rows(at // count, start.length + longest)
-        # What is before a token decides, so that padding after it needs no mask.
-        residual = run(model, tokens, torch.ones_like(tokens), kv)[real]
-        at = at[:, None].expand(-1, longest)[real]
-        column = F.one_hot(at % count, count).bool()
-        parts.append((residual, torch.where(column, ids[:, 1:][real][:, None], -1), at // count))
+    count, longest = len(options[0]), max(len(option) for row in options for option in row)
+    padded = [[[*option, *[-1] * (longest - len(option))] for option in row] for row in options]
+    ids = torch.tensor(padded, device=last.device)
+    row = torch.arange(len(options), device=last.device)
+    parts = [(last, ids[..., 0], row)]
+    if longest > 1:
+        # Every token of an option but the last is run, to predict the token after it. Padding on
+        # the right of a token does not change it, so that it needs no mask.
+        tokens, after = ids[..., :-1].clamp(min=0).flatten(0, 1), ids[..., 1:]
+        kv = start.rows(row.repeat_interleave(count), start.length + longest - 1)
+        residual = run(model, tokens, torch.ones_like(tokens), kv)
+        real = after >= 0
+        row, option, _ = real.nonzero(as_tuple=True)
+        only = F.one_hot(option, count).bool()
+        residual = residual.view(*after.shape, -1)[real]
+        parts.append((residual, torch.where(only, after[real][:, None], -1), row))
     residual, tokens, row = map(torch.cat, zip(*parts, strict=True))
     return Predictions(final_hidden(model, residual), tokens, row)
-
-
-def _by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of lengths above 0 in batches, the shortest first. Different lengths share one only
-    if it has fewer than `LEAST` without the longer ones."""
-    batches: list[list[int]] = []
-    order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: lengths[i])
-    for _, same in groupby(order, key=lambda i: lengths[i]):
-        if batches and len(batches[-1]) < LEAST:
-            batches[-1].extend(same)
-        else:
-            batches.append(list(same))
-    return batches
 
 
 def score(
