@@ -34,7 +34,7 @@ from torch import Tensor
 from shl.config import quantile_of
 from shl.kl.sweep import Bias, Sweep, logsumexp, logsumexp_and_max, product, sweep
 from shl.utils.errors import ShlError, require
-from shl.utils.shapes import Float, Hidden, Int, PerToken, Targets, Unembed
+from shl.utils.shapes import Bool, Float, Hidden, Int, PerToken, Targets, Unembed
 
 
 def naive_kl_and_nll(
@@ -415,9 +415,15 @@ def log_probs_at(
     *,
     bias: Bias = None,
     soft_cap: float = 0.0,
+    relative: Bool[Tensor, "tok"] | None = None,
 ) -> Float[Tensor, "tok n"]:
     """Log-probabilities (nats, fp32) of given tokens `[tok, n]` at each position, in chunks and
-    without a gradient."""
+    without a gradient.
+
+    Args:
+        relative: positions at which only differences between the tokens matter, and the sum over
+            the vocabulary, which costs most, is left out.
+    """
     with torch.no_grad():
         if soft_cap > 0:
             tokens = ids_for_full_logits(tokens, soft_cap)
@@ -425,4 +431,7 @@ def log_probs_at(
         chosen = torch.einsum("td,tnd->tn", student.float(), unembed.T[tokens].float())
         if bias is not None:
             chosen = chosen + bias[tokens].float()
-        return chosen - logsumexp(student, unembed, bias, scoring=True)[:, None]
+        whole = slice(None) if relative is None else ~relative
+        if len(student[whole]):
+            chosen[whole] -= logsumexp(student[whole], unembed, bias, scoring=True)[:, None]
+        return chosen

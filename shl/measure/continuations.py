@@ -54,6 +54,7 @@ def option_scores(
     *,
     batch_size: int = 32,
     group: int = 1,
+    relative: bool = False,
 ) -> np.ndarray:
     """Log-probability of each option after its prefix, `[prefix, option]`, in nats.
 
@@ -64,6 +65,8 @@ def option_scores(
         prefixes: token ids.
         options: for each prefix the same number of options, token ids.
         group: every `group` consecutive prefixes begin with the same tokens, which are run once.
+        relative: only differences between the options of a prefix matter, of which there are two or
+            more; a constant is left out.
 
     Example:
         >>> from shl.models.tiny import tiny_gemma
@@ -83,7 +86,7 @@ def option_scores(
 
     lengths = [max(map(len, prefixes[i : i + group])) for i in range(0, len(prefixes), group)]
     in_batches(length_batches(lengths, max(batch_size // group, 1)), work, "continuations")
-    return score(model, parts, prefixes, "a continuation's score")
+    return score(model, parts, prefixes, "a continuation's score", relative=relative)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,18 +137,26 @@ def predictions(
 
 
 def score(
-    model: Model, parts: Sequence[Predictions], texts: Sequence[Sequence[int]], what: str
+    model: Model,
+    parts: Sequence[Predictions],
+    texts: Sequence[Sequence[int]],
+    what: str,
+    *,
+    relative: bool = False,
 ) -> np.ndarray:
     """`[text, option]`: log-probability of each option, in nats, with one sweep of the unembedding.
 
     Args:
         texts: token ids, for the message if a score is not finite.
         what: a singular noun phrase for that message.
+        relative: as in `option_scores`.
     """
     hidden = torch.cat([part.hidden for part in parts])
     tokens = torch.cat([part.tokens for part in parts])
     row = torch.cat([part.row for part in parts])
-    found = log_probs_at(hidden, model.W_U, tokens.clamp(min=0), **readout(model))
+    # All options have a first token, predicted at one position.
+    first = (tokens >= 0).all(1) if relative else None
+    found = log_probs_at(hidden, model.W_U, tokens.clamp(min=0), relative=first, **readout(model))
     scores = found.new_zeros(len(texts), tokens.shape[1])
     scores.index_add_(0, row, found.masked_fill(tokens < 0, 0.0))
     wrong = (~torch.isfinite(scores)).any(1).nonzero()[:, 0].tolist()
@@ -188,7 +199,8 @@ def read_cloze(
         for opening in cloze.openings
     ]
     words = [encode_text(model, f" {word}") for word in (*cloze.positive, *cloze.negative)]
-    scores = option_scores(model, prefixes, [words] * len(prefixes), batch_size=batch_size)
+    options = [words] * len(prefixes)
+    scores = option_scores(model, prefixes, options, batch_size=batch_size, relative=True)
     n = len(cloze.positive)
     return np.asarray(logsumexp(scores[:, :n], axis=1) - logsumexp(scores[:, n:], axis=1))
 
@@ -317,7 +329,7 @@ def _odds(
             prefixes.append(_answer(model, question, item.name, persona))
     options = [[encode_text(model, f" {past}.") for past in item.past] for item, *_ in asked]
     # Two cells in a row differ in the action that is asked for first, not in what is before it.
-    scores = option_scores(model, prefixes, options, batch_size=batch_size, group=2)
+    scores = option_scores(model, prefixes, options, batch_size=batch_size, group=2, relative=True)
     return np.asarray(scores[:, 0] - scores[:, 1])
 
 

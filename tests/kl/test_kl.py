@@ -210,6 +210,12 @@ def test_log_probs_at_and_nll_equal_log_softmax(chunks, bias):
     tokens = torch.tensor([[0, 22, 7]] * 5)
     got = log_probs_at(h, w, tokens, bias=b)
     assert torch.allclose(got.double(), exact.gather(1, tokens), atol=1e-5)
+    for relative in ([True, False, False, True, False], [True] * 5):
+        relative = torch.tensor(relative)
+        part = log_probs_at(h, w, tokens, bias=b, relative=relative)
+        assert torch.allclose(part[~relative], got[~relative], atol=1e-5)
+        assert torch.allclose(part - part[:, :1], got - got[:, :1], atol=1e-5)
+        assert ((part - got).abs().amin(1) > 0.1).equal(relative)
     loss = nll(h.requires_grad_(True), w, targets, bias=b)
     assert torch.allclose(loss.double(), -exact.gather(1, targets[:, None])[:, 0], atol=1e-5)
     assert not loss.requires_grad

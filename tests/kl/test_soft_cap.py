@@ -1,5 +1,7 @@
 """KL and NLL of soft-capped logits, which are formed in full, with a warning."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import fill
@@ -61,10 +63,12 @@ def test_scores_equal_float64(bias):
     h, _, w, targets = inputs()
     own = -truth(h, w, bias).gather(1, targets[:, None])[:, 0]
 
-    def from_log_probs(h, w, targets, **cap):
-        return -log_probs_at(h, w, targets[:, None], **cap)[:, 0]
+    def from_log_probs(h, w, targets, **more):
+        return -log_probs_at(h, w, targets[:, None], **more)[:, 0]
 
-    for score in (nll, differentiable_nll, from_log_probs):
+    # With a soft cap the sum over the vocabulary is there in any case.
+    no_sum = partial(from_log_probs, relative=torch.ones(len(targets), dtype=torch.bool))
+    for score in (nll, differentiable_nll, from_log_probs, no_sum):
         with pytest.warns(UserWarning, match="soft-capped"):
             assert (score(h, w, targets, bias=bias, soft_cap=CAP) - own).abs().max() <= 1e-5
     with pytest.warns(UserWarning, match="soft-capped"):

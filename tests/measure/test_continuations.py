@@ -45,6 +45,12 @@ def test_options_are_scored_whole(make, batch_size, group):
         for prefix, row in zip(prefixes, options, strict=True)
     ]
     np.testing.assert_allclose(scores, expected, atol=2e-5)
+    scores = option_scores(
+        model, prefixes, options, batch_size=batch_size, group=group, relative=True
+    )
+    np.testing.assert_allclose(
+        scores[:, 0] - scores[:, 1], np.subtract(*np.transpose(expected)), atol=2e-5
+    )
 
 
 def test_cloze_is_the_log_odds_of_the_words_of_either_pole():
