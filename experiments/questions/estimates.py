@@ -68,7 +68,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """
     if (a == a[0]).all() or (b == b[0]).all():
         return 0.0
-    return float(stats.spearmanr(a, b).statistic)
+    # stats.spearmanr takes four times as long, which counts in a bootstrap.
+    return float(np.corrcoef(stats.rankdata(np.stack([a, b]), axis=1))[0, 1])
 
 
 @dataclass(frozen=True)

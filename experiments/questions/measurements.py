@@ -212,10 +212,15 @@ class Measurements:
         if items is None:
             what = what.replace("COHERENCE", "valid-answer mass")
             return self.vignettes(what, found, lambda p: statistic(masses(p)), threshold, **more)
+
+        def of(x: np.ndarray) -> float:
+            mean = x.mean(0)
+            return statistic(mean[1:] / mean[0])
+
         return self._bootstrap(
             what.replace("COHERENCE", "use of context"),
             items,
-            lambda x: statistic(x[:, 1:].mean(0) / x[:, 0].mean()),
+            of,
             threshold,
             "pairs of conflicts",
             **more,
