@@ -235,10 +235,10 @@ def small_loop(**changes):
 
 
 def lenient(monkeypatch, *, reasons=lambda text: []):
-    """Noise passes the filter (or falls for `reasons`), and the probe has 8 vignettes."""
+    """Noise passes the filter (or falls for `reasons`), and the probe has 4 vignettes."""
     scores = [(9.0, 8.0)]
     filters, probe = import_module("shl.method.filters"), import_module("shl.measure.vignettes")
-    few = vignettes()[:8]
+    few = vignettes()[:4]
     monkeypatch.setattr(filters, "text_reasons", lambda text, *_: reasons(text))
     monkeypatch.setattr(filters, "base_perplexities", lambda _, texts, **__: scores * len(texts))
     monkeypatch.setattr(filters, "topic_scores", lambda _, texts, *__, **___: [0.5] * len(texts))
@@ -246,9 +246,9 @@ def lenient(monkeypatch, *, reasons=lambda text: []):
 
 
 def quick_worker():
-    """In this process the probe has 8 vignettes, and no study gets a page."""
+    """In this process the probe has 4 vignettes, and no study gets a page."""
     import experiments.arms.studies as studies
 
-    few = vignettes()[:8]
+    few = vignettes()[:4]
     import_module("shl.measure.vignettes").first_vignettes = lambda count: few[:count]
     studies.report = lambda *_: None

@@ -2,10 +2,10 @@
 
 COHERENT = 0.9
 """Q1, Q2: share of base's use of context (or of its valid-answer mass) of which a coherent student
-has more; a non-inferiority margin, as `SURVIVAL_LOSS`. The 32 conflicts of a default stage have a
-standard error of 0.03 to 0.05, with 0.033 and 0.040 over random drawings of the conflicts, by which
-a student exactly as good as base is a yes in 7 or 8 of 10 runs. For the 0.97 that earlier work held
-in valid-answer mass, on a larger model, that would take some 350 conflicts."""
+has more; a non-inferiority margin, as `SURVIVAL_LOSS`. The 40 conflicts of a default stage have a
+standard error of 0.03 to 0.045, by which a student exactly as good as base is a yes in 6 to 9 of 10
+runs. For the 0.97 that earlier work held in valid-answer mass, on a larger model, that would take
+some 350 conflicts."""
 
 SURVIVAL_LOSS = 0.2
 """Q1, Q2, prompting: by how much the share of a stage's samples that pass the filter may be below
