@@ -463,9 +463,9 @@ class EvalConfig(Settings):
         0.95
     """
 
-    bootstrap: Annotated[int, Range(10, 100_000)] = 10_000
-    """Bootstrap resamples of the items per interval. They do not narrow it: drawn again, its bounds
-    move by 0.03 standard errors with 10,000 and by 0.08 with 1,000; 100,000 take 70 MB [count]."""
+    bootstrap: Annotated[int, Range(10, 100_000)] = 1000
+    """Bootstrap resamples of the items per interval; an answer takes ten times as many. More do not
+    narrow it, and of 100,000 an answer takes 700 MB [count]."""
     confidence: Annotated[float, Range(0.5, 0.999)] = 0.95
     """Coverage of the intervals [share]."""
     conflicts: Annotated[int, Range(4, 40)] = 40

@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments.questions.estimates import SHARES, Estimate, number, spearman
 from experiments.questions.measurements import (
+    TIMES,
     Finding,
     Measurements,
     median_perplexity,
@@ -61,7 +62,7 @@ def _rises(m: Measurements, steered: Sequence[Event]) -> Estimate:
     def correlation(rows: np.ndarray) -> float:
         return spearman(rows[:, 0], rows[:, 1])
 
-    resamples, confidence = m.config.bootstrap, m.config.confidence
+    resamples, confidence = TIMES * m.config.bootstrap, m.config.confidence
     interval = bootstrap(pairs, correlation, resamples=resamples, confidence=confidence)
     what = "rank correlation of dose and base perplexity"
     return Estimate(what, (correlation(pairs), *interval), RISES, "bootstrap over texts")

@@ -15,7 +15,7 @@ from shl.method.axes import Axis, load_axis
 from shl.utils.errors import ShlError
 
 AXIS = load_axis("care_auth")  # care up, authority down
-FEW = EvalConfig(bootstrap=100)
+FEW = EvalConfig(bootstrap=10)
 KEYS = ["Q0", "Q1", "Q2", "Q3", "prompting", "selective"]
 REST = ["readable", "barrier", "dose", "moved", "ended", "worked"]
 
@@ -177,8 +177,8 @@ def test_a_sentence_has_the_verdict_the_deciding_estimate_and_the_rest():
 
 
 def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
-    """64 samples a stage, base included, 84 vignettes, 3 rounds, 5 rungs of 8 probes, 1000
-    resamples."""
+    """64 samples a stage, base included, 84 vignettes, 3 rounds, 5 rungs of 8 probes; a tenth of
+    the default resamples, for time."""
     ladder = tuple((0.3 * k, 8 if k < 3 else 1, 8.0 * k) for k in range(1, 6))
     found = answer_all(
         *run(
@@ -189,7 +189,7 @@ def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
             ladder=ladder,
         ),
         AXIS,
-        EvalConfig(),
+        EvalConfig(bootstrap=EvalConfig().bootstrap // 10),
     )
     by_key = {a.key: a for a in found}
     for key in (*KEYS, "readable", "barrier", "worked"):
@@ -252,7 +252,7 @@ def test_only_a_coherent_round_can_beat_prompting():
 
 def test_interval_widens_with_the_number_of_rounds_compared():
     # 1 - 0.05 / 4 against 1 - 0.05: 2.50 standard errors against 1.96.
-    config = EvalConfig(bootstrap=500)
+    config = EvalConfig(bootstrap=50)
     spans = []
     for count in (1, 4):
         record = run(healed=(WIDE,) * count, cosines=({"6": 1.0},) * count)
@@ -407,7 +407,7 @@ def test_the_same_record_gives_the_same_answers_and_confidence_widens_them():
     assert answer_all(*record, AXIS, FEW) == answer_all(*record, AXIS, FEW)
     spans = []
     for confidence in (0.5, 0.95):
-        config = EvalConfig(bootstrap=100, confidence=confidence)
+        config = EvalConfig(bootstrap=10, confidence=confidence)
         mass = answer_all(*record, AXIS, config)[2].figures["decided"][0]
         spans.append(mass["high"] - mass["low"])
     assert spans[0] < 0.6 * spans[1]  # 0.67 against 1.96 standard errors
