@@ -11,6 +11,7 @@ from records import GOOD_PROBES, healing, on, run, scores, stage, texts
 from experiments.questions import thresholds
 from experiments.questions.answers import answer_all, as_json
 from shl.config import FOUNDATIONS, EvalConfig
+from shl.measure.stats import bootstrap
 from shl.method.axes import Axis, load_axis
 from shl.utils.errors import ShlError
 
@@ -198,6 +199,20 @@ def test_an_ideal_run_at_the_default_sizes_answers_every_question_with_yes():
     survival = figure(by_key["Q2"], "survival less base's", 2)
     assert survival["low"] == pytest.approx(-(1.959964**2) / (64 + 1.959964**2), abs=1e-6)
     assert survival["needs"] == -by_key["Q2"].thresholds["SURVIVAL_LOSS"] == -0.2
+
+
+def test_an_answer_takes_ten_times_the_resamples_of_a_stage(monkeypatch):
+    counts = []
+
+    def counted(*args, resamples, **settings):
+        counts.append(resamples)
+        return bootstrap(*args, resamples=resamples, **settings)
+
+    for module in ("measurements", "filtering"):
+        monkeypatch.setattr(f"experiments.questions.{module}.bootstrap", counted)
+    ask(run())
+    assert len(counts) > 10
+    assert set(counts) == {10 * FEW.bootstrap}
 
 
 @pytest.mark.parametrize(
