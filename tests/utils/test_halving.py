@@ -142,7 +142,7 @@ def test_the_error_for_a_nan_names_stage_and_round():
     model = model_with_nan("blocks.1.mlp.W_in")
     with pytest.raises(NotFiniteError) as error:
         baselines(model, AXIS, small_loop())
-    assert one_sentence(error).startswith("measuring base: a score of stem 0 on vignettes [")
+    assert one_sentence(error).startswith("measuring base: a score of a stem is nan")
     with pytest.raises(NotFiniteError) as error:
         next(love(model, AXIS, small_loop()))
     assert one_sentence(error).startswith("round 0, extracting the vector: a residual")
